@@ -1,0 +1,66 @@
+"""Group examples into padded batches of similar length.
+
+Pure functions of their arguments: the same examples and seed give the same batches,
+which is what lets an interrupted run find its place again by a number.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trm.chat import Example
+
+IGNORE_INDEX = -100  # a position that carries no label
+PAD_MULTIPLE = 8  # widths are rounded up to this, so that allocators and kernels see few shapes
+POOL_BATCHES = 16  # lengths are sorted within pools of this many batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples padded on the right to S positions.
+
+    `input_ids`, `attention_mask` (B, S); `labels` (B, S): the id that *follows* each
+    position where that is part of a reply, else IGNORE_INDEX.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad on the right; the label of a position is the token that follows it, inside the reply only."""
+    length = -(-max(len(e.ids) for e in examples) // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = torch.full((len(examples), length), pad_id)
+    attention_mask = torch.zeros((len(examples), length), dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORE_INDEX)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.ids)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, example.label_start - 1 : len(ids) - 1] = ids[example.label_start :]
+    return Batch(input_ids, attention_mask, labels)
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of each batch of one epoch: shuffled, similar lengths together, every index once.
+
+    The last batch may be smaller.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    indices = list(range(len(lengths)))
+    rng.shuffle(indices)
+    batches: list[list[int]] = []
+    pool = batch_size * POOL_BATCHES
+    for start in range(0, len(indices), pool):
+        by_length = sorted(indices[start : start + pool], key=lambda i: lengths[i])
+        batches.extend(by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size))
+    rng.shuffle(batches)
+    return batches

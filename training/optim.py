@@ -1,0 +1,63 @@
+"""Optimisers and the learning-rate schedule: which parameter is updated by what, and how fast."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+OptimizerName = Literal["adamw", "muon"]
+ADAMW_BETAS = (0.9, 0.95)
+MUON_ADAMW_RATIO = 0.5  # AdamW's rate beside Muon's, for embeddings, norms, biases and heads
+
+
+def learning_rate_scale(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
+    """Factor on the peak rate at optimiser step `step` of `total`: linear warm-up, then a cosine down to `floor`.
+
+    Steps are optimiser steps really taken: with one per supervision step, `total` counts each of them.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizers(
+    parameters: Iterable[tuple[str, nn.Parameter]], name: OptimizerName, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Optimisers over the named parameters that require gradients.
+
+    `muon` orthogonalises the updates of hidden matrices; whatever is no matrix, or maps to
+    or from the vocabulary or a single score, goes to AdamW at half the rate. Weight decay
+    spares vectors.
+    """
+    trainable = [(n, p) for n, p in parameters if p.requires_grad]
+    matrices = [p for n, p in trainable if name == "muon" and p.ndim == 2 and not _is_head_or_embedding(n)]
+    taken = {id(p) for p in matrices}
+    rest = [p for _, p in trainable if id(p) not in taken]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay))
+    if rest:
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        rate = lr * (MUON_ADAMW_RATIO if name == "muon" else 1.0)
+        optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=ADAMW_BETAS))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> None:
+    """Give every group its peak rate times `scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+def _is_head_or_embedding(name: str) -> bool:
+    return any(part in name for part in ("embed_tokens", "lm_head", "halt_head"))

@@ -1,0 +1,168 @@
+"""Turn messages into token ids, and replies back into text: the only definition.
+
+Training, evaluation and serving all go through here, so a prompt has the same ids
+everywhere. Owns the system prompt, the ChatML template, text normalisation and the
+label span. Refuses to trust content: a special-token string inside a message is
+encoded as ordinary text and cannot forge a turn. Raises BadRequest for messages
+that have no rendering and ConfigError for a tokenizer that cannot be used.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trm.errors import BadRequest, ConfigError
+
+SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+
+START_TOKEN = "<|im_start|>"  # opens a turn
+END_TOKEN = "<|im_end|>"  # closes a turn, and ends a reply
+PAD_TOKEN = "<|endoftext|>"
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""ChatML without defaults, used for tokenizers that bring no template of their own."""
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Role in a request -> role in the prompt."""
+
+_TYPOGRAPHIC = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201a": "'",
+        "\u201b": "'",
+        "\u2032": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u201e": '"',
+        "\u201f": '"',
+        "\u2033": '"',
+        "\u2010": "-",
+        "\u2011": "-",
+        "\u2012": "-",
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2015": "-",
+        "\u2212": "-",
+    }
+)
+
+Message = Mapping[str, str]
+
+
+def normalize_text(text: str) -> str:
+    """Typographic apostrophes, quotes and dashes to ASCII, then NFC."""
+    return unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC))
+
+
+def solve_messages(question: str, solution: str | None = None) -> list[Message]:
+    """The conversation that asks `question`; with `solution`, the one that trains on it."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question.strip()}]
+    if solution is not None:
+        messages.append({"role": "assistant", "content": solution.strip()})
+    return messages
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training conversation. Labels are `ids[label_start:]`, the reply and its end token.
+
+    `ids` ends with the end token: the newline that ChatML adds after it is no label and
+    nothing follows it, so it is dropped.
+    """
+
+    ids: tuple[int, ...]
+    label_start: int
+
+
+class ChatFormat:
+    """A tokenizer with its chat template, ready to encode and decode.
+
+    `tokenizer` is a fast transformers tokenizer. With `normalize` (the default) every
+    message goes through `normalize_text`; a model trained without it is served without it.
+    """
+
+    def __init__(self, tokenizer: Any, normalize: bool = True) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it with tokenizer.json")
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer names no eos_token, so a reply could never end; set eos_token")
+        self.tokenizer = tokenizer
+        self.normalize = normalize
+        self.template: str = tokenizer.chat_template or CHAT_TEMPLATE
+        self.end_id: int = tokenizer.eos_token_id
+        specials = {str(t) for t in tokenizer.all_special_tokens}
+        specials |= {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text; special-token strings in it become ordinary tokens."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation, by default up to where the reply begins.
+
+        Special-token strings in the content are swapped for private-use characters while
+        the template runs, so that only the template's own specials become special ids.
+        Raises BadRequest where a role is unknown or the template refuses the conversation.
+        """
+        contents = [normalize_text(m["content"]) if self.normalize else m["content"] for m in messages]
+        guards = self._guards(contents)
+        turns = []
+        for message, content in zip(messages, contents, strict=True):
+            if message["role"] not in ROLES:
+                raise BadRequest(f"role {message['role']!r} is not one of {', '.join(ROLES)}", param="messages")
+            guarded = self._specials.sub(lambda match: guards[match[0]], content)
+            turns.append({"role": ROLES[message["role"]], "content": guarded})
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template may raise anything, jinja's own errors included
+            raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error
+        restore = {ord(char): special for special, char in guards.items()}
+        ids: list[int] = []
+        for piece in self._specials.split(text):
+            if self._specials.fullmatch(piece):
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            elif piece:
+                ids.extend(self.encode_text(piece.translate(restore)))
+        return ids
+
+    def encode_example(self, question: str, solution: str) -> Example:
+        """Ids of a solved problem and where its reply starts, found in the ids themselves."""
+        messages = solve_messages(question, solution)
+        prompt = self.encode(messages[:-1])
+        ids = self.encode(messages, add_generation_prompt=False)
+        if ids[: len(prompt)] != prompt:
+            raise ConfigError("the chat template renders a finished conversation unlike its own prompt")
+        end = ids.index(self.end_id, len(prompt))
+        return Example(tuple(ids[: end + 1]), len(prompt))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of *new* token ids, without special tokens; never cut from a longer string."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _guards(self, contents: Sequence[str]) -> dict[str, str]:
+        """For each special string found in the contents, a private-use character that none of them uses."""
+        found = {match for content in contents for match in self._specials.findall(content)}
+        if not found:
+            return {}
+        used = set().union(*contents)
+        free = (char for char in _private_use() if char not in used)
+        return {special: next(free) for special in sorted(found)}
+
+
+def _private_use() -> Iterator[str]:
+    """Private-use characters of the supplementary planes, more than any request can hold distinct."""
+    return (chr(code) for code in range(0xF0000, 0x10FFFE))

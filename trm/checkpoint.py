@@ -1,0 +1,240 @@
+"""Sole reader and writer of weights.
+
+A checkpoint is a directory: `config.json`, `model.safetensors` (what training owns, the
+EMA weights), `backbone/` (the frozen backbone, where it is small enough to copy; else
+`config.json` names its source, revision and fingerprint), tokenizer and chat template.
+Everything is safetensors or JSON, nothing is ever unpickled, and files are written
+aside and renamed. Whatever is missing, truncated, foreign or inconsistent raises
+CheckpointError with the file and the reason.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from trm.config import BACKBONES, TRMConfig
+from trm.errors import CheckpointError, ConfigError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+BACKBONE_DIR = "backbone"
+TOKENIZER_FILE = "tokenizer.json"
+MAX_COPIED_BACKBONE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory: configuration, the decoder's tensors, the frozen backbone."""
+
+    config: TRMConfig
+    weights: dict[str, Tensor]
+    backbone: PreTrainedModel
+
+
+def locate(model: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a path or hub id. Raises CheckpointError where there is none."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; a model is a directory with {CONFIG_FILE}")
+    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
+        raise CheckpointError(f"{model}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{model}: no such directory, and the hub does not give it: {reason}") from error
+
+
+def read(model: str | Path, revision: str | None = None) -> Loaded:
+    """Read a checkpoint directory or hub id, backbone included. Weights come in float32."""
+    directory = locate(model, revision)
+    config = read_config(directory)
+    weights = read_tensors(directory / WEIGHTS_FILE)
+    if (directory / BACKBONE_DIR).is_dir():
+        backbone = read_backbone(directory / BACKBONE_DIR)
+    elif config.backbone_source is not None:
+        backbone = read_backbone(config.backbone_source, config.backbone_revision)
+        if config.backbone_fingerprint not in (None, found := fingerprint(backbone)):
+            raise CheckpointError(
+                f"{config.backbone_source}: the backbone's weights have fingerprint {found}, "
+                f"but {directory} was trained on {config.backbone_fingerprint}; get that revision"
+            )
+    else:
+        raise CheckpointError(f"{directory / BACKBONE_DIR}: missing, and {CONFIG_FILE} names no backbone_source")
+    if backbone.config.hidden_size != config.hidden_size or backbone.config.vocab_size != config.vocab_size:
+        raise CheckpointError(f"{directory}: {CONFIG_FILE} and the backbone disagree about hidden_size or vocab_size")
+    return Loaded(config, {name: tensor.float() for name, tensor in weights.items()}, backbone)
+
+
+def read_config(directory: Path) -> TRMConfig:
+    """The configuration of a checkpoint directory."""
+    path = directory / CONFIG_FILE
+    content = read_json(path)
+    if content.get("model_type") != TRMConfig.model_type:
+        raise CheckpointError(f"{path}: model_type is {content.get('model_type')!r}, not {TRMConfig.model_type!r}; train a decoder with trm-train")
+    try:
+        return TRMConfig.from_dict(content)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # the library validates with many kinds of error
+        raise CheckpointError(f"{path}: not a usable configuration: {error}") from error
+
+
+def read_backbone(source: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """A Qwen2- or Llama-family causal language model in float32 from a directory or hub id."""
+    directory = locate(source, revision)
+    path = directory / CONFIG_FILE
+    architecture = read_json(path).get("model_type")
+    if architecture not in BACKBONES:
+        raise CheckpointError(f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}")
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise CheckpointError(f"{directory}: no *.safetensors file; only safetensors weights are read")
+    for shard in shards:
+        _open(shard)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        backbone, report = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as error:  # the library raises many kinds for a broken directory
+        raise CheckpointError(f"{directory}: the backbone does not load: {error}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
+    return backbone.eval()  # type: ignore[no-any-return]
+
+
+def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
+    """The fast tokenizer of a checkpoint or backbone."""
+    directory = locate(model, revision)
+    if not (directory / TOKENIZER_FILE).is_file():
+        raise CheckpointError(f"{directory / TOKENIZER_FILE}: missing")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{directory / TOKENIZER_FILE}: not a usable tokenizer: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with _open(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
+    return content
+
+
+def check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
+    """Raise CheckpointError unless names and shapes are exactly as expected."""
+    for name in sorted(set(expected) | set(weights)):
+        if name not in weights:
+            raise CheckpointError(f"{source}: tensor {name} is missing from {WEIGHTS_FILE}")
+        if name not in expected:
+            raise CheckpointError(f"{source}: tensor {name} in {WEIGHTS_FILE} is foreign")
+        if weights[name].shape != expected[name]:
+            raise CheckpointError(f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; {CONFIG_FILE} makes it {tuple(expected[name])}")
+
+
+def write(directory: Path, config: TRMConfig, weights: Mapping[str, Tensor], backbone: PreTrainedModel, tokenizer: Any = None) -> None:
+    """Write a checkpoint beside `directory` and rename it into place; an existing one is replaced.
+
+    Backbones from a hub id or larger than 64 MB stay where they are; `config` must then name them.
+    """
+    aside = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    write_into(aside, config, weights, backbone, tokenizer)
+    replace_directory(aside, directory)
+
+
+def write_into(directory: Path, config: TRMConfig, weights: Mapping[str, Tensor], backbone: PreTrainedModel, tokenizer: Any) -> None:
+    """The files of a checkpoint, into an existing directory that nobody reads yet."""
+    if config.backbone_source is None:
+        write_backbone(directory / BACKBONE_DIR, backbone)
+    write_tensors(directory / WEIGHTS_FILE, weights)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    config.architectures = ["TRMForCausalLM"]
+    config.save_pretrained(directory)  # last: a directory with a configuration is complete
+
+
+def write_backbone(directory: Path, backbone: PreTrainedModel) -> None:
+    """Copy a backbone in bfloat16 if that loses nothing, else as it is."""
+    state = backbone.state_dict()
+    short = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    exact = all(torch.equal(short[name].to(tensor.dtype), tensor) for name, tensor in state.items())
+    backbone.save_pretrained(directory, state_dict=short if exact else state)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, written aside and renamed."""
+    aside = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One JSON file, written aside and renamed."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def replace_directory(aside: Path, directory: Path) -> None:
+    """Rename `aside` to `directory`; an older one there is moved out of the way first, then removed."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, old)
+    os.rename(aside, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def backbone_bytes(directory: Path) -> int:
+    """Size of a backbone's weight files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def fingerprint(backbone: PreTrainedModel) -> str:
+    """First 16 hex digits of a SHA-256 over the backbone's tensors, names and values, in float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: truncated or not safetensors: {error}") from error

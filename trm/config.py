@@ -1,0 +1,120 @@
+"""What the weights decide: sizes, depth, and where keys and values come from.
+
+Depth counts here, once: calls per step, cache entries per step. Raises ConfigError for
+combinations that the decoder cannot compute exactly.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from trm.errors import ConfigError
+
+BACKBONES = ("qwen2", "llama")  # pre-norm decoders whose layers share one calling convention
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the batch's longest row
+KV_SOURCES = ("context", "state")
+EFFORT_NAMES = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+@strict
+class TRMConfig(PreTrainedConfig):
+    """Configuration of `TRMForCausalLM`.
+
+    n_latent, n_cycles, n_supervision: the paper's n, T and N_sup. n_layers: layers L of the
+    shared block. expansion: SwiGLU width over 1.5 times the hidden size. kv_source: "context"
+    or "state". max_supervision: deepest effort that may be asked for, None for 4 * n_supervision
+    but at least 16. own_lm_head: the head was trained and is stored with the decoder.
+    normalize_text: prompts were normalised in training. backbone_source, backbone_revision,
+    backbone_fingerprint: where the frozen weights come from, None where they lie in `backbone/`.
+    """
+
+    model_type = "trm"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - transformers reads a plain class attribute
+
+    backbone_config: Any = None
+    n_latent: int = 6
+    n_cycles: int = 3
+    n_supervision: int = 16
+    n_layers: int = 1
+    expansion: float = 4.0
+    kv_source: str = "context"
+    max_supervision: int | None = None
+    own_lm_head: bool = False
+    normalize_text: bool = True
+    backbone_source: str | None = None
+    backbone_revision: str | None = None
+    backbone_fingerprint: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone_config, dict):
+            known = dict(self.backbone_config)
+            architecture = known.pop("model_type", None)
+            if architecture not in BACKBONES:
+                raise _unknown_backbone(architecture)
+            self.backbone_config = AutoConfig.for_model(architecture, **known)
+        if self.backbone_config is None:
+            self.backbone_config = AutoConfig.for_model("qwen2")
+        self._check()
+        backbone = self.backbone_config
+        self.vocab_size = backbone.vocab_size
+        self.hidden_size = backbone.hidden_size
+        self.max_position_embeddings = backbone.max_position_embeddings
+        if self.max_supervision is None:
+            self.max_supervision = max(16, 4 * self.n_supervision)
+        # generate() sizes its cache by this: the backbone's layers, then the recursion's entries.
+        self.num_hidden_layers = backbone.num_hidden_layers + self.cache_entries(self.n_supervision)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            kwargs.setdefault(name, getattr(backbone, name, None))
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        backbone = self.backbone_config
+        if backbone.model_type not in BACKBONES:
+            raise _unknown_backbone(backbone.model_type)
+        if "sliding_attention" in (getattr(backbone, "layer_types", None) or ()):
+            raise ConfigError("the backbone uses sliding-window attention, which the decoder does not; set use_sliding_window false")
+        rope = (getattr(backbone, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope not in ROPE_TYPES:
+            raise ConfigError(f"rope type {rope!r} makes a row depend on its batch; supported: {', '.join(ROPE_TYPES)}")
+        for name in ("n_latent", "n_cycles", "n_supervision", "n_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.kv_source not in KV_SOURCES:
+            raise ConfigError(f"kv_source is {self.kv_source!r}; it must be one of {', '.join(KV_SOURCES)}")
+        if self.max_supervision is not None and self.max_supervision < self.n_supervision:
+            raise ConfigError(f"max_supervision {self.max_supervision} is below n_supervision {self.n_supervision}")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head, the backbone's."""
+        backbone = self.backbone_config
+        return getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        """SwiGLU width: expansion * D * 2/3, rounded up to a multiple of 64."""
+        return -(-int(self.expansion * self.hidden_size * 2 / 3) // 64) * 64
+
+    @property
+    def calls_per_step(self) -> int:
+        """Calls of the shared block in one supervision step: T * (n + 1)."""
+        return self.n_cycles * (self.n_latent + 1)
+
+    def cache_entries(self, n_supervision: int) -> int:
+        """Key/value entries that `n_supervision` steps need: one per call with "state", one per layer with "context"."""
+        calls = n_supervision * self.calls_per_step if self.kv_source == "state" else 1
+        return calls * self.n_layers
+
+    def effort_steps(self, effort: str) -> int:
+        """Supervision steps of a named effort. Raises ConfigError for a name that is none."""
+        n = self.n_supervision
+        steps = {"none": 0, "minimal": 1, "low": -(-n // 4), "medium": -(-n // 2), "high": n, "xhigh": -(-3 * n // 2), "max": 2 * n}
+        if effort not in steps:
+            raise ConfigError(f"effort {effort!r} is not one of {', '.join(EFFORT_NAMES)}")
+        return steps[effort]
+
+
+def _unknown_backbone(architecture: str | None) -> ConfigError:
+    return ConfigError(f"backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}")

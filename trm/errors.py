@@ -1,0 +1,30 @@
+"""The errors that users meet. Only the HTTP layer knows status codes."""
+
+
+class TRMError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ConfigError(TRMError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class CheckpointError(TRMError):
+    """A model directory that is missing, truncated, foreign or inconsistent."""
+
+
+class BadRequest(TRMError):
+    """A request that can never be served. `param` names the field, `code` the kind if it has one."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class Overloaded(TRMError):
+    """No room in the queue now; the same request may be sent again later."""
+
+
+class DeviceError(TRMError):
+    """A model call failed, or gave numbers that are not finite."""

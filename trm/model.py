@@ -1,0 +1,307 @@
+"""The model: frozen backbone, recursion, heads. Knows no requests.
+
+    r = backbone residual stream before its final norm     x = rms(r)     y = z = 0
+    repeat n_supervision:  repeat n_cycles:  n_latent times z = f(x + y + z), then y = f(y + z)
+    logits = lm_head(g * rms(y))                            halt = sigmoid(w_h . y + b_h)
+
+`forward` and transformers' `generate` work here; `trm.engine` drives the same pieces
+(`encode`, `Decoder.step`, `readout`) one supervision step at a time.
+Source: arXiv:2510.04871, with keys and values from the context as an alternative.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput
+
+from trm import checkpoint
+from trm.cache import entry_writer, grow
+from trm.config import TRMConfig
+from trm.errors import BadRequest, ConfigError
+from trm.layers import Attending, KeyValue, Layer, Rope, causal_mask, rms
+
+HALT_BIAS = -5.0  # sigmoid(-5): at first nothing halts
+IGNORE_INDEX = -100
+
+
+@dataclass
+class TRMOutput(ModelOutput):
+    """What `forward` returns. Q is S, or the number of positions kept by `logits_to_keep`.
+
+    logits (B, Q, V) of the last step; halt_logits (B, Q); with return_all_steps,
+    all_logits (N, B, Q, V) and all_halt_logits (N, B, Q) hold every step, step 1 first.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    halt_logits: Tensor | None = None
+    all_logits: Tensor | None = None
+    all_halt_logits: Tensor | None = None
+
+
+class Decoder(nn.Module):
+    """The recursion: one shared block of L layers, and the halting head."""
+
+    def __init__(self, config: TRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        backbone = config.backbone_config
+        self.layers = nn.ModuleList(
+            Layer(
+                config.hidden_size,
+                backbone.num_attention_heads,
+                backbone.num_key_value_heads,
+                config.head_dim,
+                config.intermediate_size,
+            )
+            for _ in range(config.n_layers)
+        )
+        self.halt_head = nn.Linear(config.hidden_size, 1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as the identity: y stays proportional to x, and nothing halts."""
+        for layer in self.layers:
+            layer.reset_parameters()
+        self.halt_head.weight.zero_()
+        self.halt_head.bias.fill_(HALT_BIAS)
+
+    def context_keys_values(self, x: Tensor, rope: Rope) -> list[KeyValue]:
+        """Keys and values of every layer projected from the context x (B, S, D)."""
+        return [layer.attention.keys_values(x, rope) for layer in self.layers]
+
+    def step(self, x: Tensor, y: Tensor, z: Tensor, attending: Attending, grad_cycles: int | None = None) -> tuple[Tensor, Tensor]:
+        """One supervision step: n_cycles times (z n_latent times, then y). All (B, Q, D); returns (y, z).
+
+        Only the last `grad_cycles` cycles carry gradient (None: all of them).
+        The answer update omits x: its absence tells the shared block which job it has.
+        """
+        config = self.config
+        call = 0
+        for cycle in range(config.n_cycles):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (grad_cycles is None or cycle >= config.n_cycles - grad_cycles)):
+                for _ in range(config.n_latent):
+                    z = self._block(x + y + z, attending, call)
+                    call += 1
+                y = self._block(y + z, attending, call)
+                call += 1
+        return y, z
+
+    def halt_logits(self, y: Tensor) -> Tensor:
+        """Halting score (B, Q) before the sigmoid."""
+        return self.halt_head(y).squeeze(-1)  # type: ignore[no-any-return]
+
+    def _block(self, h: Tensor, attending: Attending, call: int) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            if attending.context is not None:
+                keys, values = attending.context[index]
+            else:
+                assert attending.update is not None, "keys and values come from the context or from the state"
+                keys, values = attending.update(call * len(self.layers) + index, *layer.attention.keys_values(h, attending.rope))
+            h = layer(h, keys, values, attending)
+        return h
+
+
+class TRMForCausalLM(PreTrainedModel, GenerationMixin):
+    """A frozen causal language model with a recursive decoder on top, as a transformers model."""
+
+    config_class = TRMConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ("Layer",)
+
+    def __init__(self, config: TRMConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.backbone: Any = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.backbone_config)
+        self.backbone.requires_grad_(False)
+        self.decoder = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
+        if self.lm_head is not None:
+            self.lm_head.weight.data.copy_(self.backbone.lm_head.weight)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, **settings: Any) -> Self:
+        """A decoder with fresh weights on a loaded backbone; `settings` are fields of TRMConfig."""
+        return cls(TRMConfig(backbone_config=backbone.config, **settings), backbone)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *, dtype: Any = torch.float32, **kwargs: Any) -> Self:
+        """Load a checkpoint directory or hub id, ready for inference.
+
+        `dtype` applies to decoder and backbone ("auto" means float32 here). Of transformers' other
+        arguments `config`, `revision` and `device_map` (a single device) are understood. Raises CheckpointError.
+        """
+        revision, device = kwargs.pop("revision", None), kwargs.pop("device_map", None)
+        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "torch_dtype", "_commit_hash", "code_revision"):
+            kwargs.pop(harmless, None)
+        if kwargs:
+            raise ConfigError(f"from_pretrained does not take {', '.join(sorted(kwargs))} for this model")
+        loaded = checkpoint.read(pretrained_model_name_or_path, revision)
+        model = cls(loaded.config, loaded.backbone)
+        model.load_trained(loaded.weights, str(pretrained_model_name_or_path))
+        model = model.to(torch.float32 if dtype in (None, "auto") else dtype)
+        return model.to(device).eval() if device is not None else model.eval()
+
+    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None, **kwargs: Any) -> None:
+        """Write a checkpoint directory (DESIGN of `trm.checkpoint`), with the tokenizer if one is given."""
+        checkpoint.write(Path(save_directory), self.config, self.trained_state(), self.backbone, tokenizer)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The weights that training owns: decoder, and head if it is our own. Everything else is the backbone's."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+    def load_trained(self, weights: dict[str, Tensor], source: str) -> None:
+        """Load what `trained_state` gave. Raises CheckpointError naming the first tensor that does not fit."""
+        own = self.trained_state()
+        checkpoint.check_tensors(weights, {name: tensor.shape for name, tensor in own.items()}, source)
+        self.load_state_dict({**self.state_dict(), **weights})
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        n_supervision: int | None = None,
+        return_all_steps: bool = False,
+        return_dict: bool = True,
+    ) -> TRMOutput:
+        """Logits after `n_supervision` steps (default: the trained number; 0 gives the backbone's own).
+
+        input_ids (B, S); attention_mask (B, past + S), 1 for real tokens, padding on either side;
+        position_ids (B, S) default to the number of real tokens before each one. labels (B, S) as in
+        transformers, -100 ignored. With keys from the context and no labels, the recursion runs at
+        the positions of `logits_to_keep` only (an int: the last so many, 0 for all; or their indices).
+        """
+        steps = self.check_effort(n_supervision)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise BadRequest("input_ids or inputs_embeds is needed", param="input_ids")
+        batch, length = given.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=given.device)
+        if attention_mask.ndim != 2 or attention_mask.shape[1] != past + length:
+            raise BadRequest(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch}, {past + length}), past tokens included",
+                param="attention_mask",
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        mask = causal_mask(attention_mask, length)
+        x, rope = self.encode(input_ids, mask, position_ids, past_key_values, inputs_embeds)
+
+        context = None
+        first_entry = self.config.backbone_config.num_hidden_layers
+        if past_key_values is not None:
+            grow(past_key_values, first_entry + self.config.cache_entries(steps))
+        kept = self._kept(logits_to_keep, length, x.device)
+        if self.config.kv_source == "context":
+            write = entry_writer(past_key_values, first_entry)
+            context = [write(i, *kv) for i, kv in enumerate(self.decoder.context_keys_values(x, rope))]
+            x, mask, rope = x[:, kept], mask[:, :, kept], (rope[0][:, kept], rope[1][:, kept])
+            kept = slice(None)
+
+        y, z = (x if steps == 0 else torch.zeros_like(x)), torch.zeros_like(x)
+        answers: list[Tensor] = []
+        for step in range(steps):
+            entries = entry_writer(past_key_values, first_entry + self.config.cache_entries(step))
+            y, z = self.decoder.step(x, y, z, Attending(rope, mask, context, entries))
+            if return_all_steps:
+                answers.append(y[:, kept])
+        y = y[:, kept]
+        logits = self.readout(y)
+        loss = None
+        if labels is not None:
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORE_INDEX)
+        return TRMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            halt_logits=self.decoder.halt_logits(y),
+            all_logits=torch.stack([self.readout(a) for a in answers]) if answers else None,
+            all_halt_logits=torch.stack([self.decoder.halt_logits(a) for a in answers]) if answers else None,
+        )
+
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        mask: Tensor,
+        position_ids: Tensor,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Rope]:
+        """The context x = rms(r) (B, S, D) in the decoder's dtype, and the positions' cosine and sine.
+
+        mask (B, 1, S, past + S) bool; position_ids (B, S). `cache` is anything with transformers' `update`.
+        The backbone's layers are called one by one, because r is its residual stream *before* the final norm.
+        """
+        base = self.backbone.model
+        r = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        rope = base.rotary_emb(r, position_ids)
+        for layer in base.layers:
+            r = layer(
+                r,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        wide = r if r.dtype == torch.float64 else r.float()
+        return rms(wide).to(self.decoder.halt_head.weight.dtype), rope
+
+    def readout(self, y: Tensor) -> Tensor:
+        """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""
+        head = self.lm_head if self.lm_head is not None else self.backbone.lm_head
+        scaled = self.backbone.model.norm.weight.to(y.dtype) * rms(y)
+        return head(scaled.to(head.weight.dtype))  # type: ignore[no-any-return]
+
+    def check_effort(self, n_supervision: int | None) -> int:
+        """The number of supervision steps to run. Raises BadRequest beyond the model's maximum."""
+        steps = self.config.n_supervision if n_supervision is None else n_supervision
+        if not 0 <= steps <= self.config.max_supervision:
+            raise BadRequest(f"supervision_steps is {steps}; this model takes 0 to {self.config.max_supervision}", param="supervision_steps")
+        return steps
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate(). Batches must be padded on the left; `n_supervision` sets the effort."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+            raise BadRequest("generate() needs padding on the left; set tokenizer.padding_side = 'left'", param="attention_mask")
+        return super().generate(inputs, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do: `Decoder` initialises itself, and the backbone comes with its weights."""
+
+    @staticmethod
+    def _kept(logits_to_keep: int | Tensor, length: int, device: torch.device) -> Any:
+        if isinstance(logits_to_keep, Tensor):
+            return logits_to_keep.to(device)
+        return slice(length - logits_to_keep, None) if logits_to_keep else slice(None)
+
+
+def sequence_of_steps(model: TRMForCausalLM, efforts: Sequence[int]) -> list[int]:
+    """Efforts checked against the model, in order, duplicates dropped."""
+    return [model.check_effort(effort) for effort in dict.fromkeys(efforts)]

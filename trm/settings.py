@@ -1,0 +1,101 @@
+"""How every command reads its settings: flag beats environment beats file beats default.
+
+A command declares one frozen subclass of `Settings`; field names become `--kebab-case`
+flags and `TRM_UPPER_CASE` variables, and `--config FILE.yaml` (or `TRM_CONFIG`) names a
+file with the same keys. An unknown flag or key, or a value out of range, ends the
+command with one line and status 2.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from trm.errors import ConfigError, TRMError
+
+ENV_PREFIX = "TRM_"
+
+
+class Settings(BaseSettings):
+    """Base of the commands' settings. Subclasses name their command in `command`."""
+
+    command: ClassVar[str]
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    config: Path | None = Field(None, description="YAML file with settings, keys as here with underscores")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Values given in code, the environment, the file that either of them names."""
+        named = init_settings().get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=named)
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
+        """Read flags, environment and file. Raises ConfigError in one line; `--help` and unknown flags exit."""
+        flags: CliSettingsSource[Any] = CliSettingsSource(
+            cls,
+            cli_prog_name=cls.command,
+            cli_parse_args=list(sys.argv[1:] if argv is None else argv),
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+        )
+        given = flags()
+        config = given.get("config")
+        if config is not None and not Path(config).is_file():
+            raise ConfigError(f"--config {config}: no such file")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_describe(cls, problem) for problem in error.errors())) from None
+
+
+def _describe(cls: type[Settings], problem: Any) -> str:
+    """One validation problem in words: which setting, what it was, what is allowed."""
+    name = str(problem["loc"][0]) if problem["loc"] else "settings"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}"
+    flag = f"--{name.replace('_', '-')}" if name in cls.model_fields else name
+    return f"{flag} {problem['input']!r}: {problem['msg']}"
+
+
+def run_command(main: Callable[[], None], command: str) -> None:
+    """Run a command's body: a TRMError becomes one line on standard error and status 2."""
+    try:
+        main()
+    except TRMError as error:
+        sys.exit(f"{command}: {error}" if not isinstance(error, ConfigError) else _usage(command, error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _usage(command: str, error: ConfigError) -> int:
+    print(f"{command}: {error} (see {command} --help)", file=sys.stderr)
+    return 2
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """What commands do once; libraries only log."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
