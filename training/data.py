@@ -61,7 +61,12 @@ def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) 
     encoded = [chat.encode_example(p.question, p.solution) for p in rows]
     kept = [example for example in encoded if len(example.ids) <= max_length]
     if len(kept) < len(encoded):
-        logger.warning("%d of %d rows are longer than --max-length %d and were dropped", len(encoded) - len(kept), len(encoded), max_length)
+        logger.warning(
+            "%d of %d rows are longer than --max-length %d and were dropped",
+            len(encoded) - len(kept),
+            len(encoded),
+            max_length,
+        )
     if not kept:
         shortest = min(len(example.ids) for example in encoded)
         raise ConfigError(f"every row is longer than --max-length {max_length}; the shortest has {shortest} tokens")

@@ -1,11 +1,11 @@
 """Optimisers and the learning-rate schedule: which parameter is updated by what, and how fast."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 OptimizerName = Literal["adamw", "muon"]
 ADAMW_BETAS = (0.9, 0.95)
@@ -61,3 +61,42 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], scale: float)
 
 def _is_head_or_embedding(name: str) -> bool:
     return any(part in name for part in ("embed_tokens", "lm_head", "halt_head"))
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every state tensor of the optimisers, under names that `load_optimizer_tensors` understands."""
+    return {
+        f"optimizer.{number}.{index}.{key}": value
+        for number, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    for number, optimizer in enumerate(optimizers):
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".", 3)
+                states.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+class EMA:
+    """Exponential moving average of float32 parameters, with a decay that grows from 0.1 to 0.999.
+
+    After t updates the decay is min(0.999, (1 + t) / (10 + t)).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the parameters; `step` counts from 1."""
+        decay = min(0.999, (1 + step) / (10 + step))
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter, 1 - decay)

@@ -41,14 +41,70 @@ class Bank:
 
 SHE = ("she", "her", "her")
 HE = ("he", "his", "him")
-WOMEN = (
-    "Anna Emma Julia Maria Sara Lily Mia Zoe Nina Kate Amy Lisa Laura Grace Rosa Janet Betty Susan Linda Karen "
-    "Alice Jane Mary Lucy Sophie Ella Natalia Olivia Hannah Rachel"
-).split()
-MEN = (
-    "Tom Ben Sam Max Leo Jack Paul Mark John Peter David Omar Ivan Luis Carlos James Bob Tim Mike Adam "
-    "Noah Eric Alex Henry Daniel Jake Josh Ryan Kevin Ali"
-).split()
+WOMEN = [
+    "Anna",
+    "Emma",
+    "Julia",
+    "Maria",
+    "Sara",
+    "Lily",
+    "Mia",
+    "Zoe",
+    "Nina",
+    "Kate",
+    "Amy",
+    "Lisa",
+    "Laura",
+    "Grace",
+    "Rosa",
+    "Janet",
+    "Betty",
+    "Susan",
+    "Linda",
+    "Karen",
+    "Alice",
+    "Jane",
+    "Mary",
+    "Lucy",
+    "Sophie",
+    "Ella",
+    "Natalia",
+    "Olivia",
+    "Hannah",
+    "Rachel",
+]
+MEN = [
+    "Tom",
+    "Ben",
+    "Sam",
+    "Max",
+    "Leo",
+    "Jack",
+    "Paul",
+    "Mark",
+    "John",
+    "Peter",
+    "David",
+    "Omar",
+    "Ivan",
+    "Luis",
+    "Carlos",
+    "James",
+    "Bob",
+    "Tim",
+    "Mike",
+    "Adam",
+    "Noah",
+    "Eric",
+    "Alex",
+    "Henry",
+    "Daniel",
+    "Jake",
+    "Josh",
+    "Ryan",
+    "Kevin",
+    "Ali",
+]
 TRADES = ("farmer", "teacher", "baker", "student", "gardener", "shopkeeper", "child", "cook", "driver")
 RELATIVES = ("sister", "brother", "friend", "mother", "father", "cousin", "neighbor", "uncle", "aunt")
 FOODS = (
@@ -67,13 +123,41 @@ GOODS = tuple((s, p, True) for s, p in (pair.split() for pair in FOODS.split(","
 )
 HOLDERS = tuple(
     tuple(pair.split())
-    for pair in (
-        "box boxes,bag bags,basket baskets,jar jars,shelf shelves,row rows,table tables,packet packets,pack packs,"
-        "plate plates,drawer drawers,tray trays,crate crates,carton cartons,bucket buckets,case cases"
-    ).split(",")
+    for pair in [
+        "box boxes",
+        "bag bags",
+        "basket baskets",
+        "jar jars",
+        "shelf shelves",
+        "row rows",
+        "table tables",
+        "packet packets",
+        "pack packs",
+        "plate plates",
+        "drawer drawers",
+        "tray trays",
+        "crate crates",
+        "carton cartons",
+        "bucket buckets",
+        "case cases",
+    ]
 )
 SHARERS = ("friends", "children", "students", "kids", "people", "classmates", "neighbors", "boys", "girls")
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBER_WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 
 # --- sentences ---------------------------------------------------------------------------
 
@@ -113,7 +197,11 @@ BUYING = Bank(
         "[purchases|purchased] {Y}",
         "[buys|bought] {Y} in the afternoon",
     ),
-    ("[buys|bought] {Y} at the market", "[goes|went] to the store and [gets|got] {Y}", "[purchases|purchased] {Y} from {B}"),
+    (
+        "[buys|bought] {Y} at the market",
+        "[goes|went] to the store and [gets|got] {Y}",
+        "[purchases|purchased] {Y} from {B}",
+    ),
 )
 GETTING = Bank(
     (
@@ -220,7 +308,11 @@ ASK_TOTAL = Bank(
         "Find the total number of {o} {A} has.",
         "Now how many {o} does {A} have?",
     ),
-    ("How many {o} does {A} have in all?", "In total, how many {o} does {s} have?", "How many {o} does {s} have altogether now?"),
+    (
+        "How many {o} does {A} have in all?",
+        "In total, how many {o} does {s} have?",
+        "How many {o} does {s} have altogether now?",
+    ),
 )
 ASK_LEFT = Bank(
     (
@@ -237,7 +329,10 @@ ASK_LEFT = Bank(
     ),
     ("How many {o} does {A} still have?", "How many are left?", "Now how many {o} does {s} have left?"),
 )
-ASK_CLAUSE = Bank(("how many {o} does {s} have", "how many {o} does {s} have now", "how many {o} are there"), ("how many {o} does {s} now have",))
+ASK_CLAUSE = Bank(
+    ("how many {o} does {s} have", "how many {o} does {s} have now", "how many {o} are there"),
+    ("how many {o} does {s} now have",),
+)
 
 TWO_OWNERS = Bank(
     (
@@ -277,7 +372,12 @@ TWO_KINDS = Bank(
     ("In a bag there [are|were] {n} {k} {o} and {m} {l} {o}.", "{A} [finds|found] {n} {k} {o} and {m} {l} {o}."),
 )
 ASK_KINDS = Bank(
-    ("How many {o} are there in total?", "How many {o} are there altogether?", "What is the total number of {o}?", "How many {o} are there?"),
+    (
+        "How many {o} are there in total?",
+        "How many {o} are there altogether?",
+        "What is the total number of {o}?",
+        "How many {o} are there?",
+    ),
     ("How many {o} is that in total?", "In all, how many {o} are there?"),
 )
 GROUPS = Bank(
@@ -314,7 +414,14 @@ ASK_GROUPS = Bank(
     ("In total, how many {o} are there?", "How many {o} does {A} have altogether?", "How many {o} is that?"),
 )
 SHARE_START = Bank(
-    ("{A} [has|had] {X}.", "{A} [buys|bought] {X}.", "{A} [bakes|baked] {X}.", "There [are|were] {X}.", "{A} [picks|picked] {X}.", "{A} [finds|found] {X}."),
+    (
+        "{A} [has|had] {X}.",
+        "{A} [buys|bought] {X}.",
+        "{A} [bakes|baked] {X}.",
+        "There [are|were] {X}.",
+        "{A} [picks|picked] {X}.",
+        "{A} [finds|found] {X}.",
+    ),
     ("{A} [collects|collected] {X}.", "{A} [has|had] {X} at home."),
 )
 SHARE_PEOPLE = Bank(
@@ -356,7 +463,12 @@ SHARE_HOLDERS = Bank(
     ("{S} [places|placed] them equally into {n} {hs}.", "{A} [puts|put] the same number into each of {n} {hs}."),
 )
 ASK_HOLDER = Bank(
-    ("How many {o} are in each {h}?", "How many {o} does each {h} have?", "How many {o} go into each {h}?", "How many are there in each {h}?"),
+    (
+        "How many {o} are in each {h}?",
+        "How many {o} does each {h} have?",
+        "How many {o} go into each {h}?",
+        "How many are there in each {h}?",
+    ),
     ("How many {o} are there in each {h}?", "How many {o} does each {h} hold?"),
 )
 SHARE_SIZES = Bank(
@@ -369,7 +481,12 @@ SHARE_SIZES = Bank(
     ("{S} [packs|packed] {n} {o} in each {h}.", "{S} [puts|put] them in {hs} with {n} {o} each."),
 )
 ASK_HOLDERS = Bank(
-    ("How many {hs} does {s} need?", "How many {hs} does {A} fill?", "How many {hs} are there?", "How many {hs} are needed?"),
+    (
+        "How many {hs} does {s} need?",
+        "How many {hs} does {A} fill?",
+        "How many {hs} are there?",
+        "How many {hs} are needed?",
+    ),
     ("How many {hs} does {A} need?", "How many {hs} does {s} fill?"),
 )
 UNIT_PRICE = Bank(
@@ -400,11 +517,20 @@ UNIT_QUESTION = Bank(
     ("If each {w} costs {P}, what is the price of {n} {o}?", "One {w} costs {P}. How much is it for {n} {o}?"),
 )
 SELLING = Bank(
-    ("{A} [sells|sold] {n} {o} for {P} each.", "{A} [sells|sold] {n} {o} at {P} each.", "{A} [earns|earned] {P} for each {w} and [sells|sold] {n} {o}."),
+    (
+        "{A} [sells|sold] {n} {o} for {P} each.",
+        "{A} [sells|sold] {n} {o} at {P} each.",
+        "{A} [earns|earned] {P} for each {w} and [sells|sold] {n} {o}.",
+    ),
     ("{A} [sells|sold] {n} {o}. Each {w} [costs|cost] {P}.",),
 )
 ASK_EARN = Bank(
-    ("How much money does {A} earn?", "How much does {s} earn?", "How much money does {s} make?", "How many dollars does {A} get?"),
+    (
+        "How much money does {A} earn?",
+        "How much does {s} earn?",
+        "How much money does {s} make?",
+        "How many dollars does {A} get?",
+    ),
     ("How many dollars does {s} earn?", "How much money does {A} make?"),
 )
 ASK_COST = Bank(
@@ -427,18 +553,36 @@ TWO_PRICES = Bank(
         "{A} [spends|spent] {P} on a {w} and {Q} on a {v}.",
         "{A} [pays|paid] {P} for a {w} and {Q} for a {v}.",
     ),
-    ("{A} [buys|bought] a {w} that costs {P} and a {v} that costs {Q}.", "{A} [pays|paid] {P} for a {w}. Then {s} [pays|paid] {Q} for a {v}."),
+    (
+        "{A} [buys|bought] a {w} that costs {P} and a {v} that costs {Q}.",
+        "{A} [pays|paid] {P} for a {w}. Then {s} [pays|paid] {Q} for a {v}.",
+    ),
 )
 ASK_BOTH = Bank(
-    ("How much do they cost together?", "How much is that in total?", "What is the total cost?", "How much do both cost?"),
+    (
+        "How much do they cost together?",
+        "How much is that in total?",
+        "What is the total cost?",
+        "How much do both cost?",
+    ),
     ("What do they cost in total?", "How much do both cost together?"),
 )
 PRICE_EXTRA = Bank(
-    ("{S} also [buys|bought] a {v} for {Q}.", "{S} [buys|bought] a {v} for {Q} too.", "{S} also [pays|paid] {Q} for a {v}.", "A {v} [costs|cost] {Q}, and {s} [buys|bought] one."),
+    (
+        "{S} also [buys|bought] a {v} for {Q}.",
+        "{S} [buys|bought] a {v} for {Q} too.",
+        "{S} also [pays|paid] {Q} for a {v}.",
+        "A {v} [costs|cost] {Q}, and {s} [buys|bought] one.",
+    ),
     ("Then {s} also [buys|bought] a {v} for {Q}.", "{A} also [spends|spent] {Q} on a {v}."),
 )
 MONEY = Bank(
-    ("{A} [has|had] {M}.", "{A} [goes|went] to the store with {M}.", "{A} [saves|saved] {M}.", "{A} [gets|got] {M} from {p} {R}."),
+    (
+        "{A} [has|had] {M}.",
+        "{A} [goes|went] to the store with {M}.",
+        "{A} [saves|saved] {M}.",
+        "{A} [gets|got] {M} from {p} {R}.",
+    ),
     ("{A} [goes|went] to the shop with {M}.", "{A} [has|had] {M} at home."),
 )
 SPENDING = Bank(
@@ -453,7 +597,11 @@ SPENDING = Bank(
     ("Then {s} [spends|spent] {P} on a {w}.", "{S} then [buys|bought] a {w} for {P}."),
 )
 SPENDING_EACH = Bank(
-    ("{S} [buys|bought] {n} {o} for {P} each.", "{S} [buys|bought] {n} {o} that cost {P} each.", "{S} [buys|bought] {n} {o}. Each {w} [costs|cost] {P}."),
+    (
+        "{S} [buys|bought] {n} {o} for {P} each.",
+        "{S} [buys|bought] {n} {o} that cost {P} each.",
+        "{S} [buys|bought] {n} {o}. Each {w} [costs|cost] {P}.",
+    ),
     ("{S} [buys|bought] {n} {o} at {P} each.", "Then {s} [buys|bought] {n} {o} for {P} each."),
 )
 ASK_MONEY = Bank(
@@ -474,9 +622,15 @@ COMPARE = Bank(
         "{B} [has|had] {d} {more} {o} than {A}. {A} [has|had] {X}.",
         "{A} [picks|picked] {X}. {B} [picks|picked] {d} {more} {o} than {A}.",
     ),
-    ("{A} [has|had] {X}. {B} [has|had] {d} {more} {o} than {p} friend {A}.", "{A} [finds|found] {X}. {B} [finds|found] {d} {more} than {A}."),
+    (
+        "{A} [has|had] {X}. {B} [has|had] {d} {more} {o} than {p} friend {A}.",
+        "{A} [finds|found] {X}. {B} [finds|found] {d} {more} than {A}.",
+    ),
 )
-ASK_OTHER = Bank(("How many {o} does {B} have?", "How many does {B} have?", "What is the number of {o} that {B} has?"), ("How many {o} has {B}?",))
+ASK_OTHER = Bank(
+    ("How many {o} does {B} have?", "How many does {B} have?", "What is the number of {o} that {B} has?"),
+    ("How many {o} has {B}?",),
+)
 TIMES = Bank(
     (
         "{A} [has|had] {X}. {B} [has|had] {t} as many {o} as {A}.",
@@ -484,7 +638,10 @@ TIMES = Bank(
         "{B} [has|had] {t} as many {o} as {A}. {A} [has|had] {X}.",
         "{A} [makes|made] {X}. {B} [makes|made] {t} as many {o}.",
     ),
-    ("{A} [finds|found] {X}. {B} [finds|found] {t} as many as {A}.", "{A} [has|had] {X} while {B} [has|had] {t} as many."),
+    (
+        "{A} [finds|found] {X}. {B} [finds|found] {t} as many as {A}.",
+        "{A} [has|had] {X} while {B} [has|had] {t} as many.",
+    ),
 )
 RATE = Bank(
     (
@@ -501,7 +658,11 @@ RATE = Bank(
     ),
 )
 RATE_EXTRA = Bank(
-    ("On the last day {s} [does|did] {c} more.", "Then {s} [does|did] {c} more.", "After that, {s} [does|did] another {c}."),
+    (
+        "On the last day {s} [does|did] {c} more.",
+        "Then {s} [does|did] {c} more.",
+        "After that, {s} [does|did] another {c}.",
+    ),
     ("Later, {s} [does|did] {c} more.",),
 )
 COLORS = ("red", "blue", "green", "yellow", "white", "black", "big", "small", "old", "new")
@@ -549,7 +710,9 @@ class Draw:
 
     def _invented(self) -> str:
         """A name nobody has: the reader must not depend on knowing every word."""
-        syllables = [self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou") for _ in range(self.rng.randint(1, 2))]
+        syllables = [
+            self.rng.choice("bdfgklmnprstvz") + self.rng.choice("aeiou") for _ in range(self.rng.randint(1, 2))
+        ]
         return ("".join(syllables) + self.rng.choice("klmnrst")).capitalize()
 
     def chance(self, probability: float) -> bool:
@@ -587,12 +750,22 @@ class Draw:
     def more(self, value: int) -> str:
         """What is gained: "5 more apples" in its many forms."""
         n = self.written(value)
-        return self.rng.choice((f"{n} more {self.noun(value)}", f"{n} more", f"another {n} {self.noun(value)}", f"{n} {self.noun(value)}", f"another {n}"))
+        return self.rng.choice(
+            (
+                f"{n} more {self.noun(value)}",
+                f"{n} more",
+                f"another {n} {self.noun(value)}",
+                f"{n} {self.noun(value)}",
+                f"another {n}",
+            )
+        )
 
     def some(self, value: int) -> str:
         """What is lost: "5 of them" in its many forms."""
         n = self.written(value)
-        return self.rng.choice((f"{n} {self.noun(value)}", f"{n} {self.noun(value)}", n, f"{n} of them", f"{n} of the {self.plural}"))
+        return self.rng.choice(
+            (f"{n} {self.noun(value)}", f"{n} {self.noun(value)}", n, f"{n} of them", f"{n} of the {self.plural}")
+        )
 
     def noun(self, value: int) -> str:
         return self.singular if value == 1 else self.plural
@@ -817,8 +990,22 @@ def ledger(draw: Draw) -> str:
 
 
 Family = Callable[[Draw], str]
-EASY: dict[str, Family] = {"have": have, "buy": buy, "give": give, "lose": lose, "groups": groups, "share": share, "price": price}
-FAMILIES: dict[str, Family] = EASY | {"compare": compare, "times": times, "rate": rate, "chain": chain, "ledger": ledger}
+EASY: dict[str, Family] = {
+    "have": have,
+    "buy": buy,
+    "give": give,
+    "lose": lose,
+    "groups": groups,
+    "share": share,
+    "price": price,
+}
+FAMILIES: dict[str, Family] = EASY | {
+    "compare": compare,
+    "times": times,
+    "rate": rate,
+    "chain": chain,
+    "ledger": ledger,
+}
 GROUPS_OF_FAMILIES = {"easy": tuple(EASY), "all": tuple(FAMILIES)}
 
 # --- problems ------------------------------------------------------------------------------------
@@ -853,6 +1040,8 @@ def make_problem(families: Sequence[str], split: Split, seed: int, index: int, m
             return Problem(question, solution, family)
 
 
-def problems(families: Sequence[str], split: Split, seed: int, count: int, max_number: int = MAX_NUMBER) -> Iterator[Problem]:
+def problems(
+    families: Sequence[str], split: Split, seed: int, count: int, max_number: int = MAX_NUMBER
+) -> Iterator[Problem]:
     """The first `count` problems of a split and seed."""
     return (make_problem(families, split, seed, index, max_number) for index in range(count))

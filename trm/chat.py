@@ -91,7 +91,9 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, normalize: bool = True) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it with tokenizer.json")
+            raise ConfigError(
+                f"tokenizer {type(tokenizer).__name__} is not a fast tokenizer; save it with tokenizer.json"
+            )
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer names no eos_token, so a reply could never end; set eos_token")
         self.tokenizer = tokenizer

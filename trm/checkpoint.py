@@ -55,7 +55,11 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        return Path(
+            snapshot_download(
+                str(model), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such directory, and the hub does not give it: {reason}") from error
@@ -87,7 +91,9 @@ def read_config(directory: Path) -> TRMConfig:
     path = directory / CONFIG_FILE
     content = read_json(path)
     if content.get("model_type") != TRMConfig.model_type:
-        raise CheckpointError(f"{path}: model_type is {content.get('model_type')!r}, not {TRMConfig.model_type!r}; train a decoder with trm-train")
+        raise CheckpointError(
+            f"{path}: model_type is {content.get('model_type')!r}, not {TRMConfig.model_type!r}; train a decoder with trm-train"
+        )
     try:
         return TRMConfig.from_dict(content)
     except ConfigError as error:
@@ -97,12 +103,19 @@ def read_config(directory: Path) -> TRMConfig:
 
 
 def read_backbone(source: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A Qwen2- or Llama-family causal language model in float32 from a directory or hub id."""
+    """A Qwen2- or Llama-family causal language model in float32 from a directory or hub id.
+
+    A checkpoint of ours stands for the backbone that lies inside it.
+    """
     directory = locate(source, revision)
     path = directory / CONFIG_FILE
     architecture = read_json(path).get("model_type")
+    if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():
+        return read_backbone(directory / BACKBONE_DIR)
     if architecture not in BACKBONES:
-        raise CheckpointError(f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}")
+        raise CheckpointError(
+            f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
+        )
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{directory}: no *.safetensors file; only safetensors weights are read")
@@ -111,7 +124,12 @@ def read_backbone(source: str | Path, revision: str | None = None) -> PreTrained
     try:
         config = AutoConfig.from_pretrained(directory)
         backbone, report = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", output_loading_info=True
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except Exception as error:  # the library raises many kinds for a broken directory
         raise CheckpointError(f"{directory}: the backbone does not load: {error}") from error
@@ -159,22 +177,37 @@ def check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         if name not in expected:
             raise CheckpointError(f"{source}: tensor {name} in {WEIGHTS_FILE} is foreign")
         if weights[name].shape != expected[name]:
-            raise CheckpointError(f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; {CONFIG_FILE} makes it {tuple(expected[name])}")
+            raise CheckpointError(
+                f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; {CONFIG_FILE} makes it {tuple(expected[name])}"
+            )
 
 
-def write(directory: Path, config: TRMConfig, weights: Mapping[str, Tensor], backbone: PreTrainedModel, tokenizer: Any = None) -> None:
+def write(
+    directory: Path, config: TRMConfig, weights: Mapping[str, Tensor], backbone: PreTrainedModel, tokenizer: Any = None
+) -> None:
     """Write a checkpoint beside `directory` and rename it into place; an existing one is replaced.
 
     Backbones from a hub id or larger than 64 MB stay where they are; `config` must then name them.
     """
-    aside = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = make_aside(directory)
     write_into(aside, config, weights, backbone, tokenizer)
     replace_directory(aside, directory)
 
 
-def write_into(directory: Path, config: TRMConfig, weights: Mapping[str, Tensor], backbone: PreTrainedModel, tokenizer: Any) -> None:
+def make_aside(directory: Path) -> Path:
+    """A new, empty directory beside `directory`, to be renamed to it when it is complete."""
+    aside = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot write there: {error.strerror}") from error
+    return aside
+
+
+def write_into(
+    directory: Path, config: TRMConfig, weights: Mapping[str, Tensor], backbone: PreTrainedModel, tokenizer: Any
+) -> None:
     """The files of a checkpoint, into an existing directory that nobody reads yet."""
     if config.backbone_source is None:
         write_backbone(directory / BACKBONE_DIR, backbone)
@@ -196,7 +229,9 @@ def write_backbone(directory: Path, backbone: PreTrainedModel) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, written aside and renamed."""
     aside = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"}
+    )
     os.replace(aside, path)
 
 
@@ -217,9 +252,19 @@ def replace_directory(aside: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def backbone_bytes(directory: Path) -> int:
-    """Size of a backbone's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+def backbone_record(source: str | Path, revision: str | None, backbone: PreTrainedModel) -> dict[str, str | None]:
+    """The configuration fields that say where a backbone comes from; all None where it is small enough to be copied."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        weights = path / BACKBONE_DIR if (path / BACKBONE_DIR).is_dir() else path
+        if sum(file.stat().st_size for file in weights.glob("*.safetensors")) <= MAX_COPIED_BACKBONE_BYTES:
+            return {"backbone_source": None, "backbone_revision": None, "backbone_fingerprint": None}
+        source = weights.resolve()
+    return {
+        "backbone_source": str(source),
+        "backbone_revision": revision,
+        "backbone_fingerprint": fingerprint(backbone),
+    }
 
 
 def fingerprint(backbone: PreTrainedModel) -> str:

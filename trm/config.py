@@ -74,7 +74,9 @@ class TRMConfig(PreTrainedConfig):
         if backbone.model_type not in BACKBONES:
             raise _unknown_backbone(backbone.model_type)
         if "sliding_attention" in (getattr(backbone, "layer_types", None) or ()):
-            raise ConfigError("the backbone uses sliding-window attention, which the decoder does not; set use_sliding_window false")
+            raise ConfigError(
+                "the backbone uses sliding-window attention, which the decoder does not; set use_sliding_window false"
+            )
         rope = (getattr(backbone, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope not in ROPE_TYPES:
             raise ConfigError(f"rope type {rope!r} makes a row depend on its batch; supported: {', '.join(ROPE_TYPES)}")
@@ -110,7 +112,15 @@ class TRMConfig(PreTrainedConfig):
     def effort_steps(self, effort: str) -> int:
         """Supervision steps of a named effort. Raises ConfigError for a name that is none."""
         n = self.n_supervision
-        steps = {"none": 0, "minimal": 1, "low": -(-n // 4), "medium": -(-n // 2), "high": n, "xhigh": -(-3 * n // 2), "max": 2 * n}
+        steps = {
+            "none": 0,
+            "minimal": 1,
+            "low": -(-n // 4),
+            "medium": -(-n // 2),
+            "high": n,
+            "xhigh": -(-3 * n // 2),
+            "max": 2 * n,
+        }
         if effort not in steps:
             raise ConfigError(f"effort {effort!r} is not one of {', '.join(EFFORT_NAMES)}")
         return steps[effort]

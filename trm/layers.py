@@ -99,7 +99,9 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     """One post-norm layer of the shared block f."""
 
-    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, intermediate_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, intermediate_size: int
+    ) -> None:
         super().__init__()
         self.attention = Attention(hidden_size, num_heads, num_key_value_heads, head_dim)
         self.feed_forward = SwiGLU(hidden_size, intermediate_size)

@@ -79,7 +79,9 @@ class Decoder(nn.Module):
         """Keys and values of every layer projected from the context x (B, S, D)."""
         return [layer.attention.keys_values(x, rope) for layer in self.layers]
 
-    def step(self, x: Tensor, y: Tensor, z: Tensor, attending: Attending, grad_cycles: int | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, x: Tensor, y: Tensor, z: Tensor, attending: Attending, grad_cycles: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One supervision step: n_cycles times (z n_latent times, then y). All (B, Q, D); returns (y, z).
 
         Only the last `grad_cycles` cycles carry gradient (None: all of them).
@@ -88,7 +90,9 @@ class Decoder(nn.Module):
         config = self.config
         call = 0
         for cycle in range(config.n_cycles):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (grad_cycles is None or cycle >= config.n_cycles - grad_cycles)):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and (grad_cycles is None or cycle >= config.n_cycles - grad_cycles)
+            ):
                 for _ in range(config.n_latent):
                     z = self._block(x + y + z, attending, call)
                     call += 1
@@ -106,7 +110,9 @@ class Decoder(nn.Module):
                 keys, values = attending.context[index]
             else:
                 assert attending.update is not None, "keys and values come from the context or from the state"
-                keys, values = attending.update(call * len(self.layers) + index, *layer.attention.keys_values(h, attending.rope))
+                keys, values = attending.update(
+                    call * len(self.layers) + index, *layer.attention.keys_values(h, attending.rope)
+                )
             h = layer(h, keys, values, attending)
         return h
 
@@ -122,8 +128,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TRMConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.backbone: Any = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.backbone_config)
+        self.backbone: Any = (
+            backbone if backbone is not None else AutoModelForCausalLM.from_config(config.backbone_config)
+        )
         self.backbone.requires_grad_(False)
+        self.backbone.set_attn_implementation("sdpa")  # the only one that takes our boolean masks
         self.decoder = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
         if self.lm_head is not None:
@@ -143,7 +152,15 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         arguments `config`, `revision` and `device_map` (a single device) are understood. Raises CheckpointError.
         """
         revision, device = kwargs.pop("revision", None), kwargs.pop("device_map", None)
-        for harmless in ("config", "trust_remote_code", "_from_auto", "adapter_kwargs", "torch_dtype", "_commit_hash", "code_revision"):
+        for harmless in (
+            "config",
+            "trust_remote_code",
+            "_from_auto",
+            "adapter_kwargs",
+            "torch_dtype",
+            "_commit_hash",
+            "code_revision",
+        ):
             kwargs.pop(harmless, None)
         if kwargs:
             raise ConfigError(f"from_pretrained does not take {', '.join(sorted(kwargs))} for this model")
@@ -279,14 +296,19 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         """The number of supervision steps to run. Raises BadRequest beyond the model's maximum."""
         steps = self.config.n_supervision if n_supervision is None else n_supervision
         if not 0 <= steps <= self.config.max_supervision:
-            raise BadRequest(f"supervision_steps is {steps}; this model takes 0 to {self.config.max_supervision}", param="supervision_steps")
+            raise BadRequest(
+                f"supervision_steps is {steps}; this model takes 0 to {self.config.max_supervision}",
+                param="supervision_steps",
+            )
         return steps
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate(). Batches must be padded on the left; `n_supervision` sets the effort."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
-            raise BadRequest("generate() needs padding on the left; set tokenizer.padding_side = 'left'", param="attention_mask")
+            raise BadRequest(
+                "generate() needs padding on the left; set tokenizer.padding_side = 'left'", param="attention_mask"
+            )
         return super().generate(inputs, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:

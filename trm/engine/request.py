@@ -79,7 +79,6 @@ class Event:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: TRMError | None = None
-    first_token: bool = False
 
 
 @dataclass(frozen=True)

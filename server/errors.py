@@ -1,0 +1,114 @@
+"""Errors as HTTP: the one place that knows status codes.
+
+Every error leaves as `{"error": {"message", "type", "param", "code"}}`. What is raised on
+purpose (TRMError) keeps its message; anything else becomes a bare 500, and the traceback
+goes to the log only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from trm.errors import BadRequest, DeviceError, Overloaded, TRMError
+
+MAX_PATH_CHARS = 200  # of a client's own field name in a message
+
+
+class UnknownModel(BadRequest):
+    """A model id that this server does not serve."""
+
+
+class Unauthorized(BadRequest):
+    """No API key, or a wrong one."""
+
+
+class BodyTooLarge(BadRequest):
+    """More bytes than a request may have."""
+
+
+class Unavailable(TRMError):
+    """The server takes no work: it is stopping, or its device has failed."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+STATUS: Mapping[type[TRMError], tuple[int, str]] = {
+    BadRequest: (400, "invalid_request_error"),
+    Unauthorized: (401, "invalid_request_error"),
+    UnknownModel: (404, "invalid_request_error"),
+    BodyTooLarge: (413, "invalid_request_error"),
+    Overloaded: (429, "rate_limit_error"),
+    DeviceError: (500, "server_error"),
+    Unavailable: (503, "server_error"),
+}
+CODES: Mapping[type[TRMError], str] = {Overloaded: "queue_full", DeviceError: "device_error"}
+HEADERS: Mapping[int, dict[str, str]] = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The error shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def internal_error_body() -> dict[str, Any]:
+    """What a client learns of an unexpected exception."""
+    return error_body("internal server error; the server's log has the details", "server_error", code="internal_error")
+
+
+def describe(error: TRMError) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error raised on purpose."""
+    status, kind = next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), (500, "server_error"))
+    code = getattr(error, "code", None) or CODES.get(type(error))
+    return status, error_body(str(error), kind, getattr(error, "param", None), code)
+
+
+def error_response(error: TRMError) -> JSONResponse:
+    """The response for an error raised on purpose."""
+    status, body = describe(error)
+    return JSONResponse(body, status, HEADERS.get(status))
+
+
+def internal_error_response() -> JSONResponse:
+    """The response for an unexpected exception."""
+    return JSONResponse(internal_error_body(), 500)
+
+
+def install(app: FastAPI) -> None:
+    """Give `app` the handlers that keep every error in shape."""
+    app.add_exception_handler(TRMError, _trm_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+
+
+async def _trm_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, TRMError)  # noqa: S101 - for the type checker; Starlette dispatches by class
+    return error_response(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """The first thing wrong with a body, by its dotted path."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"][1:])[:MAX_PATH_CHARS]
+    if not path:
+        return error_response(BadRequest("the body must be a JSON object, sent with Content-Type: application/json"))
+    if problem["type"] == "extra_forbidden":
+        return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path))
+    return error_response(BadRequest(f"{path}: {problem['msg']}", param=path))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: unknown paths, wrong methods."""
+    assert isinstance(error, HTTPException)  # noqa: S101
+    place = f"{request.method} {request.url.path}"[:MAX_PATH_CHARS]
+    messages = {404: f"{place}: no such route", 405: f"{place}: wrong method"}
+    codes = {404: "unknown_url", 405: "method_not_allowed"}
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    body = error_body(messages.get(error.status_code, error.detail), kind, code=codes.get(error.status_code))
+    return JSONResponse(body, error.status_code, error.headers)

@@ -1,0 +1,46 @@
+"""What `trm-serve` can be told. Every knob here is read; `trm.settings` says from where."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import CliVariadicArg, NoDecode
+
+from trm.settings import Settings
+
+BUNDLED_MODEL_ID = "qwen-trm"
+
+ApiKey = Annotated[str, Field(min_length=1)]
+
+
+class ServeSettings(Settings):
+    """Settings of `trm-serve`."""
+
+    command: ClassVar[str] = "trm-serve"
+
+    model: str | None = Field(None, description="checkpoint directory or hub id; without it the bundled model")
+    served_model_name: str | None = Field(None, description="the model's id in requests; by default --model as given")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one and logs it")
+    api_key: Annotated[CliVariadicArg[list[ApiKey]], NoDecode] = Field(
+        [], description="keys that clients may send as 'Authorization: Bearer KEY', TRM_API_KEY separates them by commas; none: open to all"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
+    max_rows: int = Field(32, ge=1, description="requests decoded together")
+    max_model_len: int | None = Field(None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow")
+    max_queue: int = Field(256, ge=1, description="requests that may wait; beyond it they get 429")
+    kv_cache_bytes: int | None = Field(None, ge=1, description="memory for keys and values; by default measured at start")
+    max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
+    max_n: int = Field(64, ge=1, description="largest n of one request")
+    drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        return [key.strip() for key in value.split(",")] if isinstance(value, str) else value
+
+    @property
+    def model_id(self) -> str:
+        """The name that requests call the model by."""
+        return self.served_model_name or self.model or BUNDLED_MODEL_ID

@@ -1,0 +1,139 @@
+"""The bridge between the event loop and the engine's thread.
+
+Requests go down in groups that are accepted or refused whole; their events come back
+through `call_soon_threadsafe`, in order, as one asynchronous stream per group. Knows no
+HTTP. Iterating raises the engine's error when one request of the group fails, and
+Unavailable when the server cancels it; whoever stops iterating early calls `cancel`.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from server.errors import Unavailable
+from server.metrics import Metrics
+from trm.engine.request import Event, Reply, Usage
+from trm.engine.request import Request as EngineRequest
+from trm.errors import DeviceError
+
+if TYPE_CHECKING:
+    from trm.engine.engine import Engine, Handle
+
+
+class Submission:
+    """A group of accepted requests: `async for index, event in submission`, index as submitted."""
+
+    def __init__(self, num_requests: int, metrics: Metrics) -> None:
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._metrics = metrics
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._handles: Sequence[Handle] = ()
+        self._running = set(range(num_requests))
+        self._submitted_at = time.perf_counter()
+        self._last_tokens_at = [self._submitted_at] * num_requests
+
+    @property
+    def running(self) -> bool:
+        """Whether the engine still owes a final event."""
+        return bool(self._running)
+
+    def cancel(self) -> None:
+        """Let go of every request that has not ended; none that has is touched."""
+        for index in self._running:
+            self._handles[index].cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        left = len(self._last_tokens_at)
+        while left:
+            index, event = await self._events.get()
+            if event.finish_reason == "error":
+                raise event.error or DeviceError("the engine gave up the request")
+            if event.finish_reason == "cancelled":
+                raise Unavailable("the server is stopping and cancelled the request; send it again elsewhere", "draining")
+            left -= event.finish_reason is not None
+            yield index, event
+
+    async def replies(self) -> list[Reply]:
+        """Every reply whole, in order of submission."""
+        texts: list[list[str]] = [[] for _ in self._last_tokens_at]
+        ids: list[list[int]] = [[] for _ in self._last_tokens_at]
+        done: dict[int, Reply] = {}
+        async for index, event in self:
+            texts[index].append(event.text)
+            ids[index].extend(event.token_ids)
+            if event.finish_reason is not None:
+                usage = event.usage or Usage(0, 0, 0)
+                done[index] = Reply(tuple(ids[index]), "".join(texts[index]), event.finish_reason, usage)
+        return [done[index] for index in sorted(done)]
+
+    def _deliver(self, index: int, event: Event, at: float) -> None:
+        """Take one event, given at time `at`; runs on the loop."""
+        self._metrics.record(event, at - self._submitted_at, at - self._last_tokens_at[index])
+        if event.token_ids:
+            self._last_tokens_at[index] = at
+        if event.finish_reason is not None:
+            self._running.discard(index)
+        if event.usage is not None:
+            self.prompt_tokens += event.usage.prompt_tokens
+            self.completion_tokens += event.usage.completion_tokens
+        self._events.put_nowait((index, event))
+
+
+class Worker:
+    """Submits to the engine, and knows what is under way."""
+
+    def __init__(self, engine: "Engine", metrics: Metrics) -> None:
+        self.draining = False
+        self._engine = engine
+        self._metrics = metrics
+        self._submissions: set[Submission] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def submit(self, requests: Sequence[EngineRequest]) -> Submission:
+        """Hand requests to the engine, all or none. Called on the event loop; does not wait.
+
+        Raises Unavailable while stopping or after the device failed, and what `Engine.submit` raises.
+        """
+        self.check_available()
+        loop = asyncio.get_running_loop()
+        submission = Submission(len(requests), self._metrics)
+
+        def on_event(index: int, event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                loop.call_soon_threadsafe(self._deliver, submission, index, event, time.perf_counter())
+
+        try:
+            submission._handles = self._engine.submit(requests, on_event)
+        except DeviceError as error:
+            raise Unavailable(str(error), "device_failed") from error
+        self._submissions.add(submission)
+        self._idle.clear()
+        return submission
+
+    def check_available(self) -> None:
+        """Raise Unavailable unless work can be taken."""
+        if not self._engine.alive():
+            raise Unavailable("the engine has stopped; restart the server", "device_failed")
+        if self.draining:
+            raise Unavailable("the server is stopping and takes no new work", "draining")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more work, let what is under way finish for `timeout_s`, cancel the rest."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            for submission in self._submissions:
+                submission.cancel()
+
+    def _deliver(self, submission: Submission, index: int, event: Event, at: float) -> None:
+        submission._deliver(index, event, at)
+        if not submission.running:
+            self._submissions.discard(submission)
+            if not self._submissions:
+                self._idle.set()

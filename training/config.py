@@ -1,0 +1,98 @@
+"""Settings of the training commands, with their defaults. One frozen class per command."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic_settings import CliVariadicArg
+
+from training.optim import OptimizerName
+from trm.settings import Settings
+
+Device = Literal["auto", "cpu", "cuda"]
+DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY,…] or a JSON-lines file"
+
+
+class TrainSettings(Settings):
+    """Train a recursive decoder on a frozen backbone and write servable checkpoints."""
+
+    command: ClassVar[str] = "trm-train"
+
+    dataset: str | None = Field(None, description=DATASET_HELP)
+    backbone: str | None = Field(
+        None, description="directory or hub id of a Qwen2 or Llama model; default the bundled one"
+    )
+    backbone_revision: str | None = Field(None, description="revision of a hub backbone")
+    output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
+    resume: Path | None = Field(
+        None, description="checkpoint to go on from, in its own run directory unless --output-dir is given"
+    )
+    num_problems: int = Field(20_000, ge=1, description="how many synthetic problems to draw")
+    epochs: int = Field(1, ge=1, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    batch_size: int = Field(8, ge=1, description="problems per batch")
+    gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
+    max_length: int = Field(1024, ge=2, description="longer problems, in tokens, are dropped")
+    optimizer: OptimizerName = Field("adamw", description="adamw, or muon for the block's matrices")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay on matrices")
+    warmup_steps: int | None = Field(None, ge=0, description="default a tenth of the run, at most 2000")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    n_latent: int = Field(6, ge=1, description="latent updates per cycle (the paper's n)")
+    n_cycles: int = Field(3, ge=1, description="cycles per supervision step (T)")
+    n_supervision: int = Field(16, ge=1, description="supervision steps (N_sup)")
+    n_layers: int = Field(1, ge=1, description="layers of the shared block (L)")
+    expansion: float = Field(4.0, gt=0, description="feed-forward expansion")
+    max_supervision: int | None = Field(None, ge=1, description="deepest effort to allow when serving")
+    kv_source: Literal["context", "state"] = Field("context", description="where keys and values come from")
+    gradient: Literal["full", "paper"] = Field(
+        "full", description="through the whole recursion, or the last cycle of each step"
+    )
+    train_lm_head: bool = Field(False, description="also train an untied copy of the head")
+    normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
+    save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    seed: int = Field(0, ge=0, description="of weights, data order and synthetic problems")
+    device: Device = Field("auto", description="where to train")
+    autocast: Literal["auto", "on", "off"] = Field(
+        "auto", description="bfloat16 matrix products; auto: where the device has them"
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+
+
+class EvalSettings(Settings):
+    """Measure greedy accuracy per effort, with 95 % intervals."""
+
+    command: ClassVar[str] = "trm-eval"
+
+    model: str | None = Field(None, description="checkpoint directory or hub id; default the bundled model")
+    dataset: str = Field("synthetic", description=DATASET_HELP)
+    effort: Annotated[list[int], CliVariadicArg] = Field(
+        [], description="supervision steps to try; default 0, 1 and the trained number"
+    )
+    limit: int = Field(500, ge=1, description="number of problems")
+    seed: int = Field(0, ge=0, description="of the synthetic problems")
+    max_tokens: int = Field(512, ge=1, description="longest reply")
+    max_rows: int = Field(32, ge=1, description="problems decoded together")
+    report: Path | None = Field(None, description="directory for report.json")
+    device: Device = Field("auto", description="where to run")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+
+
+class PretrainSettings(Settings):
+    """Make the small tokenizer and backbone that the bundled model stands on."""
+
+    command: ClassVar[str] = "trm-pretrain"
+
+    output_dir: Path = Field(Path("runs/backbone"), description="where tokenizer and backbone go")
+    text_file: Path | None = Field(
+        None, description="JSON-lines file with more problems, for their wording (GSM8K's training set)"
+    )
+    max_steps: int = Field(5_000, ge=1, description="optimiser steps")
+    batch_size: int = Field(64, ge=1, description="problems per step")
+    lr: float = Field(1.2e-2, gt=0, description="peak learning rate of Muon")
+    hidden_size: int = Field(256, ge=32, multiple_of=32, description="width; heads have 32 units")
+    num_layers: int = Field(4, ge=1, description="depth")
+    vocab_size: int = Field(2048, ge=300, description="size of the tokenizer")
+    seed: int = Field(0, ge=0, description="of weights and problems")
+    device: Device = Field("auto", description="where to train")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")

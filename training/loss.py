@@ -1,0 +1,77 @@
+"""What one batch costs: the recursion over answer positions, and its loss per supervision step.
+
+Legend: B rows, S positions, A answer positions of the longest row, D hidden, M labels in the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.batches import IGNORE_INDEX, Batch
+from trm.layers import Attending, Rope, causal_mask
+from trm.model import TRMForCausalLM
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch after the backbone: what the recursion needs, whatever the number of steps.
+
+    `context` (B, S, D) and its `rope` at every position. `x` (B, Q, D), `query_rope` and `mask`
+    (B, 1, Q, S) at the recursion's queries: Q = A, the answer positions only, for keys from the
+    context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (M,) their labels.
+    """
+
+    context: Tensor
+    rope: Rope
+    x: Tensor
+    query_rope: Rope
+    mask: Tensor
+    answers: Tensor
+    targets: Tensor
+
+    def attending(self, model: TRMForCausalLM) -> Attending:
+        """What the queries see, keys and values projected afresh, with gradient."""
+        if model.config.kv_source == "state":
+            return Attending(self.query_rope, self.mask, update=lambda entry, keys, values: (keys, values))
+        return Attending(self.query_rope, self.mask, model.decoder.context_keys_values(self.context, self.rope))
+
+
+@torch.no_grad()
+def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
+    """Run the frozen backbone, and choose the recursion's queries.
+
+    With keys from the context no query sees another query's state, so that prompt positions
+    need no recursion.
+    """
+    labelled = batch.labels != IGNORE_INDEX
+    length = batch.input_ids.shape[1]
+    mask = causal_mask(batch.attention_mask, length)
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    x, rope = model.encode(batch.input_ids, mask, positions)
+    targets = batch.labels[labelled]
+    if model.config.kv_source == "state":
+        return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets)
+    start, count = labelled.int().argmax(dim=1), labelled.sum(dim=1)
+    offsets = torch.arange(int(count.max()), device=x.device)
+    queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    cos, sin = (part.expand(len(x), -1, -1)[rows, queries] for part in rope)
+    answers = (offsets < count[:, None]).nonzero()
+    return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
+
+
+def step_loss(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Loss of one supervision step, summed over labels, and how many labels its argmax gets right.
+
+    Cross-entropy of the answer state, plus binary cross-entropy of the halting head against "this
+    step's argmax is right". The head is a probe: it reads y and does not bend it.
+    """
+    answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
+    logits = model.readout(answer).float()
+    right = logits.argmax(-1) == prepared.targets
+    halt = model.decoder.halt_logits(answer.detach()).float()
+    loss = F.cross_entropy(logits, prepared.targets, reduction="sum")
+    loss = loss + F.binary_cross_entropy_with_logits(halt, right.float(), reduction="sum")
+    return loss, right.sum()

@@ -1,0 +1,343 @@
+"""Continuous batching in depth: one thread, one model, many requests at different steps.
+
+A tick is one supervision step over every row that is inside the recursion, wherever it stands.
+A row that reaches its effort chooses a token, passes the backbone and starts again at step 0
+while the others go on. Requests come in through `submit` from any thread; news goes out as
+events, from the engine's thread. Every accepted request ends in exactly one final event.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trm.chat import ChatFormat
+from trm.engine.detokenizer import TextStream
+from trm.engine.request import Event, FinishReason, Reply, Request, Stats, Usage
+from trm.engine.runner import Chunk, Runner
+from trm.engine.sampling import choose
+from trm.engine.scheduler import Row, Scheduler
+from trm.errors import BadRequest, ConfigError, DeviceError, TRMError
+from trm.model import TRMForCausalLM
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_SHARE = 0.25  # of the memory that is free when the engine starts
+STATE_EFFORT_LIMIT = 2  # times the trained depth: with keys from the state every step costs cache
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine.
+
+    max_rows: rows decoded together. max_model_len: positions of one request, prompt and reply; None for
+    the model's, or what fits into the cache. max_queue: requests that may wait. kv_cache_bytes: None for a
+    quarter of the free memory at most. prefill_chunk: prompt tokens cached per tick.
+    """
+
+    max_rows: int = 32
+    max_model_len: int | None = None
+    max_queue: int = 256
+    kv_cache_bytes: int | None = None
+    prefill_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_rows", 1), ("max_queue", 0), ("prefill_chunk", 1), ("max_model_len", 2), ("kv_cache_bytes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+class Handle:
+    """One accepted request: its events, its whole reply, and the way to leave.
+
+    Events go to `on_event` in the engine's thread where one was given, else they wait here.
+    """
+
+    def __init__(self, request: Request, on_event: Callable[[Event], None] | None = None) -> None:
+        self.request = request
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._emit = on_event or self._events.put
+        self._row: Row | None = None
+
+    def cancel(self) -> None:
+        """Leave before the next tick; the final event then says "cancelled". Harmless afterwards."""
+        if self._row is not None:
+            self._row.cancelled = True
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events as they come, the final one last."""
+        while True:
+            event = self._events.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    def result(self) -> Reply:
+        """Wait for the end. Raises the request's error where it failed."""
+        ids: list[int] = []
+        text = ""
+        for event in self:
+            ids += event.token_ids
+            text += event.text
+        if event.error is not None:
+            raise event.error
+        assert event.finish_reason is not None and event.usage is not None, "the last event is final"
+        return Reply(tuple(ids), text, event.finish_reason, event.usage)
+
+
+class Engine:
+    """Owns the model from `start` to `close`. `step` may be called directly where no thread is started."""
+
+    def __init__(self, model: TRMForCausalLM, chat: ChatFormat, config: EngineConfig | None = None) -> None:
+        self.model = model.eval()
+        self.chat = chat
+        self.config = config = config or EngineConfig()
+        limit = model.config.max_supervision
+        if model.config.kv_source == "state":
+            limit = min(limit, STATE_EFFORT_LIMIT * model.config.n_supervision)
+        self.max_supervision: int = limit
+        self.bytes_per_token = Runner.bytes_per_position(model, limit)
+        self.max_model_len = self._fit_length()
+        self.runner = Runner(model, config.max_rows, self.max_model_len, limit)
+        self.scheduler = Scheduler(config.max_rows, config.max_queue)
+        self._streams: dict[Row, TextStream] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._dead = False
+        self._ticks = self._row_steps = self._backbone_calls = self._prompt_tokens = self._generation_tokens = 0
+
+    # --- callers' side, any thread -------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread that owns the model."""
+        self._thread = threading.Thread(target=self._run, name="trm-engine", daemon=True)
+        self._thread.start()
+
+    def check(self, request: Request) -> int:
+        """Supervision steps that a request asks for. Raises BadRequest where it could never be served."""
+        if not request.prompt_ids:
+            raise BadRequest("the prompt is empty", param="messages")
+        vocabulary = self.model.config.vocab_size
+        if not all(0 <= token < vocabulary for token in request.prompt_ids):
+            raise BadRequest(f"the prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
+        if request.positions > self.max_model_len:
+            raise BadRequest(
+                f"the prompt has {len(request.prompt_ids)} tokens and max_tokens is {request.params.max_tokens}, "
+                f"together {request.positions}; this server takes {self.max_model_len}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        steps = self.model.config.n_supervision if request.params.n_supervision is None else request.params.n_supervision
+        if not 0 <= steps <= self.max_supervision:
+            raise BadRequest(f"supervision_steps is {steps}; this server takes 0 to {self.max_supervision}", param="supervision_steps")
+        return steps
+
+    def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None] | None = None) -> list[Handle]:
+        """Accept all requests or none.
+
+        `on_event(index, event)` is called in the engine's thread and must not block; without it, events
+        wait in the handles. Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
+        """
+        handles, rows = [], []
+        for index, request in enumerate(requests):
+            steps = self.check(request)
+            handle = Handle(request, None if on_event is None else lambda event, index=index: on_event(index, event))
+            handle._row = Row(request, steps, handle._emit)
+            handles.append(handle)
+            rows.append(handle._row)
+        with self._changed:
+            if self._closing or self._dead:
+                raise DeviceError("the engine is shut down; it takes no more requests")
+            self.scheduler.submit(rows)
+            for row in rows:
+                self._streams[row] = TextStream(self.chat, row.request.params.stop)
+            self._changed.notify()
+        return handles
+
+    def generate(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in the order of the requests, which may be more than the queue holds at once."""
+        if self._thread is not None:
+            return [handle.result() for handle in self.submit(requests)]
+        handles = self.submit(requests)
+        while self.step():
+            pass
+        return [handle.result() for handle in handles]
+
+    def stats(self) -> Stats:
+        """Gauges and counters now."""
+        with self._changed:
+            running, waiting = list(self.scheduler.running), len(self.scheduler.waiting)
+        reserved = sum(row.request.positions for row in running)
+        return Stats(
+            requests_running=len(running),
+            requests_waiting=waiting,
+            kv_cache_usage_ratio=reserved / (self.config.max_rows * self.max_model_len),
+            kv_cache_bytes=self.bytes_per_token * self.config.max_rows * self.max_model_len,
+            kv_cache_bytes_per_token=self.bytes_per_token,
+            ticks=self._ticks,
+            row_steps=self._row_steps,
+            backbone_calls=self._backbone_calls,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
+    def alive(self) -> bool:
+        """Whether the engine can still serve what it accepts."""
+        return not self._dead and self._thread is not None and self._thread.is_alive()
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, give the accepted ones up to `drain_s` seconds, cancel the rest, end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        deadline = time.monotonic() + drain_s
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(0.05)
+        with self._changed:
+            for row in (*self.scheduler.running, *self.scheduler.waiting):
+                row.cancelled = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self.step():
+                pass
+
+    # --- the engine's side, one thread -----------------------------------------------------------
+
+    def step(self) -> bool:
+        """Advance every row by one tick. Returns whether there is anything left to do."""
+        with self._changed:
+            gone = self.scheduler.take_cancelled()
+            self.scheduler.admit()
+        for row in gone:
+            self._finish(row, "cancelled")
+        scheduler, runner = self.scheduler, self.runner
+        if chosen := scheduler.prefilling(self.config.prefill_chunk):
+            chunks = [Chunk(row.slot, row.cached, row.request.prompt_ids[row.cached : row.cached + n]) for row, n in chosen]
+            if self._call([row for row, _ in chosen], lambda: runner.prefill(chunks, [row.steps for row, _ in chosen])):
+                self._backbone_calls += 1
+                for row, count in chosen:
+                    row.cached += count
+        if rows := scheduler.feeding():
+            chunks = [Chunk(row.slot, row.cached, (row.token,)) for row in rows]
+            if self._call(rows, lambda: runner.feed(chunks, [row.steps for row in rows])):
+                self._backbone_calls += 1
+                for row in rows:
+                    row.thinking, row.step = True, 0
+        if rows := [row for row in scheduler.thinking() if row.step < row.steps]:
+            where = [row.slot for row in rows], [row.cached for row in rows], [row.step for row in rows]
+            if self._call(rows, lambda: runner.tick(*where)):
+                self._ticks += 1
+                self._row_steps += len(rows)
+                for row in rows:
+                    row.step += 1
+                    row.supervision_steps += 1
+        if rows := [row for row in scheduler.thinking() if row.step >= row.steps]:
+            self._choose_tokens(rows)
+        with self._changed:
+            return bool(scheduler.running or scheduler.waiting)
+
+    def _choose_tokens(self, rows: Sequence[Row]) -> None:
+        """Sample for rows that have reached their effort; emit, and finish those that are done."""
+        logits: list[torch.Tensor] = []
+        if not self._call(rows, lambda: logits.append(self.runner.logits([row.slot for row in rows]))):
+            return
+        finite = logits[0].isfinite().all(dim=-1).tolist()
+        for row, scores, good in zip(rows, logits[0], finite, strict=True):
+            if not good:
+                self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
+                continue
+            params = row.request.params
+            token = choose(scores, params, len(row.request.prompt_ids) + len(row.reply))
+            row.reply.append(token)
+            row.cached += 1
+            row.thinking = False
+            if len(row.reply) == 1:
+                self._prompt_tokens += len(row.request.prompt_ids)
+            self._generation_tokens += 1
+            stream = self._streams[row]
+            text = stream.push(token)
+            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped:
+                self._finish(row, "stop", (token,), text)
+            elif len(row.reply) >= params.max_tokens:
+                self._finish(row, "length", (token,), text)
+            else:
+                row.emit(Event((token,), text))
+
+    def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
+        """Make a model call for some rows; where it fails, those rows fail and the engine goes on."""
+        try:
+            run()
+            return True
+        except Exception as error:
+            logger.exception("a model call for %d rows failed", len(rows))
+            for row in rows:
+                self._fail(row, DeviceError(f"the model call failed: {type(error).__name__}"))
+            return False
+
+    def _fail(self, row: Row, error: TRMError) -> None:
+        self.runner.clear(row.slot)
+        self._finish(row, "error", error=error)
+
+    def _finish(
+        self, row: Row, reason: FinishReason, ids: tuple[int, ...] = (), text: str = "", error: TRMError | None = None
+    ) -> None:
+        """Free the row's slot and send its final event."""
+        with self._changed:
+            if row in self.scheduler.running:
+                self.scheduler.release(row)
+            stream = self._streams.pop(row)
+        usage = Usage(len(row.request.prompt_ids), len(row.reply), row.supervision_steps)
+        row.emit(Event(ids, text + stream.finish(), reason, usage, error))
+
+    def _run(self) -> None:
+        """The thread: step while there is work, sleep while there is none, and let nobody wait for ever."""
+        try:
+            while True:
+                with self._changed:
+                    while not (self.scheduler.running or self.scheduler.waiting):
+                        if self._closing:
+                            return
+                        self._changed.wait()
+                self.step()
+        except Exception:
+            logger.exception("the engine's thread died")
+            self._dead = True
+            with self._changed:
+                left = [*self.scheduler.running, *self.scheduler.waiting]
+                for row in left:
+                    self.scheduler.release(row)
+            for row in left:
+                row.emit(Event(finish_reason="error", error=DeviceError("the engine died; see the server's log")))
+
+    def _fit_length(self) -> int:
+        """Positions per slot: what is asked for, bounded by the model and by the cache's bytes."""
+        config, longest = self.config, self.model.config.max_position_embeddings
+        budget = config.kv_cache_bytes
+        if budget is None:
+            budget = int(_free_bytes(self.model.device) * DEFAULT_CACHE_SHARE)
+        fits = budget // (self.bytes_per_token * config.max_rows)
+        wanted = config.max_model_len
+        if wanted is not None and wanted > longest:
+            raise ConfigError(f"max_model_len is {wanted}; the model has positions for {longest}")
+        if fits < (wanted or 2):
+            raise ConfigError(
+                f"the cache of {budget} bytes holds {fits} positions for each of {config.max_rows} rows "
+                f"({self.bytes_per_token} bytes each); {wanted or 2} are needed: lower max_rows or max_model_len, or raise kv_cache_bytes"
+            )
+        return wanted or min(longest, fits)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that is free now, on the device that the cache will lie on."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
