@@ -1,7 +1,7 @@
 """Settings of the training commands, with their defaults. One frozen class per command."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from pydantic_settings import CliVariadicArg
@@ -66,7 +66,7 @@ class EvalSettings(Settings):
 
     model: str | None = Field(None, description="checkpoint directory or hub id; default the bundled model")
     dataset: str = Field("synthetic", description=DATASET_HELP)
-    effort: Annotated[list[int], CliVariadicArg] = Field(
+    effort: CliVariadicArg[list[int]] = Field(
         [], description="supervision steps to try; default 0, 1 and the trained number"
     )
     limit: int = Field(500, ge=1, description="number of problems")

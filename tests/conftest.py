@@ -1,0 +1,92 @@
+"""Small models and tokenizers that every test module may use.
+
+Random decoder weights are scaled so that they disturb the result and yet contract: a decoder
+at its zero initialisation would make every cache bug invisible, a chaotic one amplifies rounding.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from trm import TRMForCausalLM, bundled_model_path
+from trm.chat import ChatFormat
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+BACKBONES: dict[str, tuple[Any, Any]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+torch.set_num_threads(1)  # tiny tensors: more threads only get in each other's way
+
+
+def shared_path(name: str) -> Path:
+    """A file or folder of the workplace's shared data; the test is skipped where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs shared/{name}, which is not part of this repository")
+    return path
+
+
+def make_backbone(family: str = "qwen2", seed: int = 0, **sizes: Any) -> Any:
+    """A tiny backbone with random weights large enough to matter."""
+    config_class, model_class = BACKBONES[family]
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    return model_class(config_class(**(settings | sizes))).eval()
+
+
+@torch.no_grad()
+def randomize(model: TRMForCausalLM, scale: float = 0.4, seed: int = 0) -> TRMForCausalLM:
+    """Give the decoder's weights a spread of `scale` / sqrt(fan in), the halting head included."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.decoder.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.copy_(noise * scale / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def make_model(family: str = "qwen2", *, scale: float | None = 0.4, sizes: dict[str, Any] | None = None, **settings: Any) -> TRMForCausalLM:
+    """A tiny TRM model; `scale` None leaves the decoder at its initialisation."""
+    depth = {"n_latent": 2, "n_cycles": 2, "n_supervision": 3}
+    model = TRMForCausalLM.from_backbone(make_backbone(family, **(sizes or {})), **(depth | settings)).eval()
+    return model if scale is None else randomize(model, scale)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The repository's own small tokenizer."""
+    return AutoTokenizer.from_pretrained(bundled_model_path())
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer: Any) -> ChatFormat:
+    return ChatFormat(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def qwen2_tokenizer() -> Any:
+    """The real Qwen2 tokenizer, where the shared data is at hand."""
+    return AutoTokenizer.from_pretrained(shared_path("qwen2-tokenizer"))
+
+
+@pytest.fixture(params=["context", "state"])
+def kv_source(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+

@@ -1,0 +1,75 @@
+"""Greedy accuracy of a checkpoint per effort, on problems that training has not seen.
+
+Decodes through the engine in float32, so what is measured is what is served. Effort 0 is the
+frozen backbone's own answer and the baseline of every table.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from training.config import EvalSettings
+from training.data import load_problems
+from trm import TRMForCausalLM, bundled_model_path, checkpoint
+from trm.answers import is_correct
+from trm.chat import ChatFormat, solve_messages
+from trm.engine import Engine, EngineConfig, Request, SamplingParams
+from trm.errors import ConfigError
+
+
+def evaluate_model(settings: EvalSettings, device: str) -> dict[str, Any]:
+    """The report: model, data, and per effort accuracy with its interval, tokens and seconds."""
+    source = settings.model or str(bundled_model_path())
+    model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+    chat = ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
+    rows = load_problems(settings.dataset, split="heldout", seed=settings.seed, num_problems=settings.limit)
+    rows = rows[: settings.limit]
+    prompts = [tuple(chat.encode(solve_messages(row.question))) for row in rows]
+    trained = model.config.n_supervision
+    efforts = [model.check_effort(effort) for effort in settings.effort or sorted({0, 1, trained})]
+
+    longest = max(map(len, prompts)) + settings.max_tokens
+    if longest > model.config.max_position_embeddings:
+        raise ConfigError(f"the longest prompt and --max-tokens need {longest} positions; the model has {model.config.max_position_embeddings}")
+    engine = Engine(model, chat, EngineConfig(max_rows=settings.max_rows, max_model_len=longest, max_queue=len(rows)))
+    engine.start()
+    results = []
+    try:
+        for effort in dict.fromkeys(efforts):
+            params = SamplingParams(max_tokens=settings.max_tokens, n_supervision=effort)
+            started = time.monotonic()
+            handles = engine.submit([Request(prompt, params) for prompt in prompts])
+            replies = [handle.result() for handle in tqdm(handles, desc=f"effort {effort}", unit="problem")]
+            correct = sum(is_correct(reply.text, row.answer) for reply, row in zip(replies, rows, strict=True))
+            results.append(
+                {
+                    "effort": effort,
+                    "accuracy": correct / len(rows),
+                    "interval": wilson_interval(correct, len(rows)),
+                    "correct": correct,
+                    "tokens_per_answer": sum(len(reply.token_ids) for reply in replies) / len(rows),
+                    "seconds_per_answer": (time.monotonic() - started) / len(rows),
+                }
+            )
+    finally:
+        engine.close()
+    return {
+        "model": source,
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "n": len(rows),
+        "trained_effort": trained,
+        "efforts": results,
+    }
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson, 1927): sensible near 0 and 1 too."""
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
