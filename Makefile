@@ -24,7 +24,7 @@ lint: $(VENV)/installed-dev
 
 # Rebuilds trm/bundled from nothing: about an hour on two cores.
 model: $(VENV)/installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" GSM8K="$(GSM8K)" sh training/bundle.sh
+	$(VENV)/bin/python -m training.bundle --text-file $(GSM8K)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from training.config import EvalSettings
 from training.data import load_problems
+from training.device import use_device
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.answers import is_correct
 from trm.chat import ChatFormat, solve_messages
@@ -20,8 +21,12 @@ from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import ConfigError
 
 
-def evaluate_model(settings: EvalSettings, device: str) -> dict[str, Any]:
-    """The report: model, data, and per effort accuracy with its interval, tokens and seconds."""
+def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
+    """The report: model, data, and per effort accuracy with its interval, tokens and seconds.
+
+    Also written to `report.json` in the directory that `settings.report` names.
+    """
+    device = use_device(settings.device, settings.num_threads)
     source = settings.model or str(bundled_model_path())
     model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     chat = ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
@@ -33,7 +38,10 @@ def evaluate_model(settings: EvalSettings, device: str) -> dict[str, Any]:
 
     longest = max(map(len, prompts)) + settings.max_tokens
     if longest > model.config.max_position_embeddings:
-        raise ConfigError(f"the longest prompt and --max-tokens need {longest} positions; the model has {model.config.max_position_embeddings}")
+        raise ConfigError(
+            f"the longest prompt and --max-tokens need {longest} positions; "
+            f"the model has {model.config.max_position_embeddings}"
+        )
     engine = Engine(model, chat, EngineConfig(max_rows=settings.max_rows, max_model_len=longest, max_queue=len(rows)))
     engine.start()
     results = []
@@ -48,7 +56,7 @@ def evaluate_model(settings: EvalSettings, device: str) -> dict[str, Any]:
                 {
                     "effort": effort,
                     "accuracy": correct / len(rows),
-                    "interval": wilson_interval(correct, len(rows)),
+                    "interval": list(wilson_interval(correct, len(rows))),
                     "correct": correct,
                     "tokens_per_answer": sum(len(reply.token_ids) for reply in replies) / len(rows),
                     "seconds_per_answer": (time.monotonic() - started) / len(rows),
@@ -56,7 +64,7 @@ def evaluate_model(settings: EvalSettings, device: str) -> dict[str, Any]:
             )
     finally:
         engine.close()
-    return {
+    report = {
         "model": source,
         "dataset": settings.dataset,
         "seed": settings.seed,
@@ -64,6 +72,10 @@ def evaluate_model(settings: EvalSettings, device: str) -> dict[str, Any]:
         "trained_effort": trained,
         "efforts": results,
     }
+    if settings.report is not None:
+        settings.report.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(settings.report / "report.json", report)
+    return report
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

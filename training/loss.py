@@ -62,16 +62,27 @@ def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
     return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
 
 
-def step_loss(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
-    """Loss of one supervision step, summed over labels, and how many labels its argmax gets right.
+@dataclass(frozen=True)
+class StepLoss:
+    """Sums over a batch's labels after one supervision step: cross-entropy, halting loss, labels that the argmax hits."""
 
-    Cross-entropy of the answer state, plus binary cross-entropy of the halting head against "this
-    step's argmax is right". The head is a probe: it reads y and does not bend it.
+    cross_entropy: Tensor
+    halting: Tensor
+    right: Tensor
+
+
+def step_loss(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> StepLoss:
+    """What one supervision step costs.
+
+    The halting head learns "this step's argmax is right" by binary cross-entropy. It is a probe:
+    it reads y and does not bend it.
     """
     answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
     logits = model.readout(answer).float()
     right = logits.argmax(-1) == prepared.targets
     halt = model.decoder.halt_logits(answer.detach()).float()
-    loss = F.cross_entropy(logits, prepared.targets, reduction="sum")
-    loss = loss + F.binary_cross_entropy_with_logits(halt, right.float(), reduction="sum")
-    return loss, right.sum()
+    return StepLoss(
+        F.cross_entropy(logits, prepared.targets, reduction="sum"),
+        F.binary_cross_entropy_with_logits(halt, right.float(), reduction="sum"),
+        right.sum(),
+    )

@@ -21,6 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from training.batches import IGNORE_INDEX, Batch, collate
 from training.config import PretrainSettings
 from training.data import load_problems
+from training.device import use_device
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.problem import Problem
 from training.synthetic import FAMILIES, MAX_NUMBER, make_problem, parse_families, problems
@@ -149,8 +150,9 @@ def greedy_accuracy(
     return correct / len(tests)
 
 
-def pretrain(settings: PretrainSettings, device: str) -> None:
+def pretrain(settings: PretrainSettings) -> None:
     """Train tokenizer and backbone; write them with a record of the run to `output_dir`."""
+    device = use_device(settings.device, settings.num_threads)
     text = load_problems(str(settings.text_file), seed=settings.seed, split="train") if settings.text_file else []
     sample = list(problems(parse_families("all"), "train", settings.seed, TOKENIZER_PROBLEMS))
     corpus = [part for p in sample + list(text) for part in (p.question, p.solution)]

@@ -41,123 +41,38 @@ class Bank:
 
 SHE = ("she", "her", "her")
 HE = ("he", "his", "him")
-WOMEN = [
-    "Anna",
-    "Emma",
-    "Julia",
-    "Maria",
-    "Sara",
-    "Lily",
-    "Mia",
-    "Zoe",
-    "Nina",
-    "Kate",
-    "Amy",
-    "Lisa",
-    "Laura",
-    "Grace",
-    "Rosa",
-    "Janet",
-    "Betty",
-    "Susan",
-    "Linda",
-    "Karen",
-    "Alice",
-    "Jane",
-    "Mary",
-    "Lucy",
-    "Sophie",
-    "Ella",
-    "Natalia",
-    "Olivia",
-    "Hannah",
-    "Rachel",
-]
-MEN = [
-    "Tom",
-    "Ben",
-    "Sam",
-    "Max",
-    "Leo",
-    "Jack",
-    "Paul",
-    "Mark",
-    "John",
-    "Peter",
-    "David",
-    "Omar",
-    "Ivan",
-    "Luis",
-    "Carlos",
-    "James",
-    "Bob",
-    "Tim",
-    "Mike",
-    "Adam",
-    "Noah",
-    "Eric",
-    "Alex",
-    "Henry",
-    "Daniel",
-    "Jake",
-    "Josh",
-    "Ryan",
-    "Kevin",
-    "Ali",
-]
+WOMEN = """
+Anna Emma Julia Maria Sara Lily Mia Zoe Nina Kate Amy Lisa Laura Grace Rosa Janet Betty Susan Linda Karen
+Alice Jane Mary Lucy Sophie Ella Natalia Olivia Hannah Rachel
+""".split()  # noqa: SIM905 - a list of strings would be unreadable
+MEN = """
+Tom Ben Sam Max Leo Jack Paul Mark John Peter David Omar Ivan Luis Carlos James Bob Tim Mike Adam
+Noah Eric Alex Henry Daniel Jake Josh Ryan Kevin Ali
+""".split()  # noqa: SIM905
 TRADES = ("farmer", "teacher", "baker", "student", "gardener", "shopkeeper", "child", "cook", "driver")
 RELATIVES = ("sister", "brother", "friend", "mother", "father", "cousin", "neighbor", "uncle", "aunt")
-FOODS = (
-    "apple apples,orange oranges,banana bananas,cookie cookies,candy candies,cake cakes,egg eggs,peach peaches,"
-    "pear pears,plum plums,muffin muffins,sweet sweets,grape grapes,carrot carrots,sandwich sandwiches,"
-    "chocolate chocolates,cupcake cupcakes,strawberry strawberries,tomato tomatoes,lemon lemons"
-)
-THINGS = (
-    "book books,pencil pencils,pen pens,marble marbles,toy toys,card cards,sticker stickers,coin coins,stamp stamps,"
-    "balloon balloons,flower flowers,ball balls,shell shells,button buttons,crayon crayons,notebook notebooks,"
-    "stone stones,shirt shirts,rose roses,doll dolls,ticket tickets,bottle bottles,cup cups,hat hats,block blocks,"
-    "car cars,plant plants,magazine magazines,eraser erasers,bracelet bracelets"
-)
-GOODS = tuple((s, p, True) for s, p in (pair.split() for pair in FOODS.split(","))) + tuple(
-    (s, p, False) for s, p in (pair.split() for pair in THINGS.split(","))
-)
-HOLDERS = tuple(
-    tuple(pair.split())
-    for pair in [
-        "box boxes",
-        "bag bags",
-        "basket baskets",
-        "jar jars",
-        "shelf shelves",
-        "row rows",
-        "table tables",
-        "packet packets",
-        "pack packs",
-        "plate plates",
-        "drawer drawers",
-        "tray trays",
-        "crate crates",
-        "carton cartons",
-        "bucket buckets",
-        "case cases",
-    ]
-)
+FOODS = """
+apple apples, orange oranges, banana bananas, cookie cookies, candy candies, cake cakes, egg eggs, peach peaches,
+pear pears, plum plums, muffin muffins, sweet sweets, grape grapes, carrot carrots, sandwich sandwiches,
+chocolate chocolates, cupcake cupcakes, strawberry strawberries, tomato tomatoes, lemon lemons
+"""
+THINGS = """
+book books, pencil pencils, pen pens, marble marbles, toy toys, card cards, sticker stickers, coin coins,
+stamp stamps, balloon balloons, flower flowers, ball balls, shell shells, button buttons, crayon crayons,
+notebook notebooks, stone stones, shirt shirts, rose roses, doll dolls, ticket tickets, bottle bottles, cup cups,
+hat hats, block blocks, car cars, plant plants, magazine magazines, eraser erasers, bracelet bracelets
+"""
+GOODS = [
+    (*pair.split(), edible) for nouns, edible in ((FOODS, True), (THINGS, False)) for pair in nouns.split(",")
+]  # singular, plural, whether one eats them
+HOLDER_NOUNS = """
+box boxes, bag bags, basket baskets, jar jars, shelf shelves, row rows, table tables, packet packets, pack packs,
+plate plates, drawer drawers, tray trays, crate crates, carton cartons, bucket buckets, case cases
+"""
+HOLDERS = [pair.split() for pair in HOLDER_NOUNS.split(",")]
 SHARERS = ("friends", "children", "students", "kids", "people", "classmates", "neighbors", "boys", "girls")
-NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+
 
 # --- sentences ---------------------------------------------------------------------------
 
@@ -469,7 +384,7 @@ ASK_HOLDER = Bank(
         "How many {o} go into each {h}?",
         "How many are there in each {h}?",
     ),
-    ("How many {o} are there in each {h}?", "How many {o} does each {h} hold?"),
+    ("How many {o} are there in each {h}?", "How many {o} are put into each {h}?"),
 )
 SHARE_SIZES = Bank(
     (
@@ -793,7 +708,7 @@ _CLAUSES = (BUYING, GETTING, GIVING, LOSING, EATING, START_CLAUSE, ASK_CLAUSE)  
 
 
 def _event(draw: Draw, have: int, gain: bool, banks: Sequence[Bank]) -> tuple[str, bool, int]:
-    """Something happens to `have` things. Returns (words, whether they are a whole sentence, how many there are now)."""
+    """Something happens to `have` things. Returns (words, whether they are a sentence, how many there are now)."""
     if gain:
         amount = draw.operand(low=1)
         words, whole = draw.more(amount), GAIN_SENTENCE
@@ -802,9 +717,9 @@ def _event(draw: Draw, have: int, gain: bool, banks: Sequence[Bank]) -> tuple[st
         amount = draw.number(1, have - 1)
         words, whole = draw.some(amount), LOSS_SENTENCE
         have = draw.calculate(have, "-", amount)
-    if GETTING in banks or (not gain and GIVING not in banks):
-        if draw.chance(0.2):
-            return draw.say(whole, Y=words), True, have
+    others_may_act = GETTING in banks if gain else GIVING not in banks
+    if others_may_act and draw.chance(0.2):
+        return draw.say(whole, Y=words), True, have
     return draw.say(draw.rng.choice(banks), Y=words), False, have
 
 

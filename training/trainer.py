@@ -6,6 +6,7 @@ stopped, to the bit on one CPU with the same number of threads.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,6 +73,7 @@ class Trainer:
         self.carry: list[tuple[Tensor, Tensor]] = []
 
         self.lengths = [len(example.ids) for example in examples]
+        self.data_fingerprint = fingerprint(examples)
         batches = -(-len(examples) // settings.batch_size)
         self.groups_per_epoch = -(-batches // settings.gradient_accumulation)
         self.steps_per_group = settings.n_supervision if settings.gradient == "paper" else 1
@@ -108,23 +111,23 @@ class Trainer:
         if group != self.group:
             self._enter(group)
         labels = sum(len(p.targets) for p in self.prepared)
-        losses = torch.zeros(1 if settings.gradient == "paper" else settings.n_supervision)
-        right = torch.zeros_like(losses)
+        sums = torch.zeros(3, 1 if settings.gradient == "paper" else settings.n_supervision)
         for index, prepared in enumerate(self.prepared):
             with self._autocast():
                 if settings.gradient == "paper":
-                    steps = [self._paper_step(index, prepared)]
+                    answers = [self._paper_step(index, prepared)]
                 else:
-                    steps = list(self._full_steps(prepared))
-                sums = [step_loss(self.model, y, prepared) for y in steps]
-                loss = torch.stack([loss for loss, _ in sums]).sum() / (labels * len(sums))
+                    answers = list(self._full_steps(prepared))
+                steps = [step_loss(self.model, y, prepared) for y in answers]
+                loss = torch.stack([step.cross_entropy + step.halting for step in steps]).sum() / (labels * len(steps))
             with self._attention_kernel():  # activations are recomputed there
                 loss.backward()
-            losses += torch.stack([loss.detach() for loss, _ in sums]).float().cpu() / labels
-            right += torch.stack([count for _, count in sums]).float().cpu() / labels
+            parts = [[s.cross_entropy for s in steps], [s.halting for s in steps], [s.right for s in steps]]
+            sums += torch.stack([torch.stack(part).detach().float() for part in parts]).cpu()
+        losses, halting, right = sums / labels
         scale = learning_rate_scale(self.step, self.total_steps, self.warmup_steps)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
-        if not torch.isfinite(norm) or not torch.isfinite(losses).all():
+        if not torch.isfinite(norm) or not torch.isfinite(sums).all():
             raise DeviceError(
                 f"step {self.step + 1}: loss {losses.tolist()} or gradient norm {float(norm)} is not finite "
                 f"(batch group {group}); lower --lr, or resume from the last checkpoint"
@@ -139,6 +142,7 @@ class Trainer:
             "loss": float(losses.mean()),
             "supervision_step": supervision_step + 1 if settings.gradient == "paper" else None,
             "losses": [round(v, 5) for v in losses.tolist()],
+            "halting_losses": [round(v, 5) for v in halting.tolist()],
             "token_accuracies": [round(v, 5) for v in right.tolist()],
             "grad_norm": float(norm),
             "lr": settings.lr * scale,
@@ -158,7 +162,7 @@ class Trainer:
         state = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
-            "num_examples": len(self.examples),
+            "data_fingerprint": self.data_fingerprint,
             "settings": self.settings.model_dump(mode="json"),
         }
         checkpoint.write_json(aside / STATE_JSON, state)
@@ -170,10 +174,8 @@ class Trainer:
         """Put everything back as `save` left it. Raises CheckpointError where it does not fit."""
         state = checkpoint.read_json(directory / STATE_JSON)
         tensors = checkpoint.read_tensors(directory / STATE_TENSORS)
-        if state.get("num_examples") != len(self.examples):
-            raise CheckpointError(
-                f"{directory}: was trained on {state.get('num_examples')} examples; --dataset now gives {len(self.examples)}"
-            )
+        if state.get("data_fingerprint") != self.data_fingerprint:
+            raise CheckpointError(f"{directory}: was trained on other data than --dataset gives now")
         masters = {name.removeprefix("master."): t for name, t in tensors.items() if name.startswith("master.")}
         checkpoint.check_tensors(
             masters, {name: p.shape for name, p in self.parameters.items()}, str(directory / STATE_TENSORS)
@@ -234,6 +236,14 @@ class Trainer:
     def _attention_kernel(self) -> contextlib.AbstractContextManager[None]:
         """On a CPU the plain attention kernel: the fused one is many times slower in bfloat16."""
         return sdpa_kernel(SDPBackend.MATH) if self.device == "cpu" else contextlib.nullcontext()
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """First 16 hex digits of a SHA-256 over all token ids and label starts, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example.label_start, len(example.ids), *example.ids], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def has_fast_bfloat16(device: str) -> bool:

@@ -1,0 +1,109 @@
+"""Generated problems: right answers, two splits that never meet, the same for the same seed."""
+
+import re
+from fractions import Fraction
+
+import pytest
+
+from training.synthetic import (
+    FAMILIES,
+    GROUPS_OF_FAMILIES,
+    Bank,
+    _belongs,
+    make_problem,
+    parse_families,
+    problems,
+)
+from training import synthetic
+from trm.answers import is_correct
+
+EVERYTHING = tuple(FAMILIES)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("family", EVERYTHING)
+def test_every_line_of_a_solution_is_true(family: str, split: synthetic.Split) -> None:
+    for problem in problems([family], split, seed=3, count=60):
+        *steps, boxed = problem.solution.split("\n")
+        for step in steps:
+            left, right = step.split("=")
+            a, operator, b = re.fullmatch(r"(\d+)([-+*/])(\d+)", left).groups()  # type: ignore[union-attr]
+            value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}.get(operator, Fraction)(int(a), int(b))
+            assert value == int(right)
+            assert int(right) >= 0
+        assert boxed == rf"\boxed{{{steps[-1].split('=')[1]}}}"
+        assert is_correct(problem.solution, problem.answer)
+        assert not re.search(r"[{}\[\]|#]", problem.question), "markup is left over"
+        assert "  " not in problem.question
+        assert problem.question[0].isupper()
+
+
+def test_the_same_arguments_give_the_same_problem_and_others_another() -> None:
+    def draw(**changes: object) -> str:
+        arguments = {"families": EVERYTHING, "split": "train", "seed": 1, "index": 5}
+        return make_problem(**(arguments | changes)).question  # type: ignore[arg-type]
+
+    assert draw() == draw()
+    assert len({draw(), draw(seed=2), draw(index=6), draw(split="heldout")}) == 4
+
+
+def test_splits_share_no_question() -> None:
+    train = {p.question for p in problems(EVERYTHING, "train", seed=0, count=4000)}
+    heldout = {p.question for p in problems(EVERYTHING, "heldout", seed=0, count=1000)}
+
+    assert not train & heldout
+    assert len(heldout) > 980
+
+
+def test_every_heldout_problem_holds_a_sentence_that_training_never_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    original = synthetic.Draw.say
+
+    def say(draw: synthetic.Draw, bank: Bank, **words: str | int) -> str:
+        state = draw.rng.getstate()
+        kept = draw.split == "heldout" and bool(bank.heldout) and draw.rng.random() < 0.5
+        used.append("heldout" if kept else "seen")
+        draw.rng.setstate(state)
+        return original(draw, bank, **words)
+
+    monkeypatch.setattr(synthetic.Draw, "say", say)
+    for index in range(200):
+        used.clear()
+        make_problem(EVERYTHING, "heldout", 0, index)
+        assert "heldout" in used
+        used.clear()
+        make_problem(EVERYTHING, "train", 0, index)
+        assert set(used) == {"seen"}
+
+
+def test_sentences_of_a_bank_are_in_one_split_only() -> None:
+    banks = [value for value in vars(synthetic).values() if isinstance(value, Bank)]
+
+    assert len(banks) > 30
+    for bank in banks:
+        assert not set(bank.seen) & set(bank.heldout)
+
+
+def test_heldout_sentences_use_no_word_that_training_does_not_know() -> None:
+    banks = [value for value in vars(synthetic).values() if isinstance(value, Bank)]
+    known = {word for bank in banks for text in bank.seen for word in re.findall(r"[a-z]+", text.lower())}
+    new = {word for bank in banks for text in bank.heldout for word in re.findall(r"[a-z]+", text.lower())}
+
+    assert new - known == set()
+
+
+def test_number_combinations_belong_to_one_split() -> None:
+    keys = [("have", (a, b)) for a in range(2, 60) for b in range(2, 60)]
+    heldout = [key for key in keys if _belongs("heldout", *key)]
+
+    assert all(_belongs("train", *key) != _belongs("heldout", *key) for key in keys)
+    assert 0.1 < len(heldout) / len(keys) < 0.15
+
+
+def test_groups_of_families() -> None:
+    assert parse_families("") == EVERYTHING
+    assert parse_families("easy") == GROUPS_OF_FAMILIES["easy"]
+    assert parse_families("have,easy").count("have") == 2  # named twice, drawn twice as often
+    assert set(GROUPS_OF_FAMILIES["easy"]) == {"have", "buy", "give", "lose", "groups", "share", "price"}
+    easy = [p.solution.count("\n") for p in problems(parse_families("easy"), "heldout", seed=0, count=500)]
+    assert set(easy) == {1, 2}  # one or two steps

@@ -1,0 +1,218 @@
+"""The training loop: what it updates, what it counts, and that a run can be cut and continued anywhere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.config import TrainSettings
+from training.data import encode_problems, load_problems
+from training.optim import EMA, learning_rate_scale, make_optimizers
+from training.run import train
+from training.trainer import STATE_TENSORS, Trainer
+from trm import TRMForCausalLM, checkpoint
+from trm.chat import ChatFormat
+from trm.errors import CheckpointError, ConfigError, DeviceError
+
+Settings = Callable[..., TrainSettings]
+
+GRADIENTS = ("full", "paper")
+
+
+def make_trainer(settings: TrainSettings) -> Trainer:
+    chat = ChatFormat(checkpoint.read_tokenizer(str(settings.backbone)))
+    problems = load_problems(str(settings.dataset), split="train", seed=0, num_problems=settings.num_problems)
+    backbone = checkpoint.read_backbone(str(settings.backbone))
+    torch.manual_seed(settings.seed)
+    names = ("n_latent", "n_cycles", "n_supervision", "n_layers", "kv_source")
+    depth = {name: getattr(settings, name) for name in names}
+    model = TRMForCausalLM.from_backbone(backbone, own_lm_head=settings.train_lm_head, **depth)
+    return Trainer(settings, model, chat, encode_problems(problems, chat, settings.max_length), "cpu")
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kv_source", ["context", "state"])
+def test_after_one_step_every_trainable_tensor_has_a_gradient(settings: Settings, gradient: str, kv_source: str) -> None:
+    # Zero-initialised projections hide the weights behind them from the first step only.
+    trainer = make_trainer(settings(gradient=gradient, kv_source=kv_source, train_lm_head=True))
+    trainer.train_step()
+    seen: dict[str, float] = {}
+    for optimizer in trainer.optimizers:
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.update({n: float(p.grad.abs().max()) for n, p in trainer.parameters.items()})
+        )
+
+    trainer.train_step()
+
+    assert set(seen) == {n for n, _ in trainer.model.named_parameters() if not n.startswith("backbone.")}
+    assert [name for name, size in seen.items() if size == 0] == []
+
+
+def test_the_backbone_never_moves(settings: Settings) -> None:
+    trainer = make_trainer(settings())
+    before = {name: tensor.clone() for name, tensor in trainer.model.backbone.state_dict().items()}
+
+    for _ in range(3):
+        trainer.train_step()
+
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls(settings: Settings, gradient: str, optimizer: str) -> None:
+    trainer = make_trainer(settings(gradient=gradient, optimizer=optimizer, num_problems=8, batch_size=8, epochs=20))
+    losses = [trainer.train_step()["loss"] for _ in range(18)]
+
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_masters_average_and_optimiser_are_float32_and_move(settings: Settings) -> None:
+    # In bfloat16 an average with decay 0.999 never moved.
+    trainer = make_trainer(settings(autocast="on"))
+    start = {name: tensor.clone() for name, tensor in trainer.ema.average.items()}
+    for _ in range(3):
+        trainer.train_step()
+
+    tensors = [*trainer.parameters.values(), *trainer.ema.average.values()]
+    states = [t for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.ndim]
+    assert {t.dtype for t in [*tensors, *states]} == {torch.float32}
+    moved = {name for name, tensor in trainer.ema.average.items() if not torch.equal(tensor, start[name])}
+    assert moved == set(trainer.parameters)
+    assert any(not torch.equal(trainer.ema.average[n], p) for n, p in trainer.parameters.items())
+
+
+def test_the_average_follows_its_formula() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([0.0]))
+    ema = EMA({"p": parameter})
+    expected = 0.0
+    for step in range(1, 2000):
+        parameter.data.fill_(float(step))
+        ema.update(step)
+        decay = min(0.999, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+
+    assert float(ema.average["p"]) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "accumulation", "steps"), [("full", 1, 12), ("paper", 1, 36), ("full", 4, 4), ("paper", 4, 12)]
+)
+def test_the_schedule_counts_optimiser_steps_really_taken(
+    settings: Settings, gradient: str, accumulation: int, steps: int
+) -> None:
+    # 24 problems in batches of 4, two epochs: 12 batches. The ancestor forgot N_sup and decayed 16 times too fast.
+    trainer = make_trainer(settings(gradient=gradient, gradient_accumulation=accumulation, epochs=2, warmup_steps=2))
+    assert trainer.total_steps == steps
+    rates = []
+    for _ in range(steps):
+        trainer.train_step()
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 1e-2)
+
+    assert rates[0] == pytest.approx(0.5)  # warm-up is used
+    assert max(rates) == 1.0
+    assert rates == pytest.approx([learning_rate_scale(step, steps, 2) for step in range(steps)])
+    assert rates[-1] == min(rates[2:]) <= 0.5
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(settings: Settings) -> None:
+    # Problems of one length, so that both runs see the same batch.
+    def norms(**changes: int) -> tuple[float, float]:
+        trainer = make_trainer(settings(num_problems=16, autocast="off", **changes))
+        report = trainer.train_step()
+        return report["loss"], report["grad_norm"]
+
+    large, small = norms(batch_size=16), norms(batch_size=4, gradient_accumulation=4)
+
+    assert small == pytest.approx(large, rel=1e-4)
+
+
+@pytest.mark.parametrize("kv_source", ["context", "state"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path, gradient: str, kv_source: str) -> None:
+    # Checkpoints every two steps: with "paper" and three supervision steps they fall inside batches.
+    changes = {"gradient": gradient, "kv_source": kv_source, "max_steps": 7, "save_steps": 2, "optimizer": "muon"}
+    straight = train(settings(**changes))
+
+    for step in (2, 4):
+        resumed = train(TrainSettings(resume=straight.parent / f"checkpoint-{step}", output_dir=tmp_path / f"from-{step}"))
+        for name in (checkpoint.WEIGHTS_FILE, STATE_TENSORS):
+            ours, theirs = load_file(straight / name), load_file(resumed / name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), f"{name} after resuming at {step}"
+
+
+def test_a_resumed_run_goes_on_in_its_own_directory(settings: Settings, tmp_path: Path) -> None:
+    first = train(settings(max_steps=2, save_steps=1))
+    moved_default = TrainSettings(resume=first.parent / "checkpoint-1")
+
+    last = train(moved_default)
+
+    assert last == first
+    assert last.parent == (tmp_path / "run")
+    assert not Path("runs/trm").exists()
+
+
+def test_resuming_with_other_settings_or_data_is_refused(settings: Settings, jsonl: Callable[..., Path]) -> None:
+    path = jsonl(*({"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(8)))
+    last = train(settings(dataset=str(path), max_steps=1))
+    with pytest.raises(ConfigError, match="--lr 0.5: the run to resume has 0.01"):
+        train(TrainSettings(resume=last, lr=0.5))
+
+    path.write_text(path.read_text().replace("3 and 1", "3 plus 1"))
+    with pytest.raises(CheckpointError, match="other data"):
+        train(TrainSettings(resume=last))
+
+
+def test_a_checkpoint_holds_the_average_and_is_servable(settings: Settings) -> None:
+    last = train(settings(max_steps=3))
+    weights, state = load_file(last / checkpoint.WEIGHTS_FILE), load_file(last / STATE_TENSORS)
+
+    model = TRMForCausalLM.from_pretrained(last)
+
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.trained_state().items())
+    assert any(not torch.equal(weights[name], state[f"master.{name}"]) for name in weights)
+    assert model.config.n_supervision == 3
+    assert (last / "backbone" / "config.json").is_file()
+    assert not (last.parent / "config.json").exists()
+    assert json.loads((last.parent / "run.json").read_text())["total_steps"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings: Settings) -> None:
+    trainer = make_trainer(settings())
+    with torch.no_grad():
+        trainer.model.decoder.layers[0].attention.o_proj.weight.fill_(float("nan"))
+
+    with pytest.raises(DeviceError, match="step 1"):
+        trainer.train_step()
+
+
+def test_answer_positions_only_give_the_loss_of_all_positions(settings: Settings) -> None:
+    """With keys from the context the recursion skips prompt positions; the loss must not notice."""
+    trainer = make_trainer(settings(autocast="off"))
+    for parameter in trainer.parameters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = next(trainer._batches(0))
+    whole = trainer.model(batch.input_ids, batch.attention_mask, return_all_steps=True)
+    labelled = batch.labels != -100
+    expected = [
+        torch.nn.functional.cross_entropy(logits[labelled], batch.labels[labelled]).item() for logits in whole.all_logits
+    ]
+
+    report = trainer.train_step()
+
+    assert report["losses"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_muon_takes_matrices_and_leaves_heads_and_vectors_to_adamw(settings: Settings) -> None:
+    trainer = make_trainer(settings(train_lm_head=True))
+    muon, adamw = make_optimizers(trainer.parameters.items(), "muon", 1e-3, 0.1)
+    names = {id(p): n for n, p in trainer.parameters.items()}
+    adam_names = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+
+    assert adam_names == {"decoder.halt_head.weight", "decoder.halt_head.bias", "lm_head.weight"}
+    assert sum(len(group["params"]) for group in muon.param_groups) == len(names) - 3
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
