@@ -24,6 +24,7 @@ MAX_SUPERVISION = 16
 EVALUATIONS = {"easy": ("synthetic:easy", 1000), "all": ("synthetic", 1000)}
 EFFORTS = [0, 1, 2, 4, 8, 16]
 
+# ruff: noqa: E501 - table rows of the card stay on one line
 CARD = r"""# The bundled model
 
 A small recursive reasoning model, so that the server, the trainer and the tests have something real to run. It
@@ -77,14 +78,18 @@ def build(work: Path, text_file: Path | None, target: Path) -> None:
     aside = checkpoint.make_aside(target)
     export(last, aside)
     reports = {
-        name: evaluate_model(EvalSettings(model=str(aside), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128))
+        name: evaluate_model(
+            EvalSettings(model=str(aside), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128)
+        )
         for name, (dataset, limit) in EVALUATIONS.items()
     }
     for report in reports.values():
         report["model"] = "bundled"
     checkpoint.write_json(aside / "report.json", reports)
     shutil.copy(backbone / "pretrain.json", aside / "pretrain.json")
-    (aside / "README.md").write_text(render_card(aside, reports, json.loads((work / "decoder" / "run.json").read_text())))
+    (aside / "README.md").write_text(
+        render_card(aside, reports, json.loads((work / "decoder" / "run.json").read_text()))
+    )
     checkpoint.replace_directory(aside, target)
 
 
@@ -118,7 +123,9 @@ def render_card(directory: Path, reports: dict[str, Any], run: dict[str, Any]) -
         n_supervision=config.n_supervision,
         n_layers=config.n_layers,
         vocab=config.vocab_size,
-        text=", and 2 % of GSM8K's training set late in the backbone's training" if record["settings"]["text_file"] else "",
+        text=", and 2 % of GSM8K's training set late in the backbone's training"
+        if record["settings"]["text_file"]
+        else "",
         pretrain_steps=record["curve"][-1]["step"],
         pretrain_tokens=record["curve"][-1]["tokens"] / 1e6,
         pretrain_minutes=record["curve"][-1]["seconds"] / 60,

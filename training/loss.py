@@ -64,7 +64,7 @@ def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Sums over a batch's labels after one supervision step: cross-entropy, halting loss, labels that the argmax hits."""
+    """Sums over a batch's labels after one supervision step; `right` counts the labels that the argmax hits."""
 
     cross_entropy: Tensor
     halting: Tensor

@@ -62,8 +62,10 @@ stamp stamps, balloon balloons, flower flowers, ball balls, shell shells, button
 notebook notebooks, stone stones, shirt shirts, rose roses, doll dolls, ticket tickets, bottle bottles, cup cups,
 hat hats, block blocks, car cars, plant plants, magazine magazines, eraser erasers, bracelet bracelets
 """
-GOODS = [
-    (*pair.split(), edible) for nouns, edible in ((FOODS, True), (THINGS, False)) for pair in nouns.split(",")
+GOODS: list[tuple[str, str, bool]] = [
+    (*pair.split(), edible)  # type: ignore[misc]
+    for nouns, edible in ((FOODS, True), (THINGS, False))
+    for pair in nouns.split(",")
 ]  # singular, plural, whether one eats them
 HOLDER_NOUNS = """
 box boxes, bag bags, basket baskets, jar jars, shelf shelves, row rows, table tables, packet packets, pack packs,

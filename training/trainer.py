@@ -215,6 +215,7 @@ class Trainer:
 
     def _paper_step(self, index: int, prepared: Prepared) -> Tensor:
         """One supervision step from the carried states; gradient through the last cycle only."""
+        y: Tensor
         y, z = self.model.decoder.step(prepared.x, *self.carry[index], prepared.attending(self.model), grad_cycles=1)
         self.carry[index] = (y.detach(), z.detach())
         return y
@@ -249,5 +250,5 @@ def fingerprint(examples: Sequence[Example]) -> str:
 def has_fast_bfloat16(device: str) -> bool:
     """Whether bfloat16 matrix products are native there."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -23,6 +23,6 @@ def entry_writer(cache: Cache | None, first_entry: int) -> Callable[[int, Tensor
     def write(entry: int, keys: Tensor, values: Tensor) -> KeyValue:
         if cache is None:
             return keys, values
-        return cache.update(keys, values, first_entry + entry)
+        return cache.update(keys, values, first_entry + entry)  # type: ignore[no-any-return]
 
     return write

@@ -64,7 +64,10 @@ def normalize_text(text: str) -> str:
 
 def solve_messages(question: str, solution: str | None = None) -> list[Message]:
     """The conversation that asks `question`; with `solution`, the one that trains on it."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question.strip()}]
+    messages: list[Message] = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": question.strip()},
+    ]
     if solution is not None:
         messages.append({"role": "assistant", "content": solution.strip()})
     return messages

@@ -92,10 +92,11 @@ def read_config(directory: Path) -> TRMConfig:
     content = read_json(path)
     if content.get("model_type") != TRMConfig.model_type:
         raise CheckpointError(
-            f"{path}: model_type is {content.get('model_type')!r}, not {TRMConfig.model_type!r}; train a decoder with trm-train"
+            f"{path}: model_type is {content.get('model_type')!r}, not {TRMConfig.model_type!r}; "
+            "trm-train makes a decoder for it"
         )
     try:
-        return TRMConfig.from_dict(content)
+        return TRMConfig.from_dict(content)  # type: ignore[no-any-return]
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # the library validates with many kinds of error
@@ -136,7 +137,7 @@ def read_backbone(source: str | Path, revision: str | None = None) -> PreTrained
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
-    return backbone.eval()  # type: ignore[no-any-return]
+    return backbone.eval()
 
 
 def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
@@ -178,7 +179,8 @@ def check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Si
             raise CheckpointError(f"{source}: tensor {name} in {WEIGHTS_FILE} is foreign")
         if weights[name].shape != expected[name]:
             raise CheckpointError(
-                f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; {CONFIG_FILE} makes it {tuple(expected[name])}"
+                f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; "
+                f"{CONFIG_FILE} makes it {tuple(expected[name])}"
             )
 
 

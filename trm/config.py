@@ -92,7 +92,7 @@ class TRMConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Size of one attention head, the backbone's."""
         backbone = self.backbone_config
-        return getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+        return int(getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads)
 
     @property
     def intermediate_size(self) -> int:
@@ -105,7 +105,7 @@ class TRMConfig(PreTrainedConfig):
         return self.n_cycles * (self.n_latent + 1)
 
     def cache_entries(self, n_supervision: int) -> int:
-        """Key/value entries that `n_supervision` steps need: one per call with "state", one per layer with "context"."""
+        """Key/value entries for `n_supervision` steps: one per call with "state", one per layer with "context"."""
         calls = n_supervision * self.calls_per_step if self.kv_source == "state" else 1
         return calls * self.n_layers
 

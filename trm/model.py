@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         backbone = config.backbone_config
-        self.layers = nn.ModuleList(
+        self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(
                 config.hidden_size,
                 backbone.num_attention_heads,
@@ -168,7 +168,9 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(loaded.config, loaded.backbone)
         model.load_trained(loaded.weights, str(pretrained_model_name_or_path))
         model = model.to(torch.float32 if dtype in (None, "auto") else dtype)
-        return model.to(device).eval() if device is not None else model.eval()
+        model = model.to(device) if device is not None else model
+        model.eval()
+        return model
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None, **kwargs: Any) -> None:
         """Write a checkpoint directory (DESIGN of `trm.checkpoint`), with the tokenizer if one is given."""
@@ -217,7 +219,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=given.device)
         if attention_mask.ndim != 2 or attention_mask.shape[1] != past + length:
             raise BadRequest(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch}, {past + length}), past tokens included",
+                f"attention_mask has shape {tuple(attention_mask.shape)}; "
+                f"it must be ({batch}, {past + length}), past tokens included",
                 param="attention_mask",
             )
         if position_ids is None:
@@ -322,8 +325,3 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, Tensor):
             return logits_to_keep.to(device)
         return slice(length - logits_to_keep, None) if logits_to_keep else slice(None)
-
-
-def sequence_of_steps(model: TRMForCausalLM, efforts: Sequence[int]) -> list[int]:
-    """Efforts checked against the model, in order, duplicates dropped."""
-    return [model.check_effort(effort) for effort in dict.fromkeys(efforts)]

@@ -23,7 +23,9 @@ class ReferenceReply:
 
 
 @torch.inference_mode()
-def decode(model: TRMForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_id: int | None) -> ReferenceReply:
+def decode(
+    model: TRMForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_id: int | None
+) -> ReferenceReply:
     """Decode one prompt. `end_id` None: only `max_tokens` ends the reply. Stop strings are not looked for."""
     ids = list(prompt_ids)
     gaps: list[float] = []

@@ -91,7 +91,7 @@ def run_command(main: Callable[[], None], command: str) -> None:
 
 
 def _usage(command: str, error: ConfigError) -> int:
-    print(f"{command}: {error} (see {command} --help)", file=sys.stderr)
+    print(f"{command}: {error} (see {command} --help)", file=sys.stderr)  # noqa: T201
     return 2
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,7 +48,13 @@ class EngineConfig:
     prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
-        for name, least in (("max_rows", 1), ("max_queue", 0), ("prefill_chunk", 1), ("max_model_len", 2), ("kv_cache_bytes", 1)):
+        for name, least in (
+            ("max_rows", 1),
+            ("max_queue", 0),
+            ("prefill_chunk", 1),
+            ("max_model_len", 2),
+            ("kv_cache_bytes", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
@@ -87,7 +94,8 @@ class Handle:
             text += event.text
         if event.error is not None:
             raise event.error
-        assert event.finish_reason is not None and event.usage is not None, "the last event is final"
+        assert event.finish_reason is not None, "the last event is final"
+        assert event.usage is not None, "a final event without an error has its usage"
         return Reply(tuple(ids), text, event.finish_reason, event.usage)
 
 
@@ -134,9 +142,14 @@ class Engine:
                 param="messages",
                 code="context_length_exceeded",
             )
-        steps = self.model.config.n_supervision if request.params.n_supervision is None else request.params.n_supervision
+        steps = (
+            self.model.config.n_supervision if request.params.n_supervision is None else request.params.n_supervision
+        )
         if not 0 <= steps <= self.max_supervision:
-            raise BadRequest(f"supervision_steps is {steps}; this server takes 0 to {self.max_supervision}", param="supervision_steps")
+            raise BadRequest(
+                f"supervision_steps is {steps}; this server takes 0 to {self.max_supervision}",
+                param="supervision_steps",
+            )
         return steps
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None] | None = None) -> list[Handle]:
@@ -148,7 +161,7 @@ class Engine:
         handles, rows = [], []
         for index, request in enumerate(requests):
             steps = self.check(request)
-            handle = Handle(request, None if on_event is None else lambda event, index=index: on_event(index, event))
+            handle = Handle(request, None if on_event is None else partial(on_event, index))
             handle._row = Row(request, steps, handle._emit)
             handles.append(handle)
             rows.append(handle._row)
@@ -221,7 +234,9 @@ class Engine:
             self._finish(row, "cancelled")
         scheduler, runner = self.scheduler, self.runner
         if chosen := scheduler.prefilling(self.config.prefill_chunk):
-            chunks = [Chunk(row.slot, row.cached, row.request.prompt_ids[row.cached : row.cached + n]) for row, n in chosen]
+            chunks = [
+                Chunk(row.slot, row.cached, row.request.prompt_ids[row.cached : row.cached + n]) for row, n in chosen
+            ]
             if self._call([row for row, _ in chosen], lambda: runner.prefill(chunks, [row.steps for row, _ in chosen])):
                 self._backbone_calls += 1
                 for row, count in chosen:
@@ -331,7 +346,8 @@ class Engine:
         if fits < (wanted or 2):
             raise ConfigError(
                 f"the cache of {budget} bytes holds {fits} positions for each of {config.max_rows} rows "
-                f"({self.bytes_per_token} bytes each); {wanted or 2} are needed: lower max_rows or max_model_len, or raise kv_cache_bytes"
+                f"({self.bytes_per_token} bytes each); {wanted or 2} are needed: "
+                "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)
 

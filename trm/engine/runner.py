@@ -29,7 +29,9 @@ class Chunk:
 class Slots:
     """Preallocated keys and values: `entries` tables of (slots, K, max_len, d), born as zeros."""
 
-    def __init__(self, entries: int, slots: int, num_key_value_heads: int, max_len: int, head_dim: int, like: Tensor) -> None:
+    def __init__(
+        self, entries: int, slots: int, num_key_value_heads: int, max_len: int, head_dim: int, like: Tensor
+    ) -> None:
         shape = (entries, slots, num_key_value_heads, max_len, head_dim)
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
@@ -59,7 +61,9 @@ class _BackboneView:
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> KeyValue:
         chunk = self.chunk
         rows, offsets = chunk.real
-        self.slots.write(layer, chunk.slots[rows], chunk.positions[rows, offsets], keys[rows, :, offsets], values[rows, :, offsets])
+        self.slots.write(
+            layer, chunk.slots[rows], chunk.positions[rows, offsets], keys[rows, :, offsets], values[rows, :, offsets]
+        )
         return self.slots.read(layer, chunk.slots, chunk.width)
 
 
@@ -83,10 +87,12 @@ class Runner:
         self.model = model
         config, backbone = model.config, model.config.backbone_config
         weight = model.decoder.halt_head.weight
-        embedding = model.get_input_embeddings().weight
+        embedding: Tensor = model.backbone.model.embed_tokens.weight
         kv_heads = backbone.num_key_value_heads
         self.device = weight.device
-        self.backbone_slots = Slots(backbone.num_hidden_layers, num_slots, kv_heads, max_len, config.head_dim, embedding)
+        self.backbone_slots = Slots(
+            backbone.num_hidden_layers, num_slots, kv_heads, max_len, config.head_dim, embedding
+        )
         self.slots = Slots(config.cache_entries(max_steps), num_slots, kv_heads, max_len, config.head_dim, weight)
         self.state = torch.zeros(3, num_slots, config.hidden_size, dtype=weight.dtype, device=weight.device)  # x, y, z
         self.entries_per_step = config.calls_per_step * config.n_layers
@@ -96,7 +102,7 @@ class Runner:
         """Cache bytes that one position of one slot takes."""
         config, backbone = model.config, model.config.backbone_config
         per_entry = 2 * backbone.num_key_value_heads * config.head_dim
-        weight, embedding = model.decoder.halt_head.weight, model.get_input_embeddings().weight
+        weight, embedding = model.decoder.halt_head.weight, model.backbone.model.embed_tokens.weight
         recursion = config.cache_entries(max_steps) * weight.element_size()
         return int(per_entry * (backbone.num_hidden_layers * embedding.element_size() + recursion))
 
@@ -111,11 +117,13 @@ class Runner:
             x, rope = self._encode(padded)
             y = z = torch.zeros_like(x)
             for step in range(depth):
-                y, z = self.model.decoder.step(x, y, z, self._attending(padded, rope, torch.tensor([step], device=self.device)))
+                y, z = self.model.decoder.step(
+                    x, y, z, self._attending(padded, rope, torch.tensor([step], device=self.device))
+                )
 
     @torch.inference_mode()
     def feed(self, chunks: Sequence[Chunk], steps: Sequence[int]) -> None:
-        """Pass one token of each row through the backbone and start its recursion; at effort 0 the answer is x itself."""
+        """Pass one token of each row through the backbone and start its recursion; at effort 0 the answer is x."""
         padded = self._pad(chunks)
         x, _ = self._encode(padded)
         no_steps = torch.tensor([depth == 0 for depth in steps], device=self.device)
@@ -151,19 +159,33 @@ class Runner:
         if self.model.config.kv_source == "context":
             rows, offsets = padded.real
             for layer, (keys, values) in enumerate(self.model.decoder.context_keys_values(x, rope)):
-                self.slots.write(layer, padded.slots[rows], padded.positions[rows, offsets], keys[rows, :, offsets], values[rows, :, offsets])
+                self.slots.write(
+                    layer,
+                    padded.slots[rows],
+                    padded.positions[rows, offsets],
+                    keys[rows, :, offsets],
+                    values[rows, :, offsets],
+                )
         return x, rope
 
     def _attending(self, padded: _Padded, rope: KeyValue, steps: Tensor) -> Attending:
         """What the recursion sees: each row its own slot, and with keys from the state its own step's entries."""
         if self.model.config.kv_source == "context":
             layers = range(self.model.config.n_layers)
-            return Attending(rope, padded.mask, [self.slots.read(layer, padded.slots, padded.width) for layer in layers])
+            return Attending(
+                rope, padded.mask, [self.slots.read(layer, padded.slots, padded.width) for layer in layers]
+            )
         rows, offsets = padded.real
 
         def update(entry: int, keys: Tensor, values: Tensor) -> KeyValue:
             entries = steps * self.entries_per_step + entry
-            self.slots.write(entries[rows], padded.slots[rows], padded.positions[rows, offsets], keys[rows, :, offsets], values[rows, :, offsets])
+            self.slots.write(
+                entries[rows],
+                padded.slots[rows],
+                padded.positions[rows, offsets],
+                keys[rows, :, offsets],
+                values[rows, :, offsets],
+            )
             return self.slots.read(entries, padded.slots, padded.width)
 
         return Attending(rope, padded.mask, update=update)

@@ -22,7 +22,9 @@ def adjusted_scores(logits: Tensor, params: SamplingParams, position: int) -> Sc
     scores = logits.double().cpu().numpy()
     if params.temperature == 0:
         return scores
-    return _filtered(scores / params.temperature, params) + gumbel_noise(len(scores), params.seed, params.sample_index, position)
+    return _filtered(scores / params.temperature, params) + gumbel_noise(
+        len(scores), params.seed, params.sample_index, position
+    )
 
 
 def choose(logits: Tensor, params: SamplingParams, position: int) -> int:
@@ -39,7 +41,7 @@ def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scor
     """
     generator = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64), counter=[0, 0, 0, position])
     uniform = ((generator.random_raw(size) >> 11) + 0.5) * 2.0**-53  # strictly between 0 and 1
-    return -np.log(-np.log(uniform))
+    return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
 
 
 def _filtered(scores: Scores, params: SamplingParams) -> Scores:

@@ -57,10 +57,15 @@ class Scheduler:
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all rows or none. Rows that fit into free slots do not count against the queue."""
         if len(rows) > self.max_queue + self.max_rows:
-            raise BadRequest(f"{len(rows)} samples are asked for at once; this server takes {self.max_queue + self.max_rows}", param="n")
+            raise BadRequest(
+                f"{len(rows)} samples are asked for at once; this server takes {self.max_queue + self.max_rows}",
+                param="n",
+            )
         room = self.max_queue + len(self._free) - len(self.waiting)
         if len(rows) > room:
-            raise Overloaded(f"the queue is full: {len(self.waiting)} requests wait, {self.max_queue} may; try again shortly")
+            raise Overloaded(
+                f"the queue is full: {len(self.waiting)} requests wait, {self.max_queue} may; try again shortly"
+            )
         self.waiting.extend(rows)
 
     def admit(self) -> None:
