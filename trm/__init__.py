@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trm.chat import SYSTEM_PROMPT
 from trm.config import TRMConfig
 from trm.model import TRMForCausalLM
 
 __version__ = version("qwen-trm")
-__all__ = ["TRMConfig", "TRMForCausalLM", "bundled_model_path"]
+__all__ = ["SYSTEM_PROMPT", "TRMConfig", "TRMForCausalLM", "bundled_model_path"]
 
 AutoConfig.register("trm", TRMConfig)
 AutoModelForCausalLM.register(TRMConfig, TRMForCausalLM)
