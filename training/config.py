@@ -30,7 +30,7 @@ class TrainSettings(Settings):
     num_problems: int = Field(20_000, ge=1, description="how many synthetic problems to draw")
     epochs: int = Field(1, ge=1, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
-    batch_size: int = Field(8, ge=1, description="problems per batch")
+    batch_size: int = Field(4, ge=1, description="problems per batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
     max_length: int = Field(1024, ge=2, description="longer problems, in tokens, are dropped")
     optimizer: OptimizerName = Field("adamw", description="adamw, or muon for the block's matrices")

@@ -5,7 +5,6 @@ step, which learning rate. So a run that resumes at step k goes on as if it had 
 stopped, to the bit on one CPU with the same number of threads.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
@@ -120,8 +118,7 @@ class Trainer:
                     answers = list(self._full_steps(prepared))
                 steps = [step_loss(self.model, y, prepared) for y in answers]
                 loss = torch.stack([step.cross_entropy + step.halting for step in steps]).sum() / (labels * len(steps))
-            with self._attention_kernel():  # activations are recomputed there
-                loss.backward()
+            loss.backward()
             parts = [[s.cross_entropy for s in steps], [s.halting for s in steps], [s.right for s in steps]]
             sums += torch.stack([torch.stack(part).detach().float() for part in parts]).cpu()
         losses, halting, right = sums / labels
@@ -228,15 +225,9 @@ class Trainer:
             y, z = recompute_in_backward(self.model.decoder.step, prepared.x, y, z, attending, use_reentrant=False)
             yield y
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where that is fast."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast), self._attention_kernel():
-            yield
-
-    def _attention_kernel(self) -> contextlib.AbstractContextManager[None]:
-        """On a CPU the plain attention kernel: the fused one is many times slower in bfloat16."""
-        return sdpa_kernel(SDPBackend.MATH) if self.device == "cpu" else contextlib.nullcontext()
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.autocast)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -50,7 +50,7 @@ class BenchSettings(Settings):
 
 
 def make_requests(chat: ChatFormat, count: int, effort: int, seed: int) -> list[Request]:
-    """Prompts of one to six sentences and replies of 8 to 96 tokens, the end token ignored so that lengths are known."""
+    """Prompts of one to six sentences, replies of 8 to 96 tokens; the end token is ignored, so lengths are known."""
     rng = random.Random(seed)
     requests = []
     for _ in range(count):

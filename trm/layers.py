@@ -42,6 +42,17 @@ def causal_mask(key_mask: Tensor, num_queries: int) -> Tensor:
     return allowed | (keys == queries)
 
 
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention: queries (B, H, Q, d), keys and values (B, K, S, d), mask (B, 1, Q, S) bool -> (B, H, Q, d).
+
+    Under autocast on a CPU it runs in float32: the bfloat16 kernels there take four times as long.
+    """
+    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return attend(queries.float(), keys.float(), values.float(), mask)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+
+
 @dataclass(frozen=True)
 class Attending:
     """What the recursion's queries may look at, for one supervision step.
@@ -76,7 +87,7 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, keys: Tensor, values: Tensor, attending: Attending) -> Tensor:
         """Attend from h (B, Q, D); returns (B, Q, D)."""
         queries = rotate(self._heads(self.q_proj(h)), attending.rope)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attending.mask, enable_gqa=True)
+        out = attend(queries, keys, values, attending.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, projected: Tensor) -> Tensor:

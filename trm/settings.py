@@ -97,4 +97,7 @@ def _usage(command: str, error: ConfigError) -> int:
 
 def configure_logging(level: str = "INFO") -> None:
     """What commands do once; libraries only log."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.conftest import shared_path
-from training import data
 from training.batches import IGNORE_INDEX, collate, epoch_order
 from training.data import encode_problems, load_problems
 from trm.answers import extract_boxed
@@ -43,9 +42,19 @@ def test_formats(jsonl: Jsonl, row: dict[str, str], answer: str) -> None:
     assert "\b" not in problem.solution
 
 
-def test_bad_rows_are_named_with_their_line_counted_and_left_out(jsonl: Jsonl, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_rows_are_named_with_their_line_counted_and_left_out(
+    jsonl: Jsonl, caplog: pytest.LogCaptureFixture
+) -> None:
     good = {"question": "Q", "answer": "#### 1"}
-    path = jsonl(good, "not json", {"question": "Q"}, {"question": "Q", "answer": "no box"}, "[1]", {"question": " ", "answer": "#### 2"}, good)
+    path = jsonl(
+        good,
+        "not json",
+        {"question": "Q"},
+        {"question": "Q", "answer": "no box"},
+        "[1]",
+        {"question": " ", "answer": "#### 2"},
+        good,
+    )
     with caplog.at_level(logging.WARNING):
         problems = load(path)
 

@@ -42,7 +42,9 @@ def test_report(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
         evaluate_model(EvalSettings(**(arguments | {"max_tokens": 1024})))
 
 
-def test_pretraining_writes_a_backbone_that_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretraining_writes_a_backbone_that_trains_and_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole chain from nothing, in miniature."""
     monkeypatch.setattr("training.pretrain.TOKENIZER_PROBLEMS", 200)
     monkeypatch.setattr("training.pretrain.NUM_TEST_PROBLEMS", 2)

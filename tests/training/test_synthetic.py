@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 
+from training import synthetic
 from training.synthetic import (
     FAMILIES,
     GROUPS_OF_FAMILIES,
@@ -14,7 +15,6 @@ from training.synthetic import (
     parse_families,
     problems,
 )
-from training import synthetic
 from trm.answers import is_correct
 
 EVERYTHING = tuple(FAMILIES)

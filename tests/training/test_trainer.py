@@ -35,7 +35,9 @@ def make_trainer(settings: TrainSettings) -> Trainer:
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("kv_source", ["context", "state"])
-def test_after_one_step_every_trainable_tensor_has_a_gradient(settings: Settings, gradient: str, kv_source: str) -> None:
+def test_after_one_step_every_trainable_tensor_has_a_gradient(
+    settings: Settings, gradient: str, kv_source: str
+) -> None:
     # Zero-initialised projections hide the weights behind them from the first step only.
     trainer = make_trainer(settings(gradient=gradient, kv_source=kv_source, train_lm_head=True))
     trainer.train_step()
@@ -138,7 +140,9 @@ def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path,
     straight = train(settings(**changes))
 
     for step in (2, 4):
-        resumed = train(TrainSettings(resume=straight.parent / f"checkpoint-{step}", output_dir=tmp_path / f"from-{step}"))
+        resumed = train(
+            TrainSettings(resume=straight.parent / f"checkpoint-{step}", output_dir=tmp_path / f"from-{step}")
+        )
         for name in (checkpoint.WEIGHTS_FILE, STATE_TENSORS):
             ours, theirs = load_file(straight / name), load_file(resumed / name)
             assert ours.keys() == theirs.keys()
@@ -199,7 +203,8 @@ def test_answer_positions_only_give_the_loss_of_all_positions(settings: Settings
     whole = trainer.model(batch.input_ids, batch.attention_mask, return_all_steps=True)
     labelled = batch.labels != -100
     expected = [
-        torch.nn.functional.cross_entropy(logits[labelled], batch.labels[labelled]).item() for logits in whole.all_logits
+        torch.nn.functional.cross_entropy(logits[labelled], batch.labels[labelled]).item()
+        for logits in whole.all_logits
     ]
 
     report = trainer.train_step()

@@ -1,0 +1,57 @@
+"""From rows on disk to a served checkpoint, through the commands that the README names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from tests.e2e.conftest import ServerProcess, run_command
+
+ROWS = [
+    {"question": f"Ann has {n} pens and buys {n + 1} more. How many pens does she have?", "answer": f"{n}+{n + 1}={2 * n + 1}\n#### {2 * n + 1}"}
+    for n in range(2, 18)
+]  # fmt: skip
+SMALL = ("--n-latent", "1", "--n-cycles", "1", "--n-supervision", "2", "--max-steps", "4", "--save-steps", "2")
+
+
+def test_train_resume_evaluate_serve(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> None:
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    trained = run_command("trm-train", "--dataset", str(rows), "--output-dir", str(run), *SMALL)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.strip() == str(run / "checkpoint-4")
+    weights = (run / "checkpoint-4" / "model.safetensors").read_bytes()
+
+    resumed = run_command("trm-train", "--resume", str(run / "checkpoint-2"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert (run / "checkpoint-4" / "model.safetensors").read_bytes() == weights
+
+    evaluated = run_command(
+        "trm-eval", "--model", str(run / "checkpoint-4"), "--dataset", str(rows), "--limit", "8", "--effort", "0", "2",
+        "--max-tokens", "32",
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    report = json.loads(evaluated.stdout.splitlines()[-1])
+    assert [row["effort"] for row in report["efforts"]] == [0, 2]
+
+    server = start_server("--model", str(run / "checkpoint-4"))
+    answer = httpx.post(f"{server.url}/solve", json={"question": ROWS[0]["question"]}, timeout=60)
+    assert answer.status_code == 200
+
+
+def test_bad_training_input_is_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for arguments, message in (
+        (("--dataset", str(empty)), "no usable row"),
+        (("--dataset", "gsm9k"), "no such file"),
+        ((), "--dataset is needed"),
+        (("--dataset", "synthetic", "--backbone", str(tmp_path)), "config.json: missing"),
+        (("--dataset", "synthetic", "--lr", "-1"), "--lr"),
+    ):
+        done = run_command("trm-train", "--output-dir", str(tmp_path / "run"), *arguments)
+        assert done.returncode != 0
+        assert message in done.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in done.stderr
