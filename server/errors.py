@@ -81,34 +81,28 @@ def internal_error_response() -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Give `app` the handlers that keep every error in shape."""
-    app.add_exception_handler(TRMError, _trm_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(HTTPException, _http_error)
 
+    @app.exception_handler(TRMError)
+    async def refused(request: Request, error: TRMError) -> JSONResponse:
+        return error_response(error)
 
-async def _trm_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, TRMError)  # noqa: S101 - for the type checker; Starlette dispatches by class
-    return error_response(error)
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        """The first thing wrong with a body, by its dotted path."""
+        problem = error.errors()[0]
+        path = ".".join(str(part) for part in problem["loc"][1:])[:MAX_PATH_CHARS]
+        if not path:
+            message = "the body must be a JSON object, sent with Content-Type: application/json"
+            return error_response(BadRequest(message))
+        if problem["type"] == "extra_forbidden":
+            return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path))
+        return error_response(BadRequest(f"{path}: {problem['msg']}", param=path))
 
-
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """The first thing wrong with a body, by its dotted path."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101
-    problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"][1:])[:MAX_PATH_CHARS]
-    if not path:
-        return error_response(BadRequest("the body must be a JSON object, sent with Content-Type: application/json"))
-    if problem["type"] == "extra_forbidden":
-        return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path))
-    return error_response(BadRequest(f"{path}: {problem['msg']}", param=path))
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: unknown paths, wrong methods."""
-    assert isinstance(error, HTTPException)  # noqa: S101
-    place = f"{request.method} {request.url.path}"[:MAX_PATH_CHARS]
-    messages = {404: f"{place}: no such route", 405: f"{place}: wrong method"}
-    codes = {404: "unknown_url", 405: "method_not_allowed"}
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    body = error_body(messages.get(error.status_code, error.detail), kind, code=codes.get(error.status_code))
-    return JSONResponse(body, error.status_code, error.headers)
+    @app.exception_handler(HTTPException)
+    async def unroutable(request: Request, error: HTTPException) -> JSONResponse:
+        """What the framework itself refuses: unknown paths, wrong methods."""
+        place = f"{request.method} {request.url.path}"[:MAX_PATH_CHARS]
+        known = {404: (f"{place}: no such route", "unknown_url"), 405: (f"{place}: wrong method", "method_not_allowed")}
+        message, code = known.get(error.status_code, (error.detail, None))
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return JSONResponse(error_body(message, kind, code=code), error.status_code, error.headers)

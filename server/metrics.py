@@ -5,27 +5,31 @@ as events pass, with the times at which the engine gave them. One registry per a
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from trm.engine.engine import Engine
 from trm.engine.request import Event
-
-if TYPE_CHECKING:
-    from trm.engine.engine import Engine
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-REJECTIONS = {400: "invalid", 401: "unauthorized", 404: "not_found", 413: "too_large", 429: "overloaded", 503: "unavailable"}
+REJECTIONS = {
+    400: "invalid",
+    401: "unauthorized",
+    404: "not_found",
+    413: "too_large",
+    429: "overloaded",
+    503: "unavailable",
+}
 """Status of a refused POST -> label `reason`."""
 
 
 class Metrics:
     """Counters and histograms of one app, and its view of the engine."""
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineCollector(engine))
         self.finished = Counter(
@@ -52,11 +56,11 @@ class Metrics:
             registry=registry,
         )
 
-    def record(self, event: Event, age_s: float, gap_s: float) -> None:
-        """Count one event, `age_s` after its request's submission and `gap_s` after the request's last tokens."""
-        if event.first_token:
+    def record(self, event: Event, age_s: float, gap_s: float | None) -> None:
+        """Count one event, `age_s` after its request's submission, `gap_s` after the request's last tokens if any."""
+        if event.token_ids and gap_s is None:
             self.first_token_s.observe(age_s)
-        else:
+        elif gap_s is not None:
             for _ in event.token_ids:
                 self.inter_token_s.observe(gap_s / len(event.token_ids))
         if event.finish_reason is not None:
@@ -72,7 +76,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's statistics, read when Prometheus asks."""
 
-    def __init__(self, engine: "Engine") -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:

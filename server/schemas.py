@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from trm.engine.request import FinishReason
+
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Role = Literal["system", "developer", "user", "assistant"]
 Outcome = Literal["boxed", "truncated", "missing"]
@@ -18,7 +20,7 @@ Outcome = Literal["boxed", "truncated", "missing"]
 class Body(BaseModel):
     """Base of everything that a client sends."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Decoding(Body):
@@ -73,7 +75,10 @@ class StreamOptions(Body):
 
 
 class ChatRequest(Decoding):
-    """Body of POST /v1/chat/completions. `user` and `metadata` are the caller's labels; OpenAI gives them no effect either."""
+    """Body of POST /v1/chat/completions.
+
+    `user` and `metadata` are labels of the caller's; OpenAI gives them no effect on the reply either.
+    """
 
     messages: list[ChatMessage] = Field(min_length=1)
     model: str | None = None
@@ -146,7 +151,7 @@ class ReplyMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     boxed_answer: str | None
 
 
@@ -181,7 +186,7 @@ class SolveResult(BaseModel):
     solution: str
     votes: dict[str, int]
     agreement: float
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     usage: UsageBody
 
 

@@ -1,10 +1,13 @@
 """What `trm-serve` can be told. Every knob here is read; `trm.settings` says from where."""
 
-from typing import Annotated, Any, ClassVar, Literal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
+from trm.errors import ConfigError
 from trm.settings import Settings
 
 BUNDLED_MODEL_ID = "qwen-trm"
@@ -22,18 +25,36 @@ class ServeSettings(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one and logs it")
     api_key: Annotated[CliVariadicArg[list[ApiKey]], NoDecode] = Field(
-        [], description="keys that clients may send as 'Authorization: Bearer KEY', TRM_API_KEY separates them by commas; none: open to all"
+        [],
+        description="keys that clients send as 'Authorization: Bearer KEY', separated by commas in TRM_API_KEY; "
+        "without any the server is open",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
     max_rows: int = Field(32, ge=1, description="requests decoded together")
-    max_model_len: int | None = Field(None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow")
-    max_queue: int = Field(256, ge=1, description="requests that may wait; beyond it they get 429")
-    kv_cache_bytes: int | None = Field(None, ge=1, description="memory for keys and values; by default measured at start")
+    max_model_len: int | None = Field(
+        None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow"
+    )
+    max_queue: int = Field(256, ge=0, description="requests that may wait; beyond it they get 429")
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="memory for keys and values; by default at most a quarter of what is free"
+    )
     max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
     max_n: int = Field(64, ge=1, description="largest n of one request")
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
+        """As for every command, but a key that the shell left empty must not open the server to all."""
+        given = list(sys.argv[1:] if argv is None else argv)
+        settings = super().from_command_line(given)
+        times = sum(arg.partition("=")[0] == "--api-key" for arg in given)
+        if times > 1:
+            raise ConfigError(f"--api-key is given {times} times; give it once, with all keys behind it")
+        if times and not settings.api_key:
+            raise ConfigError("--api-key has no key behind it; leave it out to serve without keys")
+        return settings
 
     @field_validator("api_key", mode="before")
     @classmethod

@@ -10,30 +10,27 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
 
 from server.errors import Unavailable
 from server.metrics import Metrics
-from trm.engine.request import Event, Reply, Usage
+from trm.engine.engine import Engine, Handle
+from trm.engine.request import Event, Reply
 from trm.engine.request import Request as EngineRequest
 from trm.errors import DeviceError
-
-if TYPE_CHECKING:
-    from trm.engine.engine import Engine, Handle
 
 
 class Submission:
     """A group of accepted requests: `async for index, event in submission`, index as submitted."""
 
-    def __init__(self, num_requests: int, metrics: Metrics) -> None:
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
+    def __init__(self, requests: Sequence[EngineRequest], metrics: Metrics) -> None:
+        self.handles: Sequence[Handle] = ()
+        self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        self.completion_tokens = 0  # so far
         self._metrics = metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._handles: Sequence[Handle] = ()
-        self._running = set(range(num_requests))
+        self._running = set(range(len(requests)))
         self._submitted_at = time.perf_counter()
-        self._last_tokens_at = [self._submitted_at] * num_requests
+        self._last_tokens_at: list[float | None] = [None] * len(requests)
 
     @property
     def running(self) -> bool:
@@ -43,7 +40,7 @@ class Submission:
     def cancel(self) -> None:
         """Let go of every request that has not ended; none that has is touched."""
         for index in self._running:
-            self._handles[index].cancel()
+            self.handles[index].cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         left = len(self._last_tokens_at)
@@ -52,7 +49,7 @@ class Submission:
             if event.finish_reason == "error":
                 raise event.error or DeviceError("the engine gave up the request")
             if event.finish_reason == "cancelled":
-                raise Unavailable("the server is stopping and cancelled the request; send it again elsewhere", "draining")
+                raise Unavailable("the server is stopping and ended the request; send it again", "draining")
             left -= event.finish_reason is not None
             yield index, event
 
@@ -64,28 +61,26 @@ class Submission:
         async for index, event in self:
             texts[index].append(event.text)
             ids[index].extend(event.token_ids)
-            if event.finish_reason is not None:
-                usage = event.usage or Usage(0, 0, 0)
-                done[index] = Reply(tuple(ids[index]), "".join(texts[index]), event.finish_reason, usage)
+            if event.finish_reason is not None and event.usage is not None:  # they come together
+                done[index] = Reply(tuple(ids[index]), "".join(texts[index]), event.finish_reason, event.usage)
         return [done[index] for index in sorted(done)]
 
-    def _deliver(self, index: int, event: Event, at: float) -> None:
+    def deliver(self, index: int, event: Event, at: float) -> None:
         """Take one event, given at time `at`; runs on the loop."""
-        self._metrics.record(event, at - self._submitted_at, at - self._last_tokens_at[index])
+        last = self._last_tokens_at[index]
+        self._metrics.record(event, at - self._submitted_at, None if last is None else at - last)
         if event.token_ids:
             self._last_tokens_at[index] = at
+            self.completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
             self._running.discard(index)
-        if event.usage is not None:
-            self.prompt_tokens += event.usage.prompt_tokens
-            self.completion_tokens += event.usage.completion_tokens
         self._events.put_nowait((index, event))
 
 
 class Worker:
     """Submits to the engine, and knows what is under way."""
 
-    def __init__(self, engine: "Engine", metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.draining = False
         self._engine = engine
         self._metrics = metrics
@@ -100,14 +95,14 @@ class Worker:
         """
         self.check_available()
         loop = asyncio.get_running_loop()
-        submission = Submission(len(requests), self._metrics)
+        submission = Submission(requests, self._metrics)
 
         def on_event(index: int, event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
                 loop.call_soon_threadsafe(self._deliver, submission, index, event, time.perf_counter())
 
         try:
-            submission._handles = self._engine.submit(requests, on_event)
+            submission.handles = self._engine.submit(requests, on_event)
         except DeviceError as error:
             raise Unavailable(str(error), "device_failed") from error
         self._submissions.add(submission)
@@ -128,11 +123,15 @@ class Worker:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            for submission in self._submissions:
-                submission.cancel()
+            self.cancel_all()
+
+    def cancel_all(self) -> None:
+        """Let go of everything under way; whoever waits for it gets Unavailable."""
+        for submission in self._submissions:
+            submission.cancel()
 
     def _deliver(self, submission: Submission, index: int, event: Event, at: float) -> None:
-        submission._deliver(index, event, at)
+        submission.deliver(index, event, at)
         if not submission.running:
             self._submissions.discard(submission)
             if not self._submissions:

@@ -1,0 +1,34 @@
+"""Put the HTTP app together: state, routes, errors, middleware. Owns no engine: it is given a started one."""
+
+import time
+
+from fastapi import FastAPI
+
+from server import completions, errors, solve, status
+from server.metrics import Metrics
+from server.middleware import ReadBody, RequireKey, Trace
+from server.serving import Serving
+from server.settings import ServeSettings
+from server.worker import Worker
+from trm.engine.engine import Engine
+
+
+def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
+    """An app that serves `engine`; of the settings it reads what concerns requests."""
+    metrics = Metrics(engine)
+    app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
+    app.state.serving = Serving(
+        engine=engine,
+        worker=Worker(engine, metrics),
+        metrics=metrics,
+        model_id=settings.model_id,
+        max_n=settings.max_n,
+        created=int(time.time()),
+    )
+    for routes in (completions.router, solve.router, status.router):
+        app.include_router(routes)
+    errors.install(app)
+    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
+    app.add_middleware(RequireKey, keys=settings.api_key)
+    app.add_middleware(Trace, metrics=metrics)
+    return app

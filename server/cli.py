@@ -1,0 +1,88 @@
+"""`trm-serve`: parse, take the port, load, serve. Heavy imports wait until the settings are known to be good."""
+
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from server.settings import ServeSettings
+from trm.errors import ConfigError
+from trm.settings import configure_logging, run_command
+
+if TYPE_CHECKING:
+    from trm.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Entry point of `trm-serve`."""
+    run_command(_serve, ServeSettings.command)
+
+
+def _serve() -> None:
+    settings = ServeSettings.from_command_line()
+    configure_logging(settings.log_level.upper())
+    with listen(settings.host, settings.port) as sock:  # before loading: a taken port should not cost a minute
+        engine = load_engine(settings)
+        engine.start()
+        try:
+            serve(engine, settings, sock)
+        finally:
+            engine.close()
+    logger.info("stopped")
+
+
+def serve(engine: "Engine", settings: ServeSettings, sock: socket.socket) -> None:
+    """Answer requests on `sock` until a signal, and what the signal leaves to be done, end it."""
+    import uvicorn
+
+    from server.app import create_app
+    from server.draining import DrainingServer
+
+    app = create_app(engine, settings)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    host, port = sock.getsockname()[:2]
+    logger.info("serving %s on http://%s:%d", settings.model_id, f"[{host}]" if ":" in host else host, port)
+    DrainingServer(config, app.state.serving.worker, settings.drain_seconds).run(sockets=[sock])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, on which early clients queue until the server accepts them.
+
+    Raises ConfigError where the address cannot be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
+
+
+def load_engine(settings: ServeSettings) -> "Engine":
+    """The model and tokenizer that the settings name, in an engine that is not started."""
+    import torch
+
+    from trm import TRMForCausalLM, bundled_model_path
+    from trm.chat import ChatFormat
+    from trm.checkpoint import read_tokenizer
+    from trm.engine.engine import Engine, EngineConfig
+
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
+    device = ("cuda" if cuda else "cpu") if settings.device == "auto" else settings.device
+    default = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = {"auto": default, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    source = settings.model or str(bundled_model_path())
+    model = TRMForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
+    chat = ChatFormat(read_tokenizer(source), normalize=model.config.normalize_text)
+    config = EngineConfig(
+        max_rows=settings.max_rows,
+        max_model_len=settings.max_model_len,
+        max_queue=settings.max_queue,
+        kv_cache_bytes=settings.kv_cache_bytes,
+    )
+    logger.info("loaded %s on %s in %s", source, device, dtype)
+    return Engine(model, chat, config)

@@ -1,0 +1,91 @@
+"""From the fields of a request body to engine requests, and from replies to usage.
+
+Shared by the routes that decode. Raises BadRequest, naming the field.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from server.schemas import Decoding, TRMUsage, UsageBody
+from server.serving import Serving
+from trm.chat import Message
+from trm.engine.engine import Engine
+from trm.engine.request import Request as EngineRequest
+from trm.engine.request import SamplingParams, Usage
+from trm.errors import BadRequest
+
+
+def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingParams:
+    """The parameters of sample 0: the body's shared fields, overridden by `given`; None means the default.
+
+    A sampled reply without a seed gets a fresh one.
+    """
+    if fields.reasoning_effort is not None and fields.supervision_steps is not None:
+        raise BadRequest("give either reasoning_effort or supervision_steps, not both", param="supervision_steps")
+    steps = fields.supervision_steps
+    if fields.reasoning_effort is not None:
+        steps = engine.model.config.effort_steps(fields.reasoning_effort)
+    values = {
+        "max_tokens": fields.max_tokens,
+        "temperature": fields.temperature,
+        "seed": fields.seed,
+        "n_supervision": steps,
+        **given,
+    }
+    params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    if params.temperature > 0 and fields.seed is None:
+        params = replace(params, seed=secrets.randbelow(2**63))
+    return params
+
+
+def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1) -> int:
+    """The body's n, checked against what the server can ever take at once."""
+    n = 1 if fields.n is None else fields.n
+    if n > serving.max_n:
+        raise BadRequest(f"n is {n}; this server takes at most {serving.max_n}", param="n")
+    limit = serving.engine.config.max_rows + serving.engine.config.max_queue
+    if num_prompts * n > limit:
+        raise BadRequest(
+            f"{num_prompts} prompts with {n} samples each are {num_prompts * n} requests; "
+            f"this server takes at most {limit} at once",
+            param="n" if num_prompts == 1 else "question",
+        )
+    return n
+
+
+async def engine_requests(
+    serving: Serving, conversations: Sequence[Sequence[Message]], params: SamplingParams, n: int, param: str
+) -> list[EngineRequest]:
+    """n requests for each conversation, its samples side by side. `param` is the field that holds the text."""
+    chat = serving.engine.chat
+    prompts = await asyncio.to_thread(lambda: [tuple(chat.encode(messages)) for messages in conversations])
+    requests: list[EngineRequest] = []
+    for prompt in prompts:
+        room = serving.engine.max_model_len - len(prompt)
+        if room < 1:
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens; this server takes {serving.engine.max_model_len}, "
+                "at least one of them for the reply",
+                param=param,
+                code="context_length_exceeded",
+            )
+        fitting = replace(params, max_tokens=min(params.max_tokens, room))
+        requests += [EngineRequest(prompt, replace(fitting, sample_index=index)) for index in range(n)]
+    return requests
+
+
+def usage_body(usages: Iterable[Usage]) -> UsageBody:
+    """The sum over samples of one prompt, the prompt counted once."""
+    usages = list(usages)
+    prompt = usages[0].prompt_tokens
+    completion = sum(usage.completion_tokens for usage in usages)
+    steps = sum(usage.supervision_steps for usage in usages)
+    return UsageBody(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        trm=TRMUsage(supervision_steps_mean=steps / max(completion, 1)),
+    )

@@ -1,0 +1,159 @@
+"""What happens around every HTTP request, in this order: trace it, check its key, read its body.
+
+Plain ASGI, so that a handler can be cancelled: the moment a client leaves, whatever its
+request is doing stops, streaming or not, and its rows leave the engine before the next tick.
+"""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import BodyTooLarge, Unauthorized, error_response, internal_error_response
+from server.metrics import REJECTIONS, Metrics
+from server.serving import Call
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # logged at debug level only
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
+_REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
+
+
+class Trace:
+    """Gives each request an id and a `Call`, a 500 where nothing else answers, and one line in the log."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        call = Call(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["call"] = call
+
+        async def tagged(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = call.id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tagged)
+        except Exception:
+            if call.status is not None:  # too late for a response; the server closes the connection
+                raise
+            logger.exception("request %s failed", call.id)
+            await internal_error_response()(scope, receive, tagged)
+        finally:
+            self._finish(scope, call)
+
+    def _finish(self, scope: Scope, call: Call) -> None:
+        submission, status = call.submission, call.status or CLIENT_CLOSED_REQUEST
+        if submission is not None:
+            submission.cancel()
+        if scope["method"] == "POST" and status in REJECTIONS:
+            self.metrics.rejected.labels(REJECTIONS[status]).inc()
+        logger.log(
+            logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
+            "request %s: %s %r %d, %d prompt tokens, %d completion tokens, %.0f ms",
+            call.id,
+            scope["method"],
+            scope["path"],
+            status,
+            submission.prompt_tokens if submission else 0,
+            submission.completion_tokens if submission else 0,
+            (time.perf_counter() - call.started_at) * 1000,
+        )
+
+
+class RequireKey:
+    """Refuses requests without one of `keys`; probes pass. No keys: all pass."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self.keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN_PATHS and not self._known(scope):
+            error = Unauthorized("missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")
+            await error_response(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        header: bytes = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, given = header.partition(b" ")
+        matches = [secrets.compare_digest(given.strip(), key) for key in self.keys]  # all, whichever fits
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+class ReadBody:
+    """Reads the body, `max_bytes` at most, then runs the handler for as long as the client stays."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._read(scope, receive)
+        except BodyTooLarge as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if body is not None:
+            await self._run(scope, body, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body, or None where the client left before its end."""
+        announced = Headers(scope=scope).get("content-length", "0")
+        size = int(announced) if announced.isdecimal() else 0
+        chunks: list[bytes] = []
+        more = True
+        while more:
+            if size > self.max_bytes:
+                limit = f"the body has more than {self.max_bytes} bytes, this server's limit"
+                raise BodyTooLarge(limit, code="body_too_large")
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size = max(size, sum(map(len, chunks)))
+            more = message.get("more_body", False)
+        return b"".join(chunks)
+
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        pending = [body]
+
+        async def replay() -> Message:
+            if not pending:
+                await asyncio.Event().wait()  # leaving is watched here, not by the handler
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+
+        async def left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        handler = asyncio.ensure_future(self.app(scope, replay, send))
+        watcher = asyncio.ensure_future(left())
+        try:
+            await asyncio.wait((handler, watcher), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            handler.cancel()  # nothing happens to one that is done
+            watcher.cancel()
+            await asyncio.wait((handler, watcher))
+        if not handler.cancelled():
+            handler.result()

@@ -1,0 +1,60 @@
+"""What the routes share: the engine and its bridge, and the record of the request at hand."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.errors import UnknownModel
+from server.metrics import Metrics
+from server.worker import Submission, Worker
+from trm.engine.engine import Engine
+from trm.engine.request import Request as EngineRequest
+
+
+@dataclass
+class Call:
+    """One HTTP request. Its submission ends with it: the middleware cancels what is left."""
+
+    id: str
+    started_at: float = field(default_factory=time.perf_counter)
+    status: int | None = None  # None until a response starts
+    submission: Submission | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One model being served."""
+
+    engine: Engine
+    worker: Worker
+    metrics: Metrics
+    model_id: str
+    max_n: int
+    created: int  # unix time
+
+    def submit(self, call: Call, requests: list[EngineRequest]) -> Submission:
+        """`Worker.submit`, on behalf of an HTTP request."""
+        call.submission = self.worker.submit(requests)
+        return call.submission
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModel unless `name` is the served model, or None for it."""
+        if name not in (None, self.model_id):
+            message = f"model {name[:200]!r} does not exist; this server has {self.model_id!r}"
+            raise UnknownModel(message, param="model", code="model_not_found")
+
+
+def _serving(request: Request) -> Serving:
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+def _call(request: Request) -> Call:
+    call: Call = request.state.call
+    return call
+
+
+ServingDep = Annotated[Serving, Depends(_serving)]
+CallDep = Annotated[Call, Depends(_call)]

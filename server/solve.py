@@ -1,0 +1,65 @@
+"""POST /solve: questions in, answers out, by a majority vote over the boxes of n replies."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+
+from server.decoding import engine_requests, num_samples, sampling_params, usage_body
+from server.schemas import Outcome, SolveRequest, SolveResult, SolveResults
+from server.serving import CallDep, ServingDep
+from server.strict_json import StrictRoute
+from trm.answers import canonical, find_boxed
+from trm.chat import solve_messages
+from trm.engine.request import Reply
+from trm.errors import BadRequest
+
+router = APIRouter(route_class=StrictRoute)
+
+VOTING_TEMPERATURE = 0.7  # where several samples are asked for and none is given
+
+
+@router.post("/solve")
+async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> SolveResult | SolveResults:
+    """Solve one question, or a list of them all or none."""
+    questions = [body.question] if isinstance(body.question, str) else body.question
+    n = num_samples(body, serving, len(questions))
+    temperature = body.temperature
+    if n > 1 and temperature == 0:
+        message = f"temperature is 0, so {n} samples would all be equal; leave it out, or take n = 1"
+        raise BadRequest(message, param="temperature")
+    if n > 1 and temperature is None:
+        temperature = VOTING_TEMPERATURE
+    params = sampling_params(body, serving.engine, temperature=temperature)
+    conversations = [solve_messages(question) for question in questions]
+    requests = await engine_requests(serving, conversations, params, n, param="question")
+    replies = await serving.submit(call, requests).replies()
+    results = [vote(replies[first : first + n]) for first in range(0, len(replies), n)]
+    for result in results:
+        serving.metrics.answers.labels(result.outcome).inc()
+    return results[0] if isinstance(body.question, str) else SolveResults(results=results)
+
+
+def vote(replies: Sequence[Reply]) -> SolveResult:
+    r"""The answer that most samples of one question box; of equally many, the earliest.
+
+    Only boxed samples vote, keyed by the canonical answer. Without any box the first sample
+    speaks: "truncated" if it was cut off, by max_tokens or inside a box, else "missing".
+    """
+    boxes = [find_boxed(reply.text) for reply in replies]
+    keys = [None if box.value is None else canonical(box.value) for box in boxes]
+    votes = Counter(key for key in keys if key is not None).most_common()  # ties keep their order
+    answer, count = votes[0] if votes else (None, 0)
+    speaker = keys.index(answer) if votes else 0
+    reply, box = replies[speaker], boxes[speaker]
+    outcome: Outcome = "truncated" if not votes and reply.finish_reason == "length" else box.outcome
+    return SolveResult(
+        answer=answer,
+        outcome=outcome,
+        boxed=None if box.value is None else rf"\boxed{{{box.value}}}",
+        solution=reply.text,
+        votes=dict(votes),
+        agreement=count / len(replies),
+        finish_reason=reply.finish_reason,
+        usage=usage_body(reply.usage for reply in replies),
+    )

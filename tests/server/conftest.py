@@ -1,0 +1,175 @@
+"""A server on a fake engine: scripted replies, emitted from a thread of its own, no model and no tokenizer."""
+
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.settings import ServeSettings
+from trm.config import TRMConfig
+from trm.engine.engine import EngineConfig
+from trm.engine.request import Event, Request, Stats, Usage
+from trm.errors import TRMError
+
+MODEL = "test/model"
+N_SUPERVISION = 4
+
+
+def say(*pieces, finish="stop", error=None):
+    """A script: one token per piece of text, then the end token."""
+
+    def script(request):
+        events = [Event((10 + i,), piece) for i, piece in enumerate(pieces)]
+        tokens = len(pieces) + 1
+        usage = Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
+        return [*events, Event((0,), "", finish, usage, error)]
+
+    return script
+
+
+class FakeChat:
+    """One id per character; remembers the conversations."""
+
+    def __init__(self):
+        self.conversations = []
+
+    def encode(self, messages):
+        self.conversations.append([dict(message) for message in messages])
+        return [ord(char) % 256 for message in messages for char in f"{message['role']}:{message['content']};"]
+
+
+class FakeHandle:
+    def __init__(self, engine, request):
+        self.request = request
+        self.cancelled = False
+        self.ended = False
+        self._engine = engine
+
+    def cancel(self):
+        with self._engine.changed:
+            self.cancelled = True
+            self._engine.changed.notify_all()
+
+
+class FakeEngine:
+    """The interface of `trm.engine.engine.Engine`.
+
+    script: what a request is answered with. refuse: an error that submit raises. hold(): nothing is
+    emitted until release(); a cancelled request ends at once, as with the real engine.
+    """
+
+    def __init__(self, script=None, max_rows=4, max_queue=8, max_model_len=400):
+        self.model = SimpleNamespace(config=TRMConfig(n_supervision=N_SUPERVISION))
+        self.chat = FakeChat()
+        self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
+        self.max_model_len = max_model_len
+        self.script = script or say("so ", r"\boxed{72}")
+        self.refuse: TRMError | None = None
+        self.dead = False
+        self.changed = threading.Condition()
+        self.handles: list[FakeHandle] = []
+        self._held = False
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def requests(self) -> list[Request]:
+        return [handle.request for handle in self.handles]
+
+    def submit(self, requests: Sequence[Request], on_event):
+        if self.refuse is not None:
+            raise self.refuse
+        handles = [FakeHandle(self, request) for request in requests]
+        self.handles += handles
+        thread = threading.Thread(target=self._emit, args=(handles, on_event))
+        self._threads.append(thread)
+        thread.start()
+        return handles
+
+    def _emit(self, handles, on_event):
+        """The events of all requests in turn, as batched decoding gives them."""
+        left = {index: iter(self.script(handle.request)) for index, handle in enumerate(handles)}
+        while left:
+            for index in list(left):
+                event = self._next(handles, index, left)
+                if event is not None:
+                    handles[index].ended = event.finish_reason is not None
+                    if handles[index].ended:
+                        del left[index]
+                    on_event(index, event)
+
+    def _next(self, handles, index, left):
+        with self.changed:
+            self.changed.wait_for(lambda: not self._held or any(handles[i].cancelled for i in left))
+            if handles[index].cancelled:
+                return Event((), "", "cancelled", Usage(len(handles[index].request.prompt_ids), 0, 0))
+            return None if self._held else next(left[index])
+
+    def hold(self):
+        self._held = True  # without the lock: scripts call this too
+
+    def release(self):
+        with self.changed:
+            self._held = False
+            self.changed.notify_all()
+
+    def alive(self):
+        return not self.dead
+
+    def stats(self):
+        return Stats(1, 2, 0.25, 1000, 10, 33, 44, 5, 66, 77)
+
+    def join(self):
+        """Wait until everything submitted has ended."""
+        for thread in self._threads:
+            thread.join(5)
+            assert not thread.is_alive(), "a request never ended"
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
+def engine():
+    engine = FakeEngine()
+    yield engine
+    engine.release()
+    engine.join()
+
+
+@pytest.fixture
+def make_app(engine):
+    """Builds an app on the fake engine; keyword arguments are settings."""
+    return lambda **settings: create_app(engine, ServeSettings(served_model_name=MODEL, **settings))
+
+
+@pytest.fixture
+def app(make_app):
+    return make_app()
+
+
+@pytest.fixture
+def connect():
+    """A client of an app, without sockets."""
+    return lambda app: httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+@pytest.fixture
+async def client(app, connect):
+    async with connect(app) as client:
+        yield client
+
+
+@pytest.fixture
+def chat_body():
+    """The smallest chat request, and more fields if given."""
+    return lambda content="2+2?", **fields: {"messages": [{"role": "user", "content": content}], **fields}
+
+
+@pytest.fixture(name="say")
+def say_fixture():
+    return say

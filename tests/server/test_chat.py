@@ -1,0 +1,316 @@
+"""POST /v1/chat/completions, plain and streamed."""
+
+import json
+
+import pytest
+
+from trm.chat import SYSTEM_PROMPT
+from trm.engine.request import Event, Usage
+from trm.errors import DeviceError, Overloaded
+
+pytestmark = pytest.mark.anyio
+
+URL = "/v1/chat/completions"
+
+
+async def stream(client, body):
+    """The decoded events of a stream, [DONE] checked and dropped."""
+    response = await client.post(URL, json={**body, "stream": True})
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def text_of(chunks, index=0):
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+async def test_a_reply(client, engine, chat_body):
+    response = await client.post(URL, json=chat_body(), headers={"X-Request-Id": "abc"})
+
+    assert response.status_code == 200
+    body = response.json()
+    assert body.pop("created") > 0
+    prompt_tokens = len(engine.requests[0].prompt_ids)
+    assert body == {
+        "id": "chatcmpl-abc",
+        "object": "chat.completion",
+        "model": "test/model",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "so \\boxed{72}"},
+                "finish_reason": "stop",
+                "boxed_answer": "72",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": 3,
+            "total_tokens": prompt_tokens + 3,
+            "completion_tokens_details": {"reasoning_tokens": 0},
+            "trm": {"supervision_steps_mean": 4.0},
+        },
+    }
+
+
+async def test_defaults(client, engine, chat_body):
+    engine.max_model_len = 1000
+    await client.post(URL, json=chat_body())
+
+    params = engine.requests[0].params
+    assert (params.temperature, params.max_tokens, params.n_supervision, params.seed) == (0, 512, None, 0)
+    assert (params.top_p, params.top_k, params.min_p, params.stop, params.ignore_eos) == (1, 0, 0, (), False)
+
+
+async def test_every_field_reaches_the_engine(client, engine, chat_body):
+    fields = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 11}
+    body = chat_body(**fields, stop=["x", "y"], ignore_eos=True, supervision_steps=2, user="me", metadata={"a": "b"})
+
+    assert (await client.post(URL, json=body)).status_code == 200
+
+    params = engine.requests[0].params
+    assert {name: getattr(params, name) for name in fields} == fields
+    assert (params.stop, params.ignore_eos, params.n_supervision) == (("x", "y"), True, 2)
+
+
+@pytest.mark.parametrize(
+    ("effort", "steps"),
+    [("none", 0), ("minimal", 1), ("low", 1), ("medium", 2), ("high", 4), ("xhigh", 6), ("max", 8)],
+)
+async def test_efforts_have_names(client, engine, chat_body, effort, steps):
+    await client.post(URL, json=chat_body(reasoning_effort=effort))
+
+    assert engine.requests[0].params.n_supervision == steps
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a"], ("a",)), ([], ()), (None, ())], ids=str)
+async def test_stop_is_a_string_or_a_list(client, engine, chat_body, stop, expected):
+    await client.post(URL, json=chat_body(stop=stop))
+
+    assert engine.requests[0].params.stop == expected
+
+
+async def test_max_completion_tokens_is_max_tokens(client, engine, chat_body):
+    await client.post(URL, json=chat_body(max_completion_tokens=9))
+
+    assert engine.requests[0].params.max_tokens == 9
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": 10_000}], ids=str)
+async def test_max_tokens_is_clipped_to_the_room_left(client, engine, chat_body, fields):
+    await client.post(URL, json=chat_body(**fields))
+
+    assert engine.requests[0].positions == engine.max_model_len
+
+
+async def test_a_prompt_without_room_for_a_reply_is_a_400_with_both_counts(client, engine, chat_body):
+    response = await client.post(URL, json=chat_body("x" * 400))
+
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+    assert "400" in error["message"]
+    assert str(len(engine.chat.encode(engine.chat.conversations[0]))) in error["message"]
+
+
+async def test_the_system_prompt_is_explicit(client, engine, chat_body):
+    await client.post(URL, json=chat_body("hi"))
+
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    assert engine.chat.conversations == [[system, {"role": "user", "content": "hi"}]]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+async def test_a_system_prompt_of_the_callers_replaces_ours(client, engine, role):
+    messages = [{"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}]
+    await client.post(URL, json={"messages": messages})
+
+    assert engine.chat.conversations == [messages]
+
+
+async def test_text_parts_are_lines_of_one_message(client, engine):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    await client.post(URL, json={"messages": [{"role": "user", "content": parts}]})
+
+    assert engine.chat.conversations[0][-1] == {"role": "user", "content": "one\ntwo"}
+
+
+async def test_a_reply_can_be_sent_back_as_history(client, chat_body):
+    body = chat_body()
+    reply = (await client.post(URL, json=body)).json()["choices"][0]["message"]
+
+    body["messages"] += [reply, {"role": "user", "content": "and?"}]
+
+    assert (await client.post(URL, json=body)).status_code == 200
+
+
+async def test_the_model_may_be_named(client, chat_body):
+    assert (await client.post(URL, json=chat_body(model="test/model"))).status_code == 200
+
+
+async def test_another_model_is_a_404(client, engine, chat_body):
+    response = await client.post(URL, json=chat_body(model="gpt-4"))
+
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert "'gpt-4'" in error["message"]
+    assert not engine.requests
+
+
+async def test_n_samples_share_prompt_and_seed(client, engine, chat_body):
+    body = (await client.post(URL, json=chat_body(n=3, temperature=1))).json()
+
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [request.params.sample_index for request in engine.requests] == [0, 1, 2]
+    assert len({request.prompt_ids for request in engine.requests}) == 1
+    assert len({request.params.seed for request in engine.requests}) == 1
+    assert body["usage"]["completion_tokens"] == 9
+    assert body["usage"]["prompt_tokens"] == len(engine.requests[0].prompt_ids)
+
+
+async def test_sampling_without_a_seed_draws_a_fresh_one(client, engine, chat_body):
+    for _ in range(2):
+        await client.post(URL, json=chat_body(temperature=1))
+
+    first, second = engine.requests
+    assert first.params.seed != second.params.seed
+
+
+async def test_a_seed_is_used_as_given_zero_included(client, engine, chat_body):
+    await client.post(URL, json=chat_body(temperature=1, seed=0))
+
+    assert engine.requests[0].params.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "boxed"),
+    [(["no box"], None), ([r"\box", r"ed{ 7", "2 }"], "72"), ([r"\boxed{1} \boxed{2}"], "2"), ([r"\boxed{1"], None)],
+    ids=str,
+)
+async def test_the_box_is_read_from_the_whole_reply(client, engine, chat_body, say, pieces, boxed):
+    engine.script = say(*pieces)
+
+    whole = (await client.post(URL, json=chat_body())).json()["choices"][0]
+    streamed = [chunk["choices"][0] for chunk in await stream(client, chat_body())]
+
+    assert whole["boxed_answer"] == boxed
+    assert streamed[-1]["boxed_answer"] == boxed
+    assert all("boxed_answer" not in choice for choice in streamed[:-1])
+
+
+async def test_a_stream(client, chat_body):
+    chunks = await stream(client, chat_body())
+
+    assert [chunk["choices"] for chunk in chunks] == [
+        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
+        [{"index": 0, "delta": {"content": "so "}, "finish_reason": None}],
+        [{"index": 0, "delta": {"content": "\\boxed{72}"}, "finish_reason": None}],
+        [{"index": 0, "delta": {}, "finish_reason": "stop", "boxed_answer": "72"}],
+    ]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_a_stream_of_several_choices(client, engine, chat_body):
+    chunks = await stream(client, chat_body(n=2))
+
+    for index in (0, 1):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert [choice["finish_reason"] for choice in own[1:]] == [None, None, "stop"]
+        assert text_of(chunks, index) == "so \\boxed{72}"
+
+
+async def test_a_stream_with_usage_ends_in_it(client, engine, chat_body):
+    *chunks, last = await stream(client, chat_body(n=2, stream_options={"include_usage": True}))
+
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    whole = (await client.post(URL, json=chat_body(n=2))).json()
+    assert last["usage"] == whole["usage"]
+
+
+async def test_text_outside_ascii_and_line_ends_survive_the_framing(client, engine, chat_body, say):
+    engine.script = say("é\n\ndata: x", " 日本 \u2028 \x00 🙂\r\n")
+
+    assert text_of(await stream(client, chat_body())) == "é\n\ndata: x 日本 \u2028 \x00 🙂\r\n"
+
+
+async def test_text_that_comes_with_the_last_token_is_not_lost(client, engine, chat_body):
+    engine.script = lambda request: [Event((5,), "all", "length", Usage(3, 1, 4))]
+
+    chunks = await stream(client, chat_body())
+
+    assert text_of(chunks) == "all"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+async def test_one_failed_choice_fails_the_request_and_cancels_the_others(client, engine, chat_body):
+    def script(request):
+        if request.params.sample_index == 1:
+            engine.hold()  # the others get no further on their own
+            yield Event((), "", "error", None, DeviceError("a logit is not finite"))
+        while True:
+            yield Event((1,), "a")
+
+    engine.script = script
+    response = await client.post(URL, json=chat_body(n=3, temperature=1))
+
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "a logit is not finite",
+        "type": "server_error",
+        "param": None,
+        "code": "device_error",
+    }
+    engine.join()
+    assert engine.handles[0].cancelled
+    assert engine.handles[2].cancelled
+
+
+async def test_an_error_in_mid_stream_is_an_event_and_ends_it(client, engine, chat_body):
+    engine.script = lambda request: [
+        Event((1,), "half"),
+        Event((), "", "error", Usage(1, 1, 1), DeviceError("a logit is not finite")),
+    ]
+
+    *chunks, last = await stream(client, chat_body())
+
+    assert text_of(chunks) == "half"
+    assert last["error"]["message"] == "a logit is not finite"
+
+
+async def test_an_unexpected_error_in_mid_stream_leaks_nothing(client, engine, chat_body, monkeypatch, caplog):
+    monkeypatch.setattr("server.completions.extract_boxed", lambda text: 1 / 0)
+
+    *_, last = await stream(client, chat_body())
+
+    assert last["error"]["code"] == "internal_error"
+    assert "division" not in json.dumps(last)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_full_queue_is_a_429_that_says_when_to_return(client, engine, chat_body):
+    engine.refuse = Overloaded("the queue is full")
+
+    for fields in ({}, {"stream": True}):
+        response = await client.post(URL, json=chat_body(**fields))
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"] == {
+            "message": "the queue is full",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "queue_full",
+        }
+
+
+async def test_an_engine_that_refuses_for_its_device_is_a_503(client, engine, chat_body):
+    engine.refuse = DeviceError("the engine is shut down")
+
+    assert (await client.post(URL, json=chat_body())).status_code == 503

@@ -1,0 +1,67 @@
+"""`trm-serve` up to the point where it would serve: what goes wrong is one line and a status."""
+
+import socket
+import sys
+
+import pytest
+
+from server import cli
+from trm.errors import ConfigError
+
+
+@pytest.fixture
+def serve(monkeypatch, capsys):
+    """Run the command; returns its status and what it wrote to standard error."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["trm-serve", *argv])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        error = capsys.readouterr().err
+        return (code, error) if isinstance(code, int) else (1, f"{error}{code}\n")  # as the interpreter does
+
+    return run
+
+
+def test_a_taken_port_is_named_before_anything_is_loaded(serve, monkeypatch):
+    monkeypatch.setattr(cli, "load_engine", lambda settings: pytest.fail("loaded a model in vain"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, error = serve("--port", str(port))
+
+    assert status == 2
+    assert f"127.0.0.1:{port}: Address already in use; " in error
+    assert error.count("\n") == 1
+
+
+def test_an_address_that_is_not_ours_is_named():
+    with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid:8000"):
+        cli.listen("no.such.host.invalid", 8000)
+
+
+def test_all_of_a_host_may_be_listened_on():
+    with cli.listen("0.0.0.0", 0) as sock:
+        socket.create_connection(("127.0.0.1", sock.getsockname()[1])).close()
+
+
+@pytest.mark.parametrize("model", ["missing", "empty", "corrupt"])
+def test_a_model_that_cannot_be_loaded_is_named(serve, tmp_path, model):
+    path = tmp_path / model
+    if model != "missing":
+        path.mkdir()
+    if model == "corrupt":
+        (path / "config.json").write_text("{")
+
+    status, error = serve("--port", "0", "--model", str(path))
+
+    assert status == 1
+    assert str(path) in error
+    assert "Traceback" not in error
+
+
+def test_settings_that_cannot_be_are_named(serve):
+    status, error = serve("--max-rows", "0")
+
+    assert (status, error.count("\n")) == (2, 1)
+    assert "--max-rows" in error

@@ -1,0 +1,158 @@
+"""The app behind real sockets: OpenAI's own client, a closed connection, an orderly stop."""
+
+import asyncio
+import json
+import signal
+import threading
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from server.cli import listen
+from server.draining import DrainingServer
+
+
+@pytest.fixture
+def start(engine):
+    """Serve an app in a thread; gives its url, how to signal it, and the thread."""
+    threads = []
+
+    def run(app, drain_s=10.0):
+        sock = listen("127.0.0.1", 0)
+        server = DrainingServer(uvicorn.Config(app, log_config=None, lifespan="off"), app.state.serving.worker, drain_s)
+        loops = []
+
+        async def serve():
+            loops.append(asyncio.get_running_loop())
+            await server.serve(sockets=[sock])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        thread.start()
+        assert httpx.get(f"{url}/health").status_code == 200  # early clients queue on the socket
+
+        def stop():
+            if thread.is_alive():
+                loops[0].call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None)
+
+        threads.append((thread, stop))
+        return SimpleNamespace(url=url, stop=stop, thread=thread)
+
+    yield run
+    engine.release()
+    for thread, stop in threads:
+        stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def wait(condition):
+    for _ in range(5000):
+        if condition():
+            return
+        threading.Event().wait(0.001)
+    raise TimeoutError
+
+
+def test_openais_client_gets_replies_streams_and_errors(start, make_app):
+    live = start(make_app(api_key=["key"]))
+    messages = [{"role": "user", "content": "2+2?"}]
+
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["test/model"]
+        reply = client.chat.completions.create(model="test/model", messages=messages, n=2, extra_body={"top_k": 3})
+        chunks = list(
+            client.chat.completions.create(
+                model="test/model", messages=messages, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.chat.completions.create(model="other", messages=messages)
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="test/model", messages=messages, presence_penalty=1)
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").models.list()
+
+    assert [choice.message.content for choice in reply.choices] == ["so \\boxed{72}"] * 2
+    assert [choice.boxed_answer for choice in reply.choices] == ["72"] * 2
+    assert reply.usage.completion_tokens_details.reasoning_tokens == 0
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "so \\boxed{72}"
+    assert chunks[-2].choices[0].boxed_answer == "72"
+    assert chunks[-1].usage.completion_tokens == 3
+    assert refused.value.param == "presence_penalty"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_closed_connection_cancels_the_rows(start, app, engine, chat_body, stream):
+    live = start(app)
+    engine.hold()
+
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.3) as client:
+        client.post(f"{live.url}/v1/chat/completions", json=chat_body(n=2, stream=stream)).raise_for_status()
+
+    wait(lambda: len(engine.handles) == 2 and all(handle.cancelled for handle in engine.handles))
+
+
+def test_tokens_arrive_one_by_one(start, app, engine, chat_body, say):
+    live = start(app)
+
+    def script(request):
+        yield from say("a")(request)[:1]
+        engine.hold()  # after the event that comes next
+        yield from say("b")(request)
+
+    engine.script = script
+    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=chat_body(stream=True)) as response:
+        lines = response.iter_lines()
+        seen = []
+        while "b" not in seen:
+            line = next(lines)
+            if line:
+                seen.append(json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content"))
+        engine.release()  # the reply was not at its end when its second token arrived
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert seen == ["", "a", "b"]
+
+
+def test_a_stopping_server_finishes_accepted_work_and_refuses_new(start, app, engine, chat_body):
+    live = start(app)
+    engine.hold()
+    replies = []
+    url = f"{live.url}/v1/chat/completions"
+    accepted = threading.Thread(target=lambda: replies.append(httpx.post(url, json=chat_body())))
+    accepted.start()
+    wait(lambda: engine.handles)
+
+    live.stop()
+    wait(lambda: app.state.serving.worker.draining)
+    assert httpx.get(f"{live.url}/ready").status_code == 503
+    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.post(url, json=chat_body()).status_code == 503
+    engine.release()
+    accepted.join(5)
+    live.thread.join(5)
+
+    assert replies[0].status_code == 200
+    assert not live.thread.is_alive()
+
+
+def test_a_second_signal_cancels_accepted_work(start, app, engine, chat_body):
+    live = start(app)
+    engine.hold()
+    replies = []
+    url = f"{live.url}/v1/chat/completions"
+    accepted = threading.Thread(target=lambda: replies.append(httpx.post(url, json=chat_body())))
+    accepted.start()
+    wait(lambda: engine.handles)
+
+    live.stop()
+    wait(lambda: app.state.serving.worker.draining)
+    live.stop()
+    live.thread.join(5)
+    accepted.join(5)
+
+    assert not live.thread.is_alive()
+    assert replies[0].status_code == 503

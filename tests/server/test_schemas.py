@@ -1,0 +1,172 @@
+"""What a body may hold. Each refusal is a 400 that names the field."""
+
+from typing import get_args
+
+import pytest
+
+from server.schemas import ChatRequest, Effort, Role
+from trm.chat import ROLES
+from trm.config import EFFORT_NAMES
+
+pytestmark = pytest.mark.anyio
+
+
+def test_names_are_those_of_trm():
+    assert get_args(Effort) == EFFORT_NAMES
+    assert set(get_args(Role)) == set(ROLES)
+
+
+CHAT_REFUSALS = [
+    ({"tools": []}, "tools"),
+    ({"logprobs": True}, "logprobs"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"response_format": None}, "response_format"),
+    ({"stream_options": {"include_usag": True}}, "stream_options.include_usag"),
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": ["hello"]}, "messages.0"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "messages.1.role"),
+    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+    ({"model": 5}, "model"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": 5.0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 65}, "n"),
+    ({"n": 13}, "n"),  # more than rows and queue together
+    ({"stop": 5}, "stop"),
+    ({"stop": [5]}, "stop.0"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": 10**400}, "seed"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream": 1}, "stream"),
+    ({"stream_options": {}}, "stream_options"),
+    ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+    ({"reasoning_effort": "low", "supervision_steps": 2}, "supervision_steps"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
+    ({"user": 5}, "user"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), CHAT_REFUSALS, ids=str)
+async def test_chat_refuses_by_name(client, engine, chat_body, fields, param):
+    response = await client.post("/v1/chat/completions", json=chat_body(**fields))
+
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert not engine.requests
+
+
+SOLVE_REFUSALS = [
+    ({}, "question"),
+    ({"question": None}, "question"),
+    ({"question": 5}, "question"),
+    ({"question": ["a", 5]}, "question"),
+    ({"question": ""}, "question"),
+    ({"question": " \n"}, "question"),
+    ({"question": []}, "question"),
+    ({"question": ["a", ""]}, "question"),
+    ({"question": ["a"] * 13}, "question"),
+    ({"question": ["a"] * 7, "n": 2}, "question"),
+    ({"question": "a", "n": 13}, "n"),
+    ({"question": "a", "n": 2, "temperature": 0}, "temperature"),
+    ({"question": "a", "n": 2, "temperature": 0.0}, "temperature"),
+    ({"question": "a", "temperature": 3}, "temperature"),
+    ({"question": "a", "max_tokens": 0}, "max_tokens"),
+    ({"question": "a", "stop": "b"}, "stop"),
+    ({"question": "a", "model": "b"}, "model"),
+    ({"question": "a", "stream": False}, "stream"),
+    ({"question": "a", "reasoning_effort": "high", "supervision_steps": 4}, "supervision_steps"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), SOLVE_REFUSALS, ids=str)
+async def test_solve_refuses_by_name(client, engine, body, param):
+    response = await client.post("/solve", json=body)
+
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+    assert not engine.requests
+
+
+async def test_an_unknown_field_is_called_so(client, chat_body):
+    response = await client.post("/v1/chat/completions", json=chat_body(logit_bias={}))
+
+    assert response.json()["error"]["message"] == "logit_bias: unknown or unsupported field; remove it"
+
+
+async def test_null_means_the_default(client, engine, chat_body):
+    optional = set(ChatRequest.model_fields) - {"messages"}
+
+    assert (await client.post("/v1/chat/completions", json=chat_body())).status_code == 200
+    response = await client.post("/v1/chat/completions", json=chat_body(**dict.fromkeys(optional)))
+
+    assert response.status_code == 200, response.text
+    assert engine.requests[0] == engine.requests[1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"5",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": Infinity}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}',
+        b'{"messages": [{"role": "user", "content": "a"}], "seed": ' + b"1" * 5000 + b"}",
+    ],
+    ids=lambda body: repr(body[-40:]),
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/solve"])
+async def test_what_is_no_json_object_is_a_400(client, engine, path, body):
+    response = await client.post(path, content=body, headers={"Content-Type": "application/json"})
+
+    assert response.status_code == 400, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert not engine.requests
+
+
+async def test_a_missing_content_type_is_explained(client):
+    response = await client.post("/solve", content=b'{"question": "a"}')
+
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+async def test_a_huge_field_name_is_not_echoed_whole(client):
+    response = await client.post("/solve", json={"question": "a", "b" * 100_000: 1})
+
+    assert response.status_code == 400
+    assert len(response.content) < 1000

@@ -1,0 +1,125 @@
+"""Where settings come from, and that mistakes end the command with status 2."""
+
+import pytest
+
+from server.settings import ServeSettings
+from trm.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in ServeSettings.model_fields:
+        monkeypatch.delenv(f"TRM_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text):
+        path = tmp_path / "serve.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_flag_beats_environment_beats_file_beats_default(monkeypatch, yaml):
+    file = yaml("port: 1\nmax_rows: 1\nhost: file\n")
+    monkeypatch.setenv("TRM_PORT", "2")
+    monkeypatch.setenv("TRM_MAX_ROWS", "2")
+
+    settings = ServeSettings.from_command_line(["--config", file, "--port", "3"])
+
+    assert (settings.port, settings.max_rows, settings.host, settings.max_queue) == (3, 2, "file", 256)
+
+
+def test_defaults_serve_the_bundled_model_to_this_machine_only():
+    settings = ServeSettings.from_command_line([])
+
+    assert (settings.model, settings.model_id, settings.host, settings.port) == (None, "qwen-trm", "127.0.0.1", 8000)
+    assert settings.api_key == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ([], "qwen-trm"),
+        (["--model", "runs/1/checkpoint-5"], "runs/1/checkpoint-5"),
+        (["--model", "runs/1", "--served-model-name", "mine"], "mine"),
+    ],
+)
+def test_the_model_id_is_the_given_name_else_the_path_else_the_bundled_models(argv, name):
+    assert ServeSettings.from_command_line(argv).model_id == name
+
+
+def test_several_keys_on_the_command_line():
+    settings = ServeSettings.from_command_line(["--api-key", "a", "b", "--port", "1"])
+
+    assert (settings.api_key, settings.port) == (["a", "b"], 1)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--api-key"],
+        ["--api-key", ""],
+        ["--api-key="],
+        ["--api-key", "--port", "1"],
+        ["--api-key", "a", ""],
+        ["--api-key", "a", "--api-key", "b"],
+    ],
+    ids=str,
+)
+def test_a_key_that_the_shell_left_empty_or_that_would_be_lost_is_refused(argv):
+    with pytest.raises(ConfigError, match="--api-key"):
+        ServeSettings.from_command_line(argv)
+
+
+@pytest.mark.parametrize(("value", "keys"), [("a", ["a"]), ("a,b", ["a", "b"]), ("sk-1, sk-2", ["sk-1", "sk-2"])])
+def test_keys_from_the_environment_are_plain_text(monkeypatch, value, keys):
+    monkeypatch.setenv("TRM_API_KEY", value)
+
+    assert ServeSettings.from_command_line([]).api_key == keys
+
+
+@pytest.mark.parametrize("text", ["api_key: [a, b]", "api_key: a,b"])
+def test_keys_from_the_file(yaml, text):
+    assert ServeSettings.from_command_line(["--config", yaml(text)]).api_key == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--port", "70000"], "--port '70000': .*65535"),
+        (["--max-rows", "0"], "--max-rows '0'"),
+        (["--device", "tpu"], "--device 'tpu'"),
+        (["--dtype", "int8"], "--dtype 'int8'"),
+        (["--drain-seconds", "-1"], "--drain-seconds '-1'"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        ServeSettings.from_command_line(argv)
+
+
+def test_an_unknown_key_in_the_file_is_named(yaml):
+    with pytest.raises(ConfigError, match="unknown setting 'max_rowz'"):
+        ServeSettings.from_command_line(["--config", yaml("max_rowz: 3")])
+
+
+def test_an_unknown_flag_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        ServeSettings.from_command_line(["--max-rowz", "3"])
+
+    assert exit_.value.code == 2
+    assert "--max-rowz" in capsys.readouterr().err
+
+
+def test_help_describes_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        ServeSettings.from_command_line(["--help"])
+
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in ServeSettings.model_fields)

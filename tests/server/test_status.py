@@ -1,0 +1,98 @@
+"""Routes for operators and the list of models."""
+
+from importlib.metadata import version
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = pytest.mark.anyio
+
+
+async def samples(client):
+    """Every sample of /metrics by name and labels."""
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(response.text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+async def test_alive_and_ready(client):
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert (await client.get("/ready")).json() == {"status": "ready"}
+
+
+async def test_a_dead_engine_is_neither_alive_nor_ready_and_takes_no_work(client, engine):
+    engine.dead = True
+
+    for response in (
+        await client.get("/health"),
+        await client.get("/ready"),
+        await client.post("/solve", json={"question": "a"}),
+    ):
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "device_failed"
+
+
+async def test_a_draining_server_is_alive_but_takes_no_work(client, app):
+    await app.state.serving.worker.drain(1)
+
+    assert (await client.get("/health")).status_code == 200
+    for response in (await client.get("/ready"), await client.post("/solve", json={"question": "a"})):
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "draining"
+
+
+async def test_version(client):
+    expected = {"version": version("qwen-trm"), "model": "test/model", "torch": version("torch")}
+
+    assert (await client.get("/version")).json() == expected
+
+
+async def test_models(client):
+    listed = (await client.get("/v1/models")).json()
+    (model,) = listed["data"]
+
+    assert listed["object"] == "list"
+    assert model.pop("created") > 0
+    assert model == {"id": "test/model", "object": "model", "owned_by": "qwen-trm", "max_model_len": 400}
+    for path in ("/v1/models/test/model", "/v1/models/test%2Fmodel"):
+        assert (await client.get(path)).json()["id"] == "test/model"
+
+
+async def test_the_engines_numbers_are_read_at_each_scrape(client):
+    found = await samples(client)
+
+    assert {
+        ("trm_num_requests_running",): 1,
+        ("trm_num_requests_waiting",): 2,
+        ("trm_kv_cache_usage_ratio",): 0.25,
+        ("trm_ticks_total",): 33,
+        ("trm_row_steps_total",): 44,
+        ("trm_prompt_tokens_total",): 66,
+        ("trm_generation_tokens_total",): 77,
+    }.items() <= found.items()
+
+
+async def test_replies_are_counted_and_timed(client, engine, say):
+    before = await samples(client)
+    assert not any(name.endswith("_count") and value for (name, *_), value in before.items())
+    await client.post("/solve", json={"question": ["a", "b"], "n": 2})
+    engine.script = say("no box", finish="length")
+    await client.post("/solve", json={"question": "a"})
+
+    after = await samples(client)
+
+    assert after["trm_request_success_total", "stop"] == 4
+    assert after["trm_request_success_total", "length"] == 1
+    assert after["trm_solve_answers_total", "boxed"] == 2
+    assert after["trm_solve_answers_total", "truncated"] == 1
+    assert after[("trm_time_to_first_token_seconds_count",)] == 5
+    assert after[("trm_inter_token_latency_seconds_count",)] == 4 * 2 + 1
+    assert after[("trm_e2e_request_latency_seconds_count",)] == 5
+
+
+async def test_apps_do_not_share_their_counts(client, make_app, connect):
+    await client.post("/solve", json={"question": "a"})
+
+    async with connect(make_app()) as other:
+        assert ("trm_request_success_total", "stop") not in await samples(other)

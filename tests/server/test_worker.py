@@ -1,0 +1,244 @@
+"""The bridge between loop and engine thread, and what happens when a client or the server leaves."""
+
+import asyncio
+import inspect
+import threading
+
+import pytest
+
+from server.errors import Unavailable
+from server.metrics import Metrics
+from server.worker import Worker
+from trm.engine.engine import Engine
+from trm.engine.request import Event, Request, SamplingParams
+from trm.errors import BadRequest, DeviceError, Overloaded
+
+pytestmark = pytest.mark.anyio
+
+
+def requests(n=1):
+    return [Request((1, 2, 3), SamplingParams(sample_index=index)) for index in range(n)]
+
+
+@pytest.fixture
+def worker(engine):
+    return Worker(engine, Metrics(engine))
+
+
+async def until(condition):
+    """Wait for something that another thread brings about."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_the_fake_has_the_engines_interface(engine):
+    for name in ("submit", "alive", "stats"):
+        real = inspect.signature(getattr(Engine, name)).parameters
+        assert list(real)[1:] == list(inspect.signature(getattr(engine, name)).parameters)
+
+
+async def test_events_come_in_order_on_the_loops_thread(worker, engine):
+    submission = worker.submit(requests(2))
+    seen = {0: "", 1: ""}
+
+    async for index, event in submission:
+        assert threading.current_thread() is threading.main_thread()
+        seen[index] += event.text
+
+    assert seen == {0: "so \\boxed{72}", 1: "so \\boxed{72}"}
+    assert (submission.prompt_tokens, submission.completion_tokens) == (6, 6)
+    assert not submission.running
+
+
+async def test_whole_replies_come_in_order_of_submission(worker, engine, say):
+    engine.script = lambda request: say(*"abcd"[request.params.sample_index :])(request)
+
+    replies = await worker.submit(requests(4)).replies()
+
+    assert [reply.text for reply in replies] == ["abcd", "bcd", "cd", "d"]
+    assert [reply.token_ids for reply in replies][-1] == (10, 0)
+
+
+@pytest.mark.parametrize("error", [Overloaded("full"), BadRequest("too long", param="messages")], ids=repr)
+async def test_what_the_engine_refuses_is_raised(worker, engine, error):
+    engine.refuse = error
+
+    with pytest.raises(type(error)):
+        worker.submit(requests())
+    await worker.drain(0)  # nothing is under way
+
+
+async def test_an_engine_that_died_meanwhile_is_unavailable(worker, engine):
+    engine.refuse = DeviceError("the engine is shut down")
+
+    with pytest.raises(Unavailable, match="shut down"):
+        worker.submit(requests())
+
+
+async def test_a_failed_request_raises_its_error(worker, engine):
+    engine.script = lambda request: [Event(finish_reason="error", error=DeviceError("not finite"))]
+
+    with pytest.raises(DeviceError, match="not finite"):
+        await worker.submit(requests()).replies()
+
+
+async def test_cancel_reaches_only_what_has_not_ended(worker, engine, say):
+    def script(request):
+        *events, last = say("a")(request)
+        yield from events
+        engine.hold()  # the first to get here ends, the other does not
+        yield last
+
+    engine.script = script
+    submission = worker.submit(requests(2))
+    await until(lambda: submission.completion_tokens == 3)
+
+    submission.cancel()
+    await until(lambda: not submission.running)
+
+    assert [handle.cancelled for handle in engine.handles] == [False, True]
+
+
+async def test_draining_waits_for_accepted_work_and_takes_no_more(worker, engine):
+    engine.hold()
+    submission = worker.submit(requests())
+    drain = asyncio.create_task(worker.drain(10))
+    await until(lambda: worker.draining)
+
+    with pytest.raises(Unavailable):
+        worker.submit(requests())
+    engine.release()
+    await drain
+
+    assert [reply.finish_reason for reply in await submission.replies()] == ["stop"]
+
+
+async def test_draining_cancels_what_takes_too_long(worker, engine):
+    engine.hold()
+    submission = worker.submit(requests(2))
+
+    await worker.drain(0.01)
+
+    with pytest.raises(Unavailable):
+        await submission.replies()
+    assert all(handle.cancelled for handle in engine.handles)
+
+
+async def test_events_after_the_loop_has_closed_do_not_hurt_the_engine(engine, recwarn):
+    engine.hold()
+    loop = asyncio.new_event_loop()
+
+    async def submit():
+        Worker(engine, Metrics(engine)).submit(requests())
+
+    await asyncio.to_thread(loop.run_until_complete, submit())
+    loop.close()
+    engine.release()
+
+    engine.join()  # an exception in the fake's thread would be a warning, and warnings are errors
+
+
+# Leaving clients, at the level where servers tell of them
+
+
+@pytest.fixture
+def leave(app):
+    """Run a request whose client leaves when told to; returns what was sent to it."""
+
+    async def run(path, body, gone: asyncio.Event, body_arrives=True):
+        sent = []
+        messages = [{"type": "http.request", "body": body, "more_body": not body_arrives}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        await app({**scope, "asgi": {"version": "3.0"}}, receive, send)
+        return sent
+
+    return run
+
+
+BODIES = {
+    "plain": ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "n": 2}'),
+    "stream": ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "n": 2, "stream": true}'),
+    "solve": ("/solve", b'{"question": "a", "n": 2}'),
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+async def test_a_client_that_leaves_takes_its_rows_along(leave, app, engine, kind):
+    engine.hold()
+    gone = asyncio.Event()
+    request = asyncio.create_task(leave(*BODIES[kind], gone))
+    await until(lambda: len(engine.handles) == 2)
+
+    gone.set()
+    sent = await request
+
+    assert all(handle.cancelled for handle in engine.handles)
+    assert [message["type"] for message in sent] == (["http.response.start"] if kind == "stream" else [])
+    engine.join()
+    await app.state.serving.worker.drain(5)  # the final events have arrived: nothing leaks
+
+
+async def test_a_client_that_leaves_in_mid_stream_takes_its_rows_along(leave, engine):
+    def script(request):
+        yield Event((1,), "a")
+        engine.hold()
+        yield Event((2,), "b")
+
+    engine.script = script
+    gone = asyncio.Event()
+    request = asyncio.create_task(leave(*BODIES["stream"], gone))
+    await until(lambda: len(engine.handles) == 2)
+    gone.set()
+    sent = await request
+
+    assert all(handle.cancelled for handle in engine.handles)
+    assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
+
+
+async def test_a_client_that_leaves_while_sending_is_forgotten(leave, engine):
+    gone = asyncio.Event()
+    gone.set()
+
+    assert await leave("/solve", b'{"question"', gone, body_arrives=False) == []
+    assert not engine.requests
+
+
+async def test_a_server_told_to_cancel_its_handlers_cancels_the_rows(leave, engine):
+    engine.hold()
+    request = asyncio.create_task(leave(*BODIES["solve"], asyncio.Event()))
+    await until(lambda: len(engine.handles) == 2)
+
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+
+    assert all(handle.cancelled for handle in engine.handles)
+
+
+async def test_a_server_that_stops_tells_its_clients(client, app, engine):
+    engine.hold()
+    requests = [
+        asyncio.create_task(client.post(path, content=body, headers={"content-type": "application/json"}))
+        for path, body in BODIES.values()
+    ]
+    await until(lambda: len(engine.handles) == 6)
+
+    await app.state.serving.worker.drain(0)
+
+    plain, stream, solve = [await request for request in requests]
+    assert (plain.status_code, solve.status_code) == (503, 503)
+    assert plain.json()["error"]["code"] == "draining"
+    assert '"code":"draining"' in stream.text
+    assert stream.text.endswith("data: [DONE]\n\n")
