@@ -67,12 +67,10 @@ def load_engine(settings: ServeSettings) -> "Engine":
     from trm import TRMForCausalLM, bundled_model_path
     from trm.chat import ChatFormat
     from trm.checkpoint import read_tokenizer
+    from trm.device import use_device
     from trm.engine.engine import Engine, EngineConfig
 
-    cuda = torch.cuda.is_available()
-    if settings.device == "cuda" and not cuda:
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
-    device = ("cuda" if cuda else "cpu") if settings.device == "auto" else settings.device
+    device = use_device(settings.device)
     default = torch.bfloat16 if device == "cuda" else torch.float32
     dtype = {"auto": default, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     source = settings.model or str(bundled_model_path())

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from training.config import EvalSettings
 from training.data import load_problems
-from training.device import use_device
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.answers import is_correct
 from trm.chat import ChatFormat, solve_messages
+from trm.device import use_device
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import ConfigError
 

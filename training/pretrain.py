@@ -21,13 +21,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from training.batches import IGNORE_INDEX, Batch, collate
 from training.config import PretrainSettings
 from training.data import load_problems
-from training.device import use_device
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.problem import Problem
 from training.synthetic import FAMILIES, MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
 from trm.answers import is_correct
 from trm.chat import ROLES, SYSTEM_PROMPT, ChatFormat, Example, solve_messages
+from trm.device import use_device
 from trm.errors import DeviceError
 
 logger = logging.getLogger(__name__)

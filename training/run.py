@@ -10,10 +10,10 @@ import transformers
 import trm
 from training.config import TrainSettings
 from training.data import encode_problems, load_problems
-from training.device import use_device
 from training.trainer import STATE_JSON, Trainer
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat
+from trm.device import use_device
 from trm.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)

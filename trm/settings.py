@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import yaml
 from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -47,7 +49,13 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Values given in code, the environment, the file that either of them names."""
         named = init_settings().get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=named)
+        if named is not None and not Path(named).is_file():
+            raise ConfigError(f"--config {named}: no such file")
+        try:
+            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=named)
+        except (yaml.YAMLError, SettingsError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--config {named}: not a YAML file with one setting a line: {reason}") from None
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
@@ -62,9 +70,6 @@ class Settings(BaseSettings):
             cli_avoid_json=True,
         )
         given = flags()
-        config = given.get("config")
-        if config is not None and not Path(config).is_file():
-            raise ConfigError(f"--config {config}: no such file")
         try:
             return cls(**given)
         except ValidationError as error:
