@@ -19,7 +19,7 @@ from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.settings import configure_logging
 
-NUM_PROBLEMS = 96_000
+NUM_PROBLEMS = 48_000
 MAX_SUPERVISION = 16
 EVALUATIONS = {"easy": ("synthetic:easy", 1000), "all": ("synthetic", 1000)}
 EFFORTS = [0, 1, 2, 4, 8, 16]

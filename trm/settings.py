@@ -86,18 +86,17 @@ def _describe(cls: type[Settings], problem: Any) -> str:
 
 
 def run_command(main: Callable[[], None], command: str) -> None:
-    """Run a command's body: a TRMError becomes one line on standard error and status 2."""
+    """Run a command's body: a TRMError becomes one line on standard error, and status 1, or 2 for a wrong setting."""
     try:
         main()
+    except ConfigError as error:
+        sys.stderr.write(f"{command}: {error} (see {command} --help)\n")
+        sys.exit(2)
     except TRMError as error:
-        sys.exit(f"{command}: {error}" if not isinstance(error, ConfigError) else _usage(command, error))
+        sys.stderr.write(f"{command}: {error}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _usage(command: str, error: ConfigError) -> int:
-    print(f"{command}: {error} (see {command} --help)", file=sys.stderr)  # noqa: T201
-    return 2
 
 
 def configure_logging(level: str = "INFO") -> None:
