@@ -43,9 +43,9 @@ def causal_mask(key_mask: Tensor, num_queries: int) -> Tensor:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention: queries (B, H, Q, d) over keys and values (B, K, S, d); mask (B, 1, Q, S) bool.
+    """Grouped-query attention: queries (B, H, Q, d) over keys and values (B, K, S, d), mask (B, 1, Q, S) bool.
 
-    Returns (B, H, Q, d). Under autocast on a CPU it runs in float32: the bfloat16 kernels there take four times as long.
+    Returns (B, H, Q, d). Under autocast on a CPU it runs in float32: bfloat16 takes four times as long there.
     """
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
