@@ -61,7 +61,9 @@ def randomize(model: TRMForCausalLM, scale: float = 0.4, seed: int = 0) -> TRMFo
     return model
 
 
-def make_model(family: str = "qwen2", *, scale: float | None = 0.4, sizes: dict[str, Any] | None = None, **settings: Any) -> TRMForCausalLM:
+def make_model(
+    family: str = "qwen2", *, scale: float | None = 0.4, sizes: dict[str, Any] | None = None, **settings: Any
+) -> TRMForCausalLM:
     """A tiny TRM model; `scale` None leaves the decoder at its initialisation."""
     depth = {"n_latent": 2, "n_cycles": 2, "n_supervision": 3}
     model = TRMForCausalLM.from_backbone(make_backbone(family, **(sizes or {})), **(depth | settings)).eval()
@@ -88,5 +90,3 @@ def qwen2_tokenizer() -> Any:
 @pytest.fixture(params=["context", "state"])
 def kv_source(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
