@@ -38,7 +38,7 @@ def train(settings: TrainSettings) -> Path:
     backbone = checkpoint.read_backbone(source, revision)
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
-    model = TRMForCausalLM.from_backbone(backbone, **_model_settings(settings), **record)
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **_model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
     if settings.resume is not None:
         trainer.load(settings.resume)

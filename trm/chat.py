@@ -105,6 +105,8 @@ class ChatFormat:
         self.end_id: int = tokenizer.eos_token_id
         specials = {str(t) for t in tokenizer.all_special_tokens}
         specials |= {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        if END_TOKEN in self.template and END_TOKEN in specials:  # base models' eos_token ends documents, not turns
+            self.end_id = tokenizer.convert_tokens_to_ids(END_TOKEN)
         longest_first = sorted(specials, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
@@ -121,6 +123,8 @@ class ChatFormat:
         Raises BadRequest where a role is unknown or the template refuses the conversation.
         """
         contents = [normalize_text(m["content"]) if self.normalize else m["content"] for m in messages]
+        if any("\ud800" <= char <= "\udfff" for content in contents for char in content):
+            raise BadRequest("a message holds half a surrogate pair, which is no text", param="messages")
         guards = self._guards(contents)
         turns = []
         for message, content in zip(messages, contents, strict=True):
@@ -150,6 +154,8 @@ class ChatFormat:
         ids = self.encode(messages, add_generation_prompt=False)
         if ids[: len(prompt)] != prompt:
             raise ConfigError("the chat template renders a finished conversation unlike its own prompt")
+        if self.end_id not in ids[len(prompt) :]:
+            raise ConfigError("the chat template does not close the reply with the tokenizer's end token")
         end = ids.index(self.end_id, len(prompt))
         return Example(tuple(ids[: end + 1]), len(prompt))
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trm.config import BACKBONES, TRMConfig
 from trm.errors import CheckpointError, ConfigError
@@ -30,6 +30,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 BACKBONE_DIR = "backbone"
 TOKENIZER_FILE = "tokenizer.json"
+STRUCTURE = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 MAX_COPIED_BACKBONE_BYTES = 64 * 2**20
 
 
@@ -81,8 +82,12 @@ def read(model: str | Path, revision: str | None = None) -> Loaded:
             )
     else:
         raise CheckpointError(f"{directory / BACKBONE_DIR}: missing, and {CONFIG_FILE} names no backbone_source")
-    if backbone.config.hidden_size != config.hidden_size or backbone.config.vocab_size != config.vocab_size:
-        raise CheckpointError(f"{directory}: {CONFIG_FILE} and the backbone disagree about hidden_size or vocab_size")
+    for name in STRUCTURE:
+        ours, theirs = getattr(config.backbone_config, name, None), getattr(backbone.config, name, None)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{directory / CONFIG_FILE}: {name} is {ours} in backbone_config, {theirs} in the backbone"
+            )
     return Loaded(config, {name: tensor.float() for name, tensor in weights.items()}, backbone)
 
 
@@ -141,12 +146,16 @@ def read_backbone(source: str | Path, revision: str | None = None) -> PreTrained
 
 
 def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
-    """The fast tokenizer of a checkpoint or backbone."""
+    """The fast tokenizer of a checkpoint or backbone, exactly as its tokenizer.json says.
+
+    AutoTokenizer would take the class that belongs to the backbone's architecture, and with it that
+    class's idea of how text is split.
+    """
     directory = locate(model, revision)
     if not (directory / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: missing")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # as above
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: not a usable tokenizer: {error}") from error
 
@@ -163,7 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object")
@@ -191,9 +200,24 @@ def write(
 
     Backbones from a hub id or larger than 64 MB stay where they are; `config` must then name them.
     """
+    directory = directory.absolute()
+    if directory.exists() and not _may_be_replaced(directory):
+        raise CheckpointError(
+            f"{directory}: exists and is no checkpoint of ours, so it is not replaced; choose another place"
+        )
     aside = make_aside(directory)
     write_into(aside, config, weights, backbone, tokenizer)
     replace_directory(aside, directory)
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether nothing is lost that `write` has not written: an empty directory, or a checkpoint."""
+    if not path.is_dir():
+        return False
+    try:
+        return not any(path.iterdir()) or read_json(path / CONFIG_FILE).get("model_type") == TRMConfig.model_type
+    except CheckpointError:
+        return False
 
 
 def make_aside(directory: Path) -> Path:
@@ -223,7 +247,8 @@ def write_into(
 def write_backbone(directory: Path, backbone: PreTrainedModel) -> None:
     """Copy a backbone in bfloat16 if that loses nothing, else as it is."""
     state = backbone.state_dict()
-    short = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    copies: dict[int, Tensor] = {}  # by storage: a tied head stays the embedding, and is then not saved twice
+    short = {name: copies.setdefault(tensor.data_ptr(), tensor.to(torch.bfloat16)) for name, tensor in state.items()}
     exact = all(torch.equal(short[name].to(tensor.dtype), tensor) for name, tensor in state.items())
     backbone.save_pretrained(directory, state_dict=short if exact else state)
 
@@ -250,7 +275,12 @@ def replace_directory(aside: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         os.rename(directory, old)
-    os.rename(aside, directory)
+    try:
+        os.rename(aside, directory)
+    except OSError:
+        if old.exists():
+            os.rename(old, directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

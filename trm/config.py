@@ -83,6 +83,8 @@ class TRMConfig(PreTrainedConfig):
         for name in ("n_latent", "n_cycles", "n_supervision", "n_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.expansion < float("inf"):
+            raise ConfigError(f"expansion is {self.expansion}; it must be above 0")
         if self.kv_source not in KV_SOURCES:
             raise ConfigError(f"kv_source is {self.kv_source!r}; it must be one of {', '.join(KV_SOURCES)}")
         if self.max_supervision is not None and self.max_supervision < self.n_supervision:

@@ -149,15 +149,16 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a checkpoint directory or hub id, ready for inference.
 
         `dtype` applies to decoder and backbone ("auto" means float32 here). Of transformers' other
-        arguments `config`, `revision` and `device_map` (a single device) are understood. Raises CheckpointError.
+        arguments `revision` and `device_map` (a single device) are understood; the configuration is
+        always the checkpoint's own. Raises CheckpointError.
         """
         revision, device = kwargs.pop("revision", None), kwargs.pop("device_map", None)
+        dtype = _dtype(kwargs.pop("torch_dtype", dtype))
         for harmless in (
             "config",
             "trust_remote_code",
             "_from_auto",
             "adapter_kwargs",
-            "torch_dtype",
             "_commit_hash",
             "code_revision",
         ):
@@ -167,7 +168,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         loaded = checkpoint.read(pretrained_model_name_or_path, revision)
         model = cls(loaded.config, loaded.backbone)
         model.load_trained(loaded.weights, str(pretrained_model_name_or_path))
-        model = model.to(torch.float32 if dtype in (None, "auto") else dtype)
+        rotary = model.backbone.model.rotary_emb
+        frequencies = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
+        model = model.to(dtype)
+        for name, buffer in frequencies.items():  # rounded to bfloat16 they would turn distant positions by radians
+            setattr(rotary, name, buffer)
         model = model.to(device) if device is not None else model
         model.eval()
         return model
@@ -208,6 +213,10 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         the positions of `logits_to_keep` only (an int: the last so many, 0 for all; or their indices).
         """
         steps = self.check_effort(n_supervision)
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise BadRequest(
+                "labels need the logits of every position; leave logits_to_keep at 0", param="logits_to_keep"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -307,12 +316,14 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate(). Batches must be padded on the left; `n_supervision` sets the effort."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
-            raise BadRequest(
-                "generate() needs padding on the left; set tokenizer.padding_side = 'left'", param="attention_mask"
-            )
+        _refuse_right_padding(kwargs.get("attention_mask"))
         return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The mask that transformers derives from the pad tokens where none is given."""
+        mask: Tensor = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        _refuse_right_padding(mask)
+        return mask
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()  # type: ignore[no-any-return]
@@ -324,4 +335,21 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
     def _kept(logits_to_keep: int | Tensor, length: int, device: torch.device) -> Any:
         if isinstance(logits_to_keep, Tensor):
             return logits_to_keep.to(device)
-        return slice(length - logits_to_keep, None) if logits_to_keep else slice(None)
+        return slice(max(0, length - logits_to_keep), None) if logits_to_keep else slice(None)
+
+
+def _refuse_right_padding(mask: Tensor | None) -> None:
+    if mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all()):
+        raise BadRequest(
+            "generate() needs padding on the left; set tokenizer.padding_side = 'left'", param="attention_mask"
+        )
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    """The type that a caller of `from_pretrained` means; "auto" and None are float32 here."""
+    found = (
+        torch.float32 if dtype in (None, "auto") else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    )
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r} is none of torch's")
+    return found

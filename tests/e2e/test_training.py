@@ -9,9 +9,12 @@ import httpx
 from tests.e2e.conftest import ServerProcess, run_command
 
 ROWS = [
-    {"question": f"Ann has {n} pens and buys {n + 1} more. How many pens does she have?", "answer": f"{n}+{n + 1}={2 * n + 1}\n#### {2 * n + 1}"}
+    {
+        "question": f"Ann has {n} pens and buys {n + 1} more. How many pens does she have?",
+        "answer": f"{n}+{n + 1}={2 * n + 1}\n#### {2 * n + 1}",
+    }
     for n in range(2, 18)
-]  # fmt: skip
+]
 SMALL = ("--n-latent", "1", "--n-cycles", "1", "--n-supervision", "2", "--max-steps", "4", "--save-steps", "2")
 
 

@@ -105,7 +105,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_one_clear_error(monkeypatch: py
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(ConfigError, match="--dataset math: cannot load .*: no route"):
+    with pytest.raises(ConfigError, match=r"--dataset math: cannot load .*: no route"):
         load("math")
 
 

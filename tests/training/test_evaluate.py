@@ -38,7 +38,7 @@ def test_report(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
     with pytest.raises(BadRequest, match="takes 0 to 16"):
         evaluate_model(EvalSettings(**arguments, effort=[17]))
-    with pytest.raises(ConfigError, match="need .* positions; the model has 1024"):
+    with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
         evaluate_model(EvalSettings(**(arguments | {"max_tokens": 1024})))
 
 

@@ -163,7 +163,7 @@ def test_a_resumed_run_goes_on_in_its_own_directory(settings: Settings, tmp_path
 def test_resuming_with_other_settings_or_data_is_refused(settings: Settings, jsonl: Callable[..., Path]) -> None:
     path = jsonl(*({"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(8)))
     last = train(settings(dataset=str(path), max_steps=1))
-    with pytest.raises(ConfigError, match="--lr 0.5: the run to resume has 0.01"):
+    with pytest.raises(ConfigError, match=r"--lr 0\.5: the run to resume has 0\.01"):
         train(TrainSettings(resume=last, lr=0.5))
 
     path.write_text(path.read_text().replace("3 and 1", "3 plus 1"))

@@ -24,6 +24,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Text that is certain now that `token_id` has come."""
+        if self.stopped:
+            return ""
         self._ids.append(token_id)
         self._decoded += self._stream.step(self.chat.tokenizer.backend_tokenizer, token_id) or ""
         return self._release(final=False)

@@ -7,7 +7,6 @@ events, from the engine's thread. Every accepted request ends in exactly one fin
 """
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import psutil
 import torch
 
 from trm.chat import ChatFormat
@@ -176,12 +176,14 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in the order of the requests, which may be more than the queue holds at once."""
-        if self._thread is not None:
-            return [handle.result() for handle in self.submit(requests)]
-        handles = self.submit(requests)
-        while self.step():
-            pass
-        return [handle.result() for handle in handles]
+        at_once = self.config.max_rows + self.config.max_queue
+        replies = []
+        for start in range(0, len(requests), at_once):
+            handles = self.submit(requests[start : start + at_once])
+            while self._thread is None and self.step():
+                pass
+            replies += [handle.result() for handle in handles]
+        return replies
 
     def stats(self) -> Stats:
         """Gauges and counters now."""
@@ -228,6 +230,9 @@ class Engine:
     def step(self) -> bool:
         """Advance every row by one tick. Returns whether there is anything left to do."""
         with self._changed:
+            for row in self.scheduler.running:
+                if row.cancelled:
+                    self.runner.clear(row.slot)  # its logits have not shown yet whether what it left is finite
             gone = self.scheduler.take_cancelled()
             self.scheduler.admit()
         for row in gone:
@@ -285,7 +290,7 @@ class Engine:
             elif len(row.reply) >= params.max_tokens:
                 self._finish(row, "length", (token,), text)
             else:
-                row.emit(Event((token,), text))
+                self._emit(row, Event((token,), text))
 
     def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
         """Make a model call for some rows; where it fails, those rows fail and the engine goes on."""
@@ -308,10 +313,20 @@ class Engine:
         """Free the row's slot and send its final event."""
         with self._changed:
             if row in self.scheduler.running:
+                if row.steps == 0:
+                    self.runner.clear(row.slot)  # keys from the context that it never read may not be finite
                 self.scheduler.release(row)
             stream = self._streams.pop(row)
         usage = Usage(len(row.request.prompt_ids), len(row.reply), row.supervision_steps)
-        row.emit(Event(ids, text + stream.finish(), reason, usage, error))
+        self._emit(row, Event(ids, text + stream.finish(), reason, usage, error))
+
+    def _emit(self, row: Row, event: Event) -> None:
+        """Tell the listener. One that raises loses its request, not everybody's."""
+        try:
+            row.emit(event)
+        except Exception:
+            logger.exception("a listener failed; its request is cancelled")
+            row.cancelled = True
 
     def _run(self) -> None:
         """The thread: step while there is work, sleep while there is none, and let nobody wait for ever."""
@@ -331,7 +346,9 @@ class Engine:
                 for row in left:
                     self.scheduler.release(row)
             for row in left:
-                row.emit(Event(finish_reason="error", error=DeviceError("the engine died; see the server's log")))
+                usage = Usage(len(row.request.prompt_ids), len(row.reply), row.supervision_steps)
+                error = DeviceError("the engine died; see the server's log")
+                self._emit(row, Event(finish_reason="error", usage=usage, error=error))
 
     def _fit_length(self) -> int:
         """Positions per slot: what is asked for, bounded by the model and by the cache's bytes."""
@@ -356,4 +373,4 @@ def _free_bytes(device: torch.device) -> int:
     """Memory that is free now, on the device that the cache will lie on."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)

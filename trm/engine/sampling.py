@@ -22,9 +22,9 @@ def adjusted_scores(logits: Tensor, params: SamplingParams, position: int) -> Sc
     scores = logits.double().cpu().numpy()
     if params.temperature == 0:
         return scores
-    return _filtered(scores / params.temperature, params) + gumbel_noise(
-        len(scores), params.seed, params.sample_index, position
-    )
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf
+        scores = (scores - scores.max()) / params.temperature
+    return _filtered(scores, params) + gumbel_noise(len(scores), params.seed, params.sample_index, position)
 
 
 def choose(logits: Tensor, params: SamplingParams, position: int) -> int:
