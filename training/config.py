@@ -49,6 +49,7 @@ class TrainSettings(Settings):
         "full", description="through the whole recursion, or the last cycle of each step"
     )
     train_lm_head: bool = Field(False, description="also train an untied copy of the head")
+    keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
     seed: int = Field(0, ge=0, description="of weights, data order and synthetic problems")

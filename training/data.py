@@ -27,11 +27,13 @@ HUB_DATASETS = {  # name -> (repository, configuration, {our split: theirs})
 MAX_REPORTED_ROWS = 10  # bad rows named one by one; the rest are only counted
 
 
-def load_problems(dataset: str, *, split: Split, seed: int, num_problems: int = 20_000) -> list[Problem]:
+def load_problems(
+    dataset: str, *, split: Split, seed: int, num_problems: int = 20_000, keep_annotations: bool = False
+) -> list[Problem]:
     """Problems of `gsm8k`, `numina`, `math`, `synthetic[:FAMILY,…]` or a JSON-lines file.
 
-    `num_problems` and `seed` say how many synthetic problems to draw and which. Raises ConfigError for an
-    unknown name, a missing file, or a source without one good row.
+    `num_problems` and `seed` say how many synthetic problems to draw and which; `keep_annotations`
+    leaves GSM8K's `<<48/2=24>>` in the solutions. Raises ConfigError for an unknown name, a missing file, or a source without one good row.
     """
     name, _, families = dataset.partition(":")
     if name == "synthetic":
@@ -41,7 +43,7 @@ def load_problems(dataset: str, *, split: Split, seed: int, num_problems: int = 
     bad = 0
     for source, row in rows:
         try:
-            good.append(_problem(row, source))
+            good.append(_problem(row, source, keep_annotations))
         except ValueError as error:
             bad += 1
             if bad <= MAX_REPORTED_ROWS:
@@ -94,7 +96,7 @@ def _hub_rows(name: str, split: Split) -> Iterable[tuple[str, Any]]:
     return ((f"{repository}:{number}", row) for number, row in enumerate(table, start=1))
 
 
-def _problem(row: Any, source: str) -> Problem:
+def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
     """One row as a problem. Raises ValueError that says what is wrong with it."""
     if isinstance(row, str):
         try:
@@ -108,7 +110,7 @@ def _problem(row: Any, source: str) -> Problem:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{name} is missing, empty or no text")
     if "####" in solution:
-        solution = convert_gsm8k(solution)
+        solution = convert_gsm8k(solution, keep_annotations)
     if extract_boxed(solution) is None:
         raise ValueError(r"the solution has neither #### nor a \boxed{} answer")
     return Problem(question, solution, source)

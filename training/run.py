@@ -33,7 +33,13 @@ def train(settings: TrainSettings) -> Path:
 
     source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
     chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
-    problems = load_problems(settings.dataset, split="train", seed=settings.seed, num_problems=settings.num_problems)
+    problems = load_problems(
+        settings.dataset,
+        split="train",
+        seed=settings.seed,
+        num_problems=settings.num_problems,
+        keep_annotations=settings.keep_annotations,
+    )
     examples = encode_problems(problems, chat, settings.max_length)
     backbone = checkpoint.read_backbone(source, revision)
     record = checkpoint.backbone_record(source, revision, backbone)

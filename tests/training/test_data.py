@@ -42,6 +42,14 @@ def test_formats(jsonl: Jsonl, row: dict[str, str], answer: str) -> None:
     assert "\b" not in problem.solution
 
 
+def test_annotations_are_kept_only_on_request(jsonl: Jsonl) -> None:
+    path = str(jsonl({"question": "Q", "answer": "48/2 = <<48/2=24>>24\n#### 24"}))
+    kept = load_problems(path, split="train", seed=0, keep_annotations=True)
+
+    assert "<<48/2=24>>" in kept[0].solution
+    assert "<<" not in load(path)[0].solution
+
+
 def test_bad_rows_are_named_with_their_line_counted_and_left_out(
     jsonl: Jsonl, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,11 +5,11 @@ from fractions import Fraction
 
 import pytest
 
-from training import synthetic
+from training import sentences, synthetic
+from training.sentences import Bank
 from training.synthetic import (
     FAMILIES,
     GROUPS_OF_FAMILIES,
-    Bank,
     _belongs,
     make_problem,
     parse_families,
@@ -77,7 +77,7 @@ def test_every_heldout_problem_holds_a_sentence_that_training_never_uses(monkeyp
 
 
 def test_sentences_of_a_bank_are_in_one_split_only() -> None:
-    banks = [value for value in vars(synthetic).values() if isinstance(value, Bank)]
+    banks = [value for value in vars(sentences).values() if isinstance(value, Bank)]
 
     assert len(banks) > 30
     for bank in banks:
@@ -85,7 +85,7 @@ def test_sentences_of_a_bank_are_in_one_split_only() -> None:
 
 
 def test_heldout_sentences_use_no_word_that_training_does_not_know() -> None:
-    banks = [value for value in vars(synthetic).values() if isinstance(value, Bank)]
+    banks = [value for value in vars(sentences).values() if isinstance(value, Bank)]
     known = {word for bank in banks for text in bank.seen for word in re.findall(r"[a-z]+", text.lower())}
     new = {word for bank in banks for text in bank.heldout for word in re.findall(r"[a-z]+", text.lower())}
 
