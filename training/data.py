@@ -33,7 +33,8 @@ def load_problems(
     """Problems of `gsm8k`, `numina`, `math`, `synthetic[:FAMILY,…]` or a JSON-lines file.
 
     `num_problems` and `seed` say how many synthetic problems to draw and which; `keep_annotations`
-    leaves GSM8K's `<<48/2=24>>` in the solutions. Raises ConfigError for an unknown name, a missing file, or a source without one good row.
+    leaves GSM8K's `<<48/2=24>>` in the solutions. Raises ConfigError for an unknown name, a missing
+    file, or a source without one good row.
     """
     name, _, families = dataset.partition(":")
     if name == "synthetic":
