@@ -82,5 +82,14 @@ def load_engine(settings: ServeSettings) -> "Engine":
         max_queue=settings.max_queue,
         kv_cache_bytes=settings.kv_cache_bytes,
     )
-    logger.info("loaded %s on %s in %s", source, device, dtype)
-    return Engine(model, chat, config)
+    engine = Engine(model, chat, config)
+    logger.info(
+        "loaded %s on %s in %s; cache for %d rows of %d positions, %d bytes a position",
+        source,
+        device,
+        dtype,
+        config.max_rows,
+        engine.max_model_len,
+        engine.bytes_per_token,
+    )
+    return engine
