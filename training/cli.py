@@ -34,7 +34,16 @@ def _evaluate() -> None:
     configure_logging()
     from training.evaluate import evaluate_model
 
-    print(json.dumps(evaluate_model(settings)))  # noqa: T201 - the command's result
+    report = evaluate_model(settings)
+    print(f"{report['dataset']}, {report['n']} problems, trained effort {report['trained_effort']}")  # noqa: T201
+    print("effort  accuracy  95 % interval    tokens  seconds")  # noqa: T201
+    for row in report["efforts"]:
+        low, high = row["interval"]
+        print(  # noqa: T201
+            f"{row['effort']:6} {row['accuracy']:9.1%}  {low:6.1%} - {high:6.1%} "
+            f"{row['tokens_per_answer']:8.1f} {row['seconds_per_answer']:8.3f}"
+        )
+    print(json.dumps(report))  # noqa: T201 - the command's result, for machines
 
 
 def _pretrain() -> None:
