@@ -36,7 +36,7 @@ sharing equally, prices. It does **not** solve GSM8K, and it knows nothing but s
 | backbone | Qwen2 architecture, {backbone_size:.1f}M parameters, {layers} layers, width {hidden}, {positions} positions, frozen |
 | decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from the context, gradient through the whole recursion |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
-| data | generated word problems (`training/synthetic.py`), fresh for every batch{text} |
+| data | generated word problems (`training/synthetic.py`), for the backbone new ones in every batch{text} |
 | training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems; CPU, two threads and one |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 
