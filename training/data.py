@@ -80,10 +80,13 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         known = ", ".join((*HUB_DATASETS, "synthetic"))
         raise ConfigError(f"--dataset {path}: no such file, and not one of {known}")
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", line
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise ConfigError(f"--dataset {path}: cannot be read: {error.strerror}") from error
 
 
 def _hub_rows(name: str, split: Split) -> Iterable[tuple[str, Any]]:
@@ -102,16 +105,19 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
     if isinstance(row, str):
         try:
             row = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, Mapping):
         raise ValueError(f"not an object but {type(row).__name__}")
-    question, solution = row.get("question", row.get("problem")), row.get("answer", row.get("solution"))
-    for name, value in (("question or problem", question), ("answer or solution", solution)):
+    names = ("question", "answer") if "question" in row else ("problem", "solution")
+    for name in names:
+        value = row.get(name)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{name} is missing, empty or no text")
-    if "####" in solution:
+        value.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
+    question, solution = (row[name] for name in names)
+    if extract_boxed(solution) is None:  # else a #### is a heading
+        if "####" not in solution:
+            raise ValueError(r"the solution has neither #### nor a \boxed{} answer")
         solution = convert_gsm8k(solution, keep_annotations)
-    if extract_boxed(solution) is None:
-        raise ValueError(r"the solution has neither #### nor a \boxed{} answer")
     return Problem(question, solution, source)

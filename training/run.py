@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import ValidationError
 
 import trm
 from training.config import TrainSettings
 from training.data import encode_problems, load_problems
-from training.trainer import STATE_JSON, Trainer
+from training.trainer import STATE_JSON, Trainer, read_state
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat
 from trm.device import use_device
@@ -18,20 +19,27 @@ from trm.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_ON_RESUME = {"config", "resume", "output_dir", "max_steps", "epochs", "save_steps", "device", "num_threads"}
+FREE_ON_RESUME = {"output_dir", "max_steps", "epochs", "save_steps", "lr", "max_grad_norm", "device", "num_threads"}
 
 
 def train(settings: TrainSettings) -> Path:
     """Train, or go on training, to the end; returns the last checkpoint."""
+    settings = _with_absolute_paths(settings)
     if settings.resume is not None:
         settings = resumed_settings(settings, settings.resume)
     if settings.dataset is None:
         raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     device = use_device(settings.device, settings.num_threads)
     run_dir = settings.output_dir
+    if settings.resume is None and ((run_dir / "run.json").exists() or any(run_dir.glob("checkpoint-*"))):
+        raise ConfigError(
+            f"--output-dir {run_dir}: holds a run already; --resume one of its checkpoints, or choose another"
+        )
     require_writable(run_dir)
 
     source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
+    if settings.resume is not None and (settings.resume / checkpoint.BACKBONE_DIR).is_dir():
+        source, revision = str(settings.resume), None  # the copy that the run has used all along
     chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
     problems = load_problems(
         settings.dataset,
@@ -59,7 +67,7 @@ def train(settings: TrainSettings) -> Path:
     )
     versions = {"qwen-trm": trm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     run_record = {
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"config", "resume"}),
         "versions": versions,
         "num_examples": len(examples),
         "data_fingerprint": trainer.data_fingerprint,
@@ -76,24 +84,23 @@ def resumed_settings(settings: TrainSettings, checkpoint_dir: Path) -> TrainSett
     The run goes on in the checkpoint's own run directory unless another is asked for.
     Raises ConfigError for a setting given now that contradicts the run.
     """
-    stored = checkpoint.read_json(checkpoint_dir / STATE_JSON).get("settings")
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{checkpoint_dir}: holds no training state to resume from")
-    given = {
-        name: value for name, value in settings.model_dump(mode="json").items() if name in settings.model_fields_set
-    }
+    stored = read_state(checkpoint_dir)["settings"]
+    now = settings.model_dump(mode="json", exclude={"config", "resume"})
+    given = {name: value for name, value in now.items() if name in settings.model_fields_set}
     for name, value in given.items():
         if name not in FREE_ON_RESUME and stored.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(
                 f"{flag} {value}: the run to resume has {stored.get(name)}; leave {flag} out, or start a new run"
             )
-    merged = stored | {name: value for name, value in given.items() if name in FREE_ON_RESUME}
-    merged |= {
-        "resume": str(checkpoint_dir),
-        "output_dir": given.get("output_dir", str(checkpoint_dir.resolve().parent)),
-    }
-    return TrainSettings.model_validate(merged)
+    merged = {"output_dir": str(checkpoint_dir.resolve().parent)}
+    merged = stored | merged | {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    try:
+        return TrainSettings(**merged, resume=checkpoint_dir)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint_dir / STATE_JSON}: settings that this program does not know: {error}"
+        ) from error
 
 
 def require_writable(run_dir: Path) -> None:
@@ -105,6 +112,13 @@ def require_writable(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--output-dir {run_dir}: cannot write there: {error.strerror}") from error
+
+
+def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
+    """Data and backbone named so that a resumed run finds them from any directory."""
+    given = {"dataset": settings.dataset, "backbone": settings.backbone}
+    absolute = {name: str(Path(value).resolve()) for name, value in given.items() if value and Path(value).exists()}
+    return settings.model_copy(update=absolute)
 
 
 def _model_settings(settings: TrainSettings) -> dict[str, Any]:

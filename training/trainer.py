@@ -32,7 +32,8 @@ from training.optim import (
 )
 from trm import checkpoint
 from trm.chat import ChatFormat, Example
-from trm.errors import CheckpointError, DeviceError
+from trm.device import has_fast_bfloat16
+from trm.errors import CheckpointError, ConfigError, DeviceError
 from trm.model import TRMForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,10 @@ class Trainer:
         self.prepared: list[Prepared] = []
         self.carry: list[tuple[Tensor, Tensor]] = []
 
+        self._epoch, self._order = -1, [[0]]  # the epoch at hand and its batches
         self.lengths = [len(example.ids) for example in examples]
         self.data_fingerprint = fingerprint(examples)
+        self.backbone_fingerprint = checkpoint.fingerprint(model.backbone)
         batches = -(-len(examples) // settings.batch_size)
         self.groups_per_epoch = -(-batches // settings.gradient_accumulation)
         self.steps_per_group = settings.n_supervision if settings.gradient == "paper" else 1
@@ -84,6 +87,10 @@ class Trainer:
     def run(self, run_dir: Path) -> Path:
         """Train to the end; returns the last checkpoint. Raises DeviceError where a loss is not finite."""
         started, tokens = time.monotonic(), 0
+        if self.step >= self.total_steps:
+            raise ConfigError(
+                f"the run is at step {self.step} of {self.total_steps} already; raise --max-steps or --epochs"
+            )
         last = run_dir / f"checkpoint-{self.step}"
         with (
             (run_dir / "log.jsonl").open("a") as log,
@@ -127,7 +134,7 @@ class Trainer:
         if not torch.isfinite(norm) or not torch.isfinite(sums).all():
             raise DeviceError(
                 f"step {self.step + 1}: loss {losses.tolist()} or gradient norm {float(norm)} is not finite "
-                f"(batch group {group}); lower --lr, or resume from the last checkpoint"
+                f"(batch group {group}); resume from the last checkpoint with a lower --lr"
             )
         set_learning_rate(self.optimizers, scale)
         for optimizer in self.optimizers:
@@ -160,7 +167,8 @@ class Trainer:
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "data_fingerprint": self.data_fingerprint,
-            "settings": self.settings.model_dump(mode="json"),
+            "backbone_fingerprint": self.backbone_fingerprint,
+            "settings": self.settings.model_dump(mode="json", exclude={"config", "resume"}),
         }
         checkpoint.write_json(aside / STATE_JSON, state)
         checkpoint.replace_directory(aside, directory)
@@ -169,10 +177,12 @@ class Trainer:
 
     def load(self, directory: Path) -> None:
         """Put everything back as `save` left it. Raises CheckpointError where it does not fit."""
-        state = checkpoint.read_json(directory / STATE_JSON)
+        state = read_state(directory)
         tensors = checkpoint.read_tensors(directory / STATE_TENSORS)
-        if state.get("data_fingerprint") != self.data_fingerprint:
+        if state["data_fingerprint"] != self.data_fingerprint:
             raise CheckpointError(f"{directory}: was trained on other data than --dataset gives now")
+        if state["backbone_fingerprint"] != self.backbone_fingerprint:
+            raise CheckpointError(f"{directory}: was trained on another backbone than --backbone gives now")
         masters = {name.removeprefix("master."): t for name, t in tensors.items() if name.startswith("master.")}
         checkpoint.check_tensors(
             masters, {name: p.shape for name, p in self.parameters.items()}, str(directory / STATE_TENSORS)
@@ -182,8 +192,13 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(masters[name])
                 self.ema.average[name].copy_(averages[name])
-        load_optimizer_tensors(self.optimizers, tensors)
-        self.step = int(state["step"])
+        try:
+            load_optimizer_tensors(self.optimizers, tensors)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{directory / STATE_TENSORS}: the optimiser's state does not fit: {error}"
+            ) from error
+        self.step = state["step"]
         group, inside = divmod(self.step, self.steps_per_group)
         if inside:
             self._enter(group)
@@ -204,9 +219,11 @@ class Trainer:
 
     def _batches(self, group: int) -> Iterator[Batch]:
         epoch, index = divmod(group, self.groups_per_epoch)
-        order = epoch_order(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = epoch_order(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
         first = index * self.settings.gradient_accumulation
-        for indices in order[first : first + self.settings.gradient_accumulation]:
+        for indices in self._order[first : first + self.settings.gradient_accumulation]:
             batch = collate([self.examples[i] for i in indices], self.chat.tokenizer.pad_token_id or 0)
             yield Batch(*(t.to(self.device) for t in (batch.input_ids, batch.attention_mask, batch.labels)))
 
@@ -230,16 +247,24 @@ class Trainer:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.autocast)
 
 
+def read_state(directory: Path) -> dict[str, Any]:
+    """The JSON half of a training state. Raises CheckpointError where it is foreign or of another version."""
+    path = directory / STATE_JSON
+    state = checkpoint.read_json(path)
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version is {state.get('format_version')}; this program reads {FORMAT_VERSION}"
+        )
+    kinds = {"step": int, "data_fingerprint": str, "backbone_fingerprint": str, "settings": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path}: {name} is missing or no {kind.__name__}")
+    return state
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """First 16 hex digits of a SHA-256 over all token ids and label starts, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.array([example.label_start, len(example.ids), *example.ids], dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 matrix products are native there."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())

@@ -1,4 +1,4 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and what it is good at."""
 
 import torch
 
@@ -17,3 +17,10 @@ def use_device(device: str, num_threads: int | None = None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
     return device
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether bfloat16 matrix products are native there."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())

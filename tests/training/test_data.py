@@ -29,8 +29,10 @@ def load(path: Path | str) -> Any:
         ({"question": "Q", "answer": "so\n#### 1,234"}, "1,234"),
         ({"question": "Q", "answer": "so\n#### -3.5"}, "-3.5"),
         ({"problem": "Q", "solution": r"thus \boxed{\frac{1}{2}}"}, r"\frac{1}{2}"),
+        ({"problem": "Q", "solution": r"thus \boxed{5}", "answer": "5"}, "5"),
+        ({"problem": "Q", "solution": "#### Step 1\nso \\boxed{5}\n#### Done"}, "5"),
     ],
-    ids=["gsm8k", "comma", "signed decimal", "math"],
+    ids=["gsm8k", "comma", "signed decimal", "math", "math with a bare answer", "headings"],
 )
 def test_formats(jsonl: Jsonl, row: dict[str, str], answer: str) -> None:
     (problem,) = load(jsonl(row))
@@ -60,16 +62,18 @@ def test_bad_rows_are_named_with_their_line_counted_and_left_out(
         {"question": "Q"},
         {"question": "Q", "answer": "no box"},
         "[1]",
+        '{"question": "half a pair \\ud800", "answer": "#### 3"}',
+        "[" * 100_000,
         {"question": " ", "answer": "#### 2"},
         good,
     )
     with caplog.at_level(logging.WARNING):
         problems = load(path)
 
-    assert [p.source for p in problems] == [f"{path}:1", f"{path}:7"]
-    for line in (2, 3, 4, 5, 6):
+    assert [p.source for p in problems] == [f"{path}:1", f"{path}:9"]
+    for line in range(2, 9):
         assert f"{path}:{line}:" in caplog.text
-    assert "5 of 7 rows left out" in caplog.text
+    assert "7 of 9 rows left out" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [(), ("{}",)], ids=["empty", "all bad"])

@@ -1,6 +1,7 @@
 """The training loop: what it updates, what it counts, and that a run can be cut and continued anywhere."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from training.config import TrainSettings
 from training.data import encode_problems, load_problems
 from training.optim import EMA, learning_rate_scale, make_optimizers
 from training.run import train
-from training.trainer import STATE_TENSORS, Trainer
+from training.trainer import STATE_JSON, STATE_TENSORS, Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
 from trm.errors import CheckpointError, ConfigError, DeviceError
@@ -163,12 +164,52 @@ def test_a_resumed_run_goes_on_in_its_own_directory(settings: Settings, tmp_path
 def test_resuming_with_other_settings_or_data_is_refused(settings: Settings, jsonl: Callable[..., Path]) -> None:
     path = jsonl(*({"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(8)))
     last = train(settings(dataset=str(path), max_steps=1))
-    with pytest.raises(ConfigError, match=r"--lr 0\.5: the run to resume has 0\.01"):
-        train(TrainSettings(resume=last, lr=0.5))
+    with pytest.raises(ConfigError, match="--batch-size 8: the run to resume has 4"):
+        train(TrainSettings(resume=last, batch_size=8))
 
     path.write_text(path.read_text().replace("3 and 1", "3 plus 1"))
     with pytest.raises(CheckpointError, match="other data"):
         train(TrainSettings(resume=last))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format version is 99; this program reads 1"),
+        ({"step": "two"}, "step is missing or no int"),
+        ({"backbone_fingerprint": "0" * 16}, "another backbone"),
+        ({"settings": {"dataset": "synthetic:easy", "magic": 1}}, "settings that this program does not know"),
+    ],
+    ids=["newer", "broken", "other backbone", "unknown setting"],
+)
+def test_a_foreign_training_state_is_refused(settings: Settings, change: dict[str, object], message: str) -> None:
+    last = train(settings(max_steps=1))
+    path = last / STATE_JSON
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    with pytest.raises(CheckpointError, match=message):
+        train(TrainSettings(resume=last, max_steps=2))
+
+
+def test_a_run_is_not_overwritten_and_a_finished_one_says_so(settings: Settings) -> None:
+    last = train(settings(max_steps=1))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(settings(max_steps=1))
+    with pytest.raises(ConfigError, match="at step 1 of 1 already"):
+        train(TrainSettings(resume=last))
+
+
+def test_a_resumed_run_stands_on_the_copy_of_its_backbone(
+    settings: Settings, tmp_path: Path, backbone_dir: Path
+) -> None:
+    moved = tmp_path / "backbone"
+    shutil.copytree(backbone_dir, moved)
+    first = train(settings(backbone=str(moved), max_steps=2, save_steps=1))
+    shutil.rmtree(moved)
+
+    last = train(TrainSettings(resume=first.parent / "checkpoint-1"))
+
+    assert last == first
 
 
 def test_a_checkpoint_holds_the_average_and_is_servable(settings: Settings) -> None:

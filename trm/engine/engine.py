@@ -272,35 +272,40 @@ class Engine:
             return
         finite = logits[0].isfinite().all(dim=-1).tolist()
         for row, scores, good in zip(rows, logits[0], finite, strict=True):
-            if not good:
-                self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
-                continue
-            params = row.request.params
-            token = choose(scores, params, len(row.request.prompt_ids) + len(row.reply))
-            row.reply.append(token)
-            row.cached += 1
-            row.thinking = False
-            if len(row.reply) == 1:
-                self._prompt_tokens += len(row.request.prompt_ids)
-            self._generation_tokens += 1
-            stream = self._streams[row]
-            text = stream.push(token)
-            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped:
-                self._finish(row, "stop", (token,), text)
-            elif len(row.reply) >= params.max_tokens:
-                self._finish(row, "length", (token,), text)
+            if good:
+                self._call([row], partial(self._choose_token, row, scores))
             else:
-                self._emit(row, Event((token,), text))
+                self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
+
+    def _choose_token(self, row: Row, scores: torch.Tensor) -> None:
+        """Sample one row's next token from its logits (V,); emit it, and finish the row if it is done."""
+        params = row.request.params
+        token = choose(scores, params, len(row.request.prompt_ids) + len(row.reply))
+        text = self._streams[row].push(token)
+        row.reply.append(token)
+        row.cached += 1
+        row.thinking = False
+        if len(row.reply) == 1:
+            self._prompt_tokens += len(row.request.prompt_ids)
+        self._generation_tokens += 1
+        if (token == self.chat.end_id and not params.ignore_eos) or self._streams[row].stopped:
+            self._finish(row, "stop", (token,), text)
+        elif len(row.reply) >= params.max_tokens:
+            self._finish(row, "length", (token,), text)
+        else:
+            self._emit(row, Event((token,), text))
 
     def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
-        """Make a model call for some rows; where it fails, those rows fail and the engine goes on."""
+        """Do something for some rows; where it fails, those rows fail and the engine goes on."""
         try:
             run()
             return True
         except Exception as error:
-            logger.exception("a model call for %d rows failed", len(rows))
+            logger.exception("a step of %d rows failed", len(rows))
             for row in rows:
-                self._fail(row, DeviceError(f"the model call failed: {type(error).__name__}"))
+                self._fail(
+                    row, DeviceError(f"decoding failed: {type(error).__name__}; the server's log has the details")
+                )
             return False
 
     def _fail(self, row: Row, error: TRMError) -> None:
@@ -317,8 +322,13 @@ class Engine:
                     self.runner.clear(row.slot)  # keys from the context that it never read may not be finite
                 self.scheduler.release(row)
             stream = self._streams.pop(row)
+        try:
+            text += "" if error else stream.finish()
+        except Exception as failure:
+            logger.exception("the end of a reply could not be decoded")
+            reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
         usage = Usage(len(row.request.prompt_ids), len(row.reply), row.supervision_steps)
-        self._emit(row, Event(ids, text + stream.finish(), reason, usage, error))
+        self._emit(row, Event(ids, text, reason, usage, error))
 
     def _emit(self, row: Row, event: Event) -> None:
         """Tell the listener. One that raises loses its request, not everybody's."""
