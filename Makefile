@@ -1,18 +1,16 @@
 # Everything a person runs. Each target installs what it needs into .venv, once.
 
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
 GSM8K ?= ../shared/gsm8k/train.jsonl
 VENV := .venv
-PIP := $(VENV)/bin/pip --disable-pip-version-check
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .PHONY: install serve test lint model clean
 
 install: $(VENV)/installed
 
 serve: $(VENV)/installed
-	exec $(VENV)/bin/trm-serve --host $(HOST) --port $(PORT)
+	exec $(VENV)/bin/trm-serve $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
@@ -26,13 +24,15 @@ lint: $(VENV)/installed-dev
 # gives large tensors back to the system after every use, which takes a third of the time.
 model: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
-	$(VENV)/bin/python -m training.bundle --text-file $(GSM8K)
+	$(VENV)/bin/python -m training.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K))
 
 clean:
 	rm -rf $(VENV) build *.egg-info
 
+# Debian without python3-venv cannot put pip into a new environment; the system's own pip can.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(VENV)/bin/python install pip; } || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --constraint constraints.txt --editable .

@@ -87,12 +87,15 @@ class _EngineCollector(Collector):
         gauges = (
             ("trm_num_requests_running", "Requests being decoded", stats.requests_running),
             ("trm_num_requests_waiting", "Requests in the queue", stats.requests_waiting),
+            ("trm_kv_cache_bytes", "Size of the key/value cache", stats.kv_cache_bytes),
+            ("trm_kv_cache_bytes_per_token", "Cache that one position takes", stats.kv_cache_bytes_per_token),
             ("trm_kv_cache_usage_ratio", "Share of the key/value cache that is reserved", stats.kv_cache_usage_ratio),
         )
         counters = (
             ("trm_prompt_tokens", "Prompt tokens taken", stats.prompt_tokens),
             ("trm_generation_tokens", "Tokens decoded", stats.generation_tokens),
             ("trm_ticks", "Supervision steps of the whole batch", stats.ticks),
+            ("trm_backbone_calls", "Passes through the backbone", stats.backbone_calls),
             ("trm_row_steps", "Supervision steps, each row of a tick counted", stats.row_steps),
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)

@@ -1,10 +1,10 @@
 """Settings of the training commands, with their defaults. One frozen class per command."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
-from pydantic_settings import CliVariadicArg
+from pydantic import Field, field_validator
+from pydantic_settings import CliVariadicArg, NoDecode
 
 from training.optim import OptimizerName
 from trm.settings import Settings
@@ -67,7 +67,7 @@ class EvalSettings(Settings):
 
     model: str | None = Field(None, description="checkpoint directory or hub id; default the bundled model")
     dataset: str = Field("synthetic", description=DATASET_HELP)
-    effort: CliVariadicArg[list[int]] = Field(
+    effort: Annotated[CliVariadicArg[list[int]], NoDecode] = Field(
         [], description="supervision steps to try; default 0, 1 and the trained number"
     )
     limit: int = Field(500, ge=1, description="number of problems")
@@ -77,6 +77,13 @@ class EvalSettings(Settings):
     report: Path | None = Field(None, description="directory for report.json")
     device: Device = Field("auto", description="where to run")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+
+    @field_validator("effort", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return (
+            value.replace(",", " ").split() if isinstance(value, str) else [value] if isinstance(value, int) else value
+        )
 
 
 class PretrainSettings(Settings):
@@ -91,7 +98,7 @@ class PretrainSettings(Settings):
     max_steps: int = Field(5_000, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="problems per step")
     lr: float = Field(1.2e-2, gt=0, description="peak learning rate of Muon")
-    hidden_size: int = Field(256, ge=64, multiple_of=32, description="width; heads have 32 units")
+    hidden_size: int = Field(256, ge=64, multiple_of=64, description="width; heads have 32 units")
     num_layers: int = Field(4, ge=1, description="depth")
     vocab_size: int = Field(2048, ge=300, description="size of the tokenizer")
     seed: int = Field(0, ge=0, description="of weights and problems")

@@ -6,6 +6,7 @@ frozen backbone's own answer and the baseline of every table.
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from training.config import EvalSettings
 from training.data import load_problems
+from training.run import require_writable
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.answers import is_correct
 from trm.chat import ChatFormat, solve_messages
@@ -34,7 +36,9 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     rows = rows[: settings.limit]
     prompts = [tuple(chat.encode(solve_messages(row.question))) for row in rows]
     trained = model.config.n_supervision
-    efforts = [model.check_effort(effort) for effort in settings.effort or sorted({0, 1, trained})]
+    efforts = list(dict.fromkeys(settings.effort or sorted({0, 1, trained})))
+    if settings.report is not None:
+        require_writable(settings.report, "--report")
 
     longest = max(map(len, prompts)) + settings.max_tokens
     if longest > model.config.max_position_embeddings:
@@ -43,15 +47,20 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
             f"the model has {model.config.max_position_embeddings}"
         )
     engine = Engine(model, chat, EngineConfig(max_rows=settings.max_rows, max_model_len=longest, max_queue=len(rows)))
+    for effort in efforts:
+        if not 0 <= effort <= engine.max_supervision:
+            raise ConfigError(f"--effort {effort}: this model takes 0 to {engine.max_supervision}")
     engine.start()
-    results = []
+    results: list[dict[str, Any]] = []
+    right: dict[int, list[bool]] = {}
     try:
-        for effort in dict.fromkeys(efforts):
+        for effort in efforts:
             params = SamplingParams(max_tokens=settings.max_tokens, n_supervision=effort)
             started = time.monotonic()
             handles = engine.submit([Request(prompt, params) for prompt in prompts])
             replies = [handle.result() for handle in tqdm(handles, desc=f"effort {effort}", unit="problem")]
-            correct = sum(is_correct(reply.text, row.answer) for reply, row in zip(replies, rows, strict=True))
+            right[effort] = [is_correct(reply.text, row.answer) for reply, row in zip(replies, rows, strict=True)]
+            correct = sum(right[effort])
             results.append(
                 {
                     "effort": effort,
@@ -64,6 +73,9 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
             )
     finally:
         engine.close()
+    if 0 in right:
+        for row in results:
+            row["against_backbone"] = paired(right[row["effort"]], right[0])
     report = {
         "model": source,
         "dataset": settings.dataset,
@@ -73,9 +85,19 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
         "efforts": results,
     }
     if settings.report is not None:
-        settings.report.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(settings.report / "report.json", report)
     return report
+
+
+def paired(ours: Sequence[bool], theirs: Sequence[bool]) -> dict[str, Any]:
+    """Two ways of answering the same problems: problems that only we got right, only they did, and the
+    two-sided p of the exact McNemar test, the chance of a split at least as uneven between equals.
+    """
+    wins = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    losses = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    trials = wins + losses
+    tail = sum(math.comb(trials, k) for k in range(min(wins, losses) + 1)) / 2**trials
+    return {"wins": wins, "losses": losses, "p": min(1.0, 2 * tail)}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

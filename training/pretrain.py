@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from training.config import PretrainSettings
 from training.data import load_problems
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.problem import Problem
+from training.run import require_writable
 from training.synthetic import FAMILIES, MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
 from trm.answers import is_correct
 from trm.chat import ROLES, SYSTEM_PROMPT, ChatFormat, Example, solve_messages
-from trm.device import use_device
+from trm.device import has_fast_bfloat16, use_device
 from trm.errors import DeviceError
 
 logger = logging.getLogger(__name__)
@@ -153,6 +155,7 @@ def greedy_accuracy(
 def pretrain(settings: PretrainSettings) -> None:
     """Train tokenizer and backbone; write them with a record of the run to `output_dir`."""
     device = use_device(settings.device, settings.num_threads)
+    require_writable(settings.output_dir)
     text = load_problems(str(settings.text_file), seed=settings.seed, split="train") if settings.text_file else []
     sample = list(problems(parse_families("all"), "train", settings.seed, TOKENIZER_PROBLEMS))
     corpus = [part for p in sample + list(text) for part in (p.question, p.solution)]
@@ -167,12 +170,15 @@ def pretrain(settings: PretrainSettings) -> None:
     record: list[dict[str, float]] = []
     started, tokens, running = time.monotonic(), 0, 0.0
 
-    progress = tqdm(Curriculum(settings, chat, text).batches(), total=settings.max_steps, unit="step", mininterval=5)
+    curriculum = Curriculum(settings, chat, text)
+    progress = tqdm(
+        islice(curriculum.batches(), settings.max_steps), total=settings.max_steps, unit="step", mininterval=5
+    )
     for step, examples in enumerate(progress, start=1):
         batch = collate(examples, tokenizer.pad_token_id)
         batch = Batch(*(t.to(device) for t in (batch.input_ids, batch.attention_mask, batch.labels)))
         set_learning_rate(optimizers, learning_rate_scale(step - 1, settings.max_steps, WARMUP_STEPS))
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss = reply_loss(model, batch)
         loss.backward()
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):

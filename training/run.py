@@ -103,15 +103,15 @@ def resumed_settings(settings: TrainSettings, checkpoint_dir: Path) -> TrainSett
         ) from error
 
 
-def require_writable(run_dir: Path) -> None:
-    """Raise ConfigError unless files can be made in the run directory, before any work is done."""
-    probe = run_dir / ".writable"
+def require_writable(directory: Path, flag: str = "--output-dir") -> None:
+    """Make the directory that `flag` names. Raises ConfigError where no file can be made in it."""
+    probe = directory / ".writable"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--output-dir {run_dir}: cannot write there: {error.strerror}") from error
+        raise ConfigError(f"{flag} {directory}: cannot write there: {error.strerror}") from error
 
 
 def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:

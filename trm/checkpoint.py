@@ -251,6 +251,8 @@ def write_backbone(directory: Path, backbone: PreTrainedModel) -> None:
     short = {name: copies.setdefault(tensor.data_ptr(), tensor.to(torch.bfloat16)) for name, tensor in state.items()}
     exact = all(torch.equal(short[name].to(tensor.dtype), tensor) for name, tensor in state.items())
     backbone.save_pretrained(directory, state_dict=short if exact else state)
+    for file in directory.glob("*.safetensors"):
+        _let_others_read(file)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -259,6 +261,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"}
     )
+    _let_others_read(aside)
     os.replace(aside, path)
 
 
@@ -267,6 +270,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, path)
+
+
+def _let_others_read(path: Path) -> None:
+    """Give a file the mode of any other new file; the safetensors writer makes it private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
@@ -292,6 +302,8 @@ def backbone_record(source: str | Path, revision: str | None, backbone: PreTrain
         if sum(file.stat().st_size for file in weights.glob("*.safetensors")) <= MAX_COPIED_BACKBONE_BYTES:
             return {"backbone_source": None, "backbone_revision": None, "backbone_fingerprint": None}
         source = weights.resolve()
+    else:
+        revision = locate(source, revision).name  # the commit: a branch moves
     return {
         "backbone_source": str(source),
         "backbone_revision": revision,

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
             raise ConfigError(f"--config {named}: no such file")
         try:
             return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=named)
-        except (yaml.YAMLError, SettingsError, ValueError, TypeError) as error:
+        except (yaml.YAMLError, SettingsError, OSError, AttributeError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"--config {named}: not a YAML file with one setting a line: {reason}") from None
 
@@ -72,6 +72,8 @@ class Settings(BaseSettings):
         given = flags()
         try:
             return cls(**given)
+        except SettingsError as error:
+            raise ConfigError(str(error)) from None
         except ValidationError as error:
             raise ConfigError("; ".join(_describe(cls, problem) for problem in error.errors())) from None
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.evaluate import evaluate_model, wilson_interval
+from training.evaluate import evaluate_model, paired, wilson_interval
 from training.pretrain import pretrain
 from training.run import train
 from trm import checkpoint
-from trm.errors import BadRequest, ConfigError
+from trm.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,14 @@ from trm.errors import BadRequest, ConfigError
 )
 def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_paired_comparison() -> None:
+    ours, theirs = [True] * 9 + [False] * 3, [True] * 3 + [False] * 8 + [True]
+
+    assert paired(ours, theirs) == {"wins": 6, "losses": 1, "p": pytest.approx(2 * 8 / 128)}
+    assert paired(theirs, ours)["p"] == paired(ours, theirs)["p"]
+    assert paired(ours, ours) == {"wins": 0, "losses": 0, "p": 1.0}
 
 
 def test_report(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
@@ -36,7 +44,8 @@ def test_report(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
     for row in report["efforts"]:
         assert row["accuracy"] == row["correct"] / 7
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
-    with pytest.raises(BadRequest, match="takes 0 to 16"):
+    assert report["efforts"][0]["against_backbone"] == {"wins": 0, "losses": 0, "p": 1.0}
+    with pytest.raises(ConfigError, match="--effort 17: this model takes 0 to 16"):
         evaluate_model(EvalSettings(**arguments, effort=[17]))
     with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
         evaluate_model(EvalSettings(**(arguments | {"max_tokens": 1024})))

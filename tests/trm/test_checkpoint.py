@@ -175,12 +175,16 @@ def test_small_local_backbone_is_copied_and_needs_no_record(tmp_path):
     assert set(backbone_record(tmp_path / "backbone", None, backbone).values()) == {None}
 
 
-def test_hub_backbone_is_recorded_by_id_revision_and_fingerprint():
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_hub_backbone_is_recorded_by_id_commit_and_fingerprint(tmp_path, monkeypatch, revision):
+    # A branch moves; the commit that was downloaded names its snapshot directory.
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    monkeypatch.setattr("trm.checkpoint.locate", lambda source, revision: snapshot)
     backbone = make_backbone()
 
-    assert backbone_record("Qwen/Qwen2.5-0.5B", "abc", backbone) == {
+    assert backbone_record("Qwen/Qwen2.5-0.5B", revision, backbone) == {
         "backbone_source": "Qwen/Qwen2.5-0.5B",
-        "backbone_revision": "abc",
+        "backbone_revision": "0123abcd",
         "backbone_fingerprint": fingerprint(backbone),
     }
 
