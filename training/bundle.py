@@ -79,14 +79,7 @@ def build(work: Path, text_file: Path | None, target: Path) -> None:
     )
     aside = checkpoint.make_aside(target)
     export(last, aside)
-    reports = {
-        name: evaluate_model(
-            EvalSettings(model=str(aside), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128)
-        )
-        for name, (dataset, limit) in EVALUATIONS.items()
-    }
-    for report in reports.values():
-        report["model"] = "bundled"
+    reports = evaluate_bundle(aside)
     checkpoint.write_json(aside / "report.json", reports)
     shutil.copy(backbone / "pretrain.json", aside / "pretrain.json")
     (aside / "README.md").write_text(
@@ -102,18 +95,20 @@ def export(source: Path, target: Path) -> None:
     checkpoint.write_into(target, model.config, weights, model.backbone, checkpoint.read_tokenizer(source))
 
 
+def evaluate_bundle(directory: Path) -> dict[str, Any]:
+    """Reports of the model in `directory`, by the name of the data."""
+    reports = {}
+    for name, (dataset, limit) in EVALUATIONS.items():
+        settings = EvalSettings(model=str(directory), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128)
+        reports[name] = evaluate_model(settings) | {"model": "bundled"}
+    return reports
+
+
 def render_card(directory: Path, reports: dict[str, Any], run: dict[str, Any]) -> str:
     """The model card, filled in from the model, its reports and the records of its training."""
     model = TRMForCausalLM.from_pretrained(directory)
     config, record = model.config, _pretrain_record(directory)
-    tables = "\n\n".join(
-        f"`{report['dataset']}`, {report['n']} problems:\n\n| effort | accuracy | 95 % interval |\n|---|---|---|\n"
-        + "\n".join(
-            f"| {row['effort']} | {row['accuracy']:.1%} | {row['interval'][0]:.1%} – {row['interval'][1]:.1%} |"
-            for row in report["efforts"]
-        )
-        for report in reports.values()
-    )
+    tables = "\n\n".join(_table(report) for report in reports.values())
     return CARD.format(
         backbone_size=sum(p.numel() for p in model.backbone.parameters()) / 1e6,
         layers=config.backbone_config.num_hidden_layers,
@@ -136,6 +131,21 @@ def render_card(directory: Path, reports: dict[str, Any], run: dict[str, Any]) -
         megabytes=sum(file.stat().st_size for file in directory.rglob("*.safetensors")) / 1e6,
         tables=tables,
     )
+
+
+def _table(report: dict[str, Any]) -> str:
+    """Accuracy per effort in Markdown, each compared with effort 0 on the same problems."""
+    lines = [
+        f"`{report['dataset']}`, {report['n']} problems:\n",
+        "| effort | accuracy | 95 % interval | gained, lost against effort 0 | p (exact McNemar) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["efforts"]:
+        low, high = row["interval"]
+        pair = row["against_backbone"]
+        compared = f"+{pair['wins']}, -{pair['losses']} | {pair['p']:.2g}" if row["effort"] else " | "
+        lines.append(f"| {row['effort']} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} |")
+    return "\n".join(lines)
 
 
 def _is_finished(backbone: Path, steps: int) -> bool:
