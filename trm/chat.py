@@ -112,7 +112,8 @@ class ChatFormat:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; special-token strings in it become ordinary tokens."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:

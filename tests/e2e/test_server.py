@@ -138,7 +138,7 @@ def test_a_question_cannot_end_its_own_turn(server: ServerProcess) -> None:
 
 
 def test_a_model_directory_that_is_not_there(tmp_path: Path) -> None:
-    done = run_command("trm-serve", "--model", str(tmp_path / "nowhere"))
+    done = run_command("trm-serve", "--port", "0", "--model", str(tmp_path / "nowhere"))
 
     assert done.returncode != 0
     assert f"{tmp_path / 'nowhere'}: no such directory" in done.stderr
