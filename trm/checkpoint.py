@@ -241,6 +241,7 @@ def write_into(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     config.architectures = ["TRMForCausalLM"]
+    config.backbone_config._name_or_path = ""  # a path of this machine; what matters of it is backbone_source
     config.save_pretrained(directory)  # last: a directory with a configuration is complete
 
 
