@@ -178,7 +178,9 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None, **kwargs: Any) -> None:
-        """Write a checkpoint directory (DESIGN of `trm.checkpoint`), with the tokenizer if one is given."""
+        """Write a checkpoint directory as `trm.checkpoint` describes it, with the tokenizer if one is given."""
+        if kwargs:
+            raise ConfigError(f"save_pretrained does not take {', '.join(sorted(kwargs))} for this model")
         checkpoint.write(Path(save_directory), self.config, self.trained_state(), self.backbone, tokenizer)
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -212,6 +214,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         transformers, -100 ignored. With keys from the context and no labels, the recursion runs at
         the positions of `logits_to_keep` only (an int: the last so many, 0 for all; or their indices).
         """
+        if not return_dict:
+            raise BadRequest("forward returns a TRMOutput only; leave return_dict out", param="return_dict")
         steps = self.check_effort(n_supervision)
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise BadRequest(

@@ -74,7 +74,6 @@ class _Padded:
     tokens: Tensor  # (B, C)
     slots: Tensor  # (B,)
     positions: Tensor  # (B, C)
-    lengths: Tensor  # (B,)
     real: tuple[Tensor, Tensor]
     mask: Tensor  # (B, 1, C, W)
     width: int
@@ -206,7 +205,6 @@ class Runner:
             tokens.to(device),
             torch.tensor([chunk.slot for chunk in chunks], device=device),
             positions.to(device),
-            lengths.to(device),
             (rows.to(device), offsets.to(device)),
             mask[:, None].to(device),
             width,
