@@ -25,7 +25,7 @@ from trm import checkpoint
 from trm.cache import entry_writer, grow
 from trm.config import TRMConfig
 from trm.errors import BadRequest, ConfigError
-from trm.layers import Attending, KeyValue, Layer, Rope, causal_mask, rms
+from trm.layers import Attending, KeyValue, Layer, Rope, causal_mask, rms, signed
 
 HALT_BIAS = -5.0  # sigmoid(-5): at first nothing halts
 IGNORE_INDEX = -100
@@ -282,25 +282,26 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Rope]:
-        """The context x = rms(r) (B, S, D) in the decoder's dtype, and the positions' cosine and sine.
+        """The context x = rms(r) (B, S, D) in the decoder's dtype, and the rope of the positions.
 
-        mask (B, 1, S, past + S) bool; position_ids (B, S). `cache` is anything with transformers' `update`.
+        mask (B, 1, S, past + S), boolean or additive; position_ids (B, S). `cache` is anything with
+        transformers' `update`.
         The backbone's layers are called one by one, because r is its residual stream *before* the final norm.
         """
         base = self.backbone.model
         r = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        rope = base.rotary_emb(r, position_ids)
+        cos, sin = base.rotary_emb(r, position_ids)
         for layer in base.layers:
             r = layer(
                 r,
                 attention_mask=mask,
-                position_embeddings=rope,
+                position_embeddings=(cos, sin),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
         wide = r if r.dtype == torch.float64 else r.float()
-        return rms(wide).to(self.decoder.halt_head.weight.dtype), rope
+        return rms(wide).to(self.decoder.halt_head.weight.dtype), signed(cos, sin)
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""

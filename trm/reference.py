@@ -32,7 +32,7 @@ def decode(
     for _ in range(params.max_tokens):
         tokens = torch.tensor([ids], device=model.device)
         logits = model(tokens, n_supervision=params.n_supervision, logits_to_keep=1, use_cache=False).logits[0, -1]
-        scores = adjusted_scores(logits, params, position=len(ids))
+        scores = adjusted_scores(logits, params, prompt_ids, ids[len(prompt_ids) :])
         second, first = np.sort(scores)[-2:]
         gaps.append(float(first - second))
         ids.append(int(scores.argmax()))

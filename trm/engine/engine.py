@@ -13,16 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
 
 from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
-from trm.engine.request import Event, FinishReason, Reply, Request, Stats, Usage
-from trm.engine.runner import Chunk, Runner
-from trm.engine.sampling import choose
-from trm.engine.scheduler import Row, Scheduler
+from trm.engine.drafting import Drafter
+from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, Usage
+from trm.engine.runner import Halting, Runner, Span
+from trm.engine.sampling import choose, token_logprobs
+from trm.engine.scheduler import Copy, Row, Scheduler
 from trm.errors import BadRequest, ConfigError, DeviceError, TRMError
 from trm.model import TRMForCausalLM
 
@@ -38,7 +40,8 @@ class EngineConfig:
 
     max_rows: rows decoded together. max_model_len: positions of one request, prompt and reply; None for
     the model's, or what fits into the cache. max_queue: requests that may wait. kv_cache_bytes: None for a
-    quarter of the free memory at most. prefill_chunk: prompt tokens cached per tick.
+    quarter of the free memory at most. prefill_chunk: prompt tokens cached per tick. max_draft_tokens: tokens
+    that the backbone may draft for the recursion to verify at once, where that pays; 0 for none.
     """
 
     max_rows: int = 32
@@ -46,12 +49,14 @@ class EngineConfig:
     max_queue: int = 256
     kv_cache_bytes: int | None = None
     prefill_chunk: int = 256
+    max_draft_tokens: int = 7
 
     def __post_init__(self) -> None:
         for name, least in (
             ("max_rows", 1),
             ("max_queue", 0),
             ("prefill_chunk", 1),
+            ("max_draft_tokens", 0),
             ("max_model_len", 2),
             ("kv_cache_bytes", 1),
         ):
@@ -89,14 +94,16 @@ class Handle:
         """Wait for the end. Raises the request's error where it failed."""
         ids: list[int] = []
         text = ""
+        logprobs: list[TokenLogprobs] = []
         for event in self:
             ids += event.token_ids
             text += event.text
+            logprobs += event.logprobs
         if event.error is not None:
             raise event.error
         assert event.finish_reason is not None, "the last event is final"
         assert event.usage is not None, "a final event without an error has its usage"
-        return Reply(tuple(ids), text, event.finish_reason, event.usage)
+        return Reply(tuple(ids), text, event.finish_reason, event.usage, tuple(logprobs))
 
 
 class Engine:
@@ -112,14 +119,17 @@ class Engine:
         self.max_supervision: int = limit
         self.bytes_per_token = Runner.bytes_per_position(model, limit)
         self.max_model_len = self._fit_length()
-        self.runner = Runner(model, config.max_rows, self.max_model_len, limit)
-        self.scheduler = Scheduler(config.max_rows, config.max_queue)
+        self.runner = Runner(model, config.max_rows, self.max_model_len, limit, config.max_draft_tokens)
+        self.scheduler = Scheduler(config.max_rows, config.max_queue, model.config.kv_source == "state")
+        self.drafter = Drafter(self.runner.measure(), config.max_draft_tokens) if config.max_draft_tokens else None
         self._streams: dict[Row, TextStream] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._dead = False
-        self._ticks = self._row_steps = self._backbone_calls = self._prompt_tokens = self._generation_tokens = 0
+        self._steps = self._row_places = self._ticks = self._row_steps = self._backbone_calls = 0
+        self._prompt_tokens = self._cached_tokens = self._generation_tokens = 0
+        self._draft_tokens = self._accepted_tokens = 0
 
     # --- callers' side, any thread -------------------------------------------------------------
 
@@ -150,6 +160,17 @@ class Engine:
                 f"supervision_steps is {steps}; this server takes 0 to {self.max_supervision}",
                 param="supervision_steps",
             )
+        params = request.params
+        if params.halts and self.model.config.kv_source == "state":
+            raise BadRequest(
+                "this model takes keys and values from the state: a token that stopped early would leave holes "
+                "in the cache; leave halt_threshold and halt_tolerance out",
+                param="halt_tolerance" if params.halt_threshold is None else "halt_threshold",
+            )
+        if not all(0 <= token < vocabulary for token, _ in params.logit_bias):
+            raise BadRequest(f"logit_bias names token ids outside 0 to {vocabulary - 1}", param="logit_bias")
+        if (params.logprobs or 0) > vocabulary:
+            raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param="logprobs")
         return steps
 
     def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None] | None = None) -> list[Handle]:
@@ -196,11 +217,16 @@ class Engine:
             kv_cache_usage_ratio=reserved / (self.config.max_rows * self.max_model_len),
             kv_cache_bytes=self.bytes_per_token * self.config.max_rows * self.max_model_len,
             kv_cache_bytes_per_token=self.bytes_per_token,
+            steps=self._steps,
+            row_places=self._row_places,
             ticks=self._ticks,
             row_steps=self._row_steps,
             backbone_calls=self._backbone_calls,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
             generation_tokens=self._generation_tokens,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def alive(self) -> bool:
@@ -230,70 +256,162 @@ class Engine:
     def step(self) -> bool:
         """Advance every row by one tick. Returns whether there is anything left to do."""
         with self._changed:
-            for row in self.scheduler.running:
-                if row.cancelled:
-                    self.runner.clear(row.slot)  # its logits have not shown yet whether what it left is finite
-            gone = self.scheduler.take_cancelled()
-            self.scheduler.admit()
+            gone = self.scheduler.cancelled()
         for row in gone:
             self._finish(row, "cancelled")
-        scheduler, runner = self.scheduler, self.runner
-        if chosen := scheduler.prefilling(self.config.prefill_chunk):
-            chunks = [
-                Chunk(row.slot, row.cached, row.request.prompt_ids[row.cached : row.cached + n]) for row, n in chosen
-            ]
-            if self._call([row for row, _ in chosen], lambda: runner.prefill(chunks, [row.steps for row, _ in chosen])):
+        with self._changed:
+            copies = self.scheduler.admit()
+            unfinished = len(self.scheduler.running) + len(self.scheduler.waiting)
+        if unfinished:
+            self._steps += 1
+            self._row_places += min(self.config.max_rows, unfinished)
+        for copy in copies:
+            self._call([copy.row], partial(self._take_over, copy))
+        self._prefill()
+        self._feed()
+        self._tick()
+        self._answer()
+        with self._changed:
+            return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def _take_over(self, copy: Copy) -> None:
+        """Give a row the prefix that another slot holds; where that is not finite, the row computes its own."""
+        row, length = copy.row, copy.length
+        if copy.source == row.slot or self.runner.copy(copy.source, row.slot, length, row.steps):
+            row.cached = row.cached_tokens = length
+
+    def _prefill(self) -> None:
+        """Cache the next prompt tokens of rows that have some left."""
+        if chosen := self.scheduler.prefilling(self.config.prefill_chunk):
+            rows = [row for row, _ in chosen]
+            spans = [Span(row.slot, row.cached, count) for row, count in chosen]
+            tokens = [row.request.prompt_ids[row.cached : row.cached + count] for row, count in chosen]
+            if self._call(rows, lambda: self.runner.prefill(spans, tokens, [row.steps for row in rows])):
                 self._backbone_calls += 1
                 for row, count in chosen:
                     row.cached += count
-        if rows := scheduler.feeding():
-            chunks = [Chunk(row.slot, row.cached, (row.token,)) for row in rows]
-            if self._call(rows, lambda: runner.feed(chunks, [row.steps for row in rows])):
-                self._backbone_calls += 1
-                for row in rows:
-                    row.thinking, row.step = True, 0
-        if rows := [row for row in scheduler.thinking() if row.step < row.steps]:
-            where = [row.slot for row in rows], [row.cached for row in rows], [row.step for row in rows]
-            if self._call(rows, lambda: runner.tick(*where)):
-                self._ticks += 1
-                self._row_steps += len(rows)
-                for row in rows:
-                    row.step += 1
-                    row.supervision_steps += 1
-        if rows := [row for row in scheduler.thinking() if row.step >= row.steps]:
-            self._choose_tokens(rows)
-        with self._changed:
-            return bool(scheduler.running or scheduler.waiting)
 
-    def _choose_tokens(self, rows: Sequence[Row]) -> None:
-        """Sample for rows that have reached their effort; emit, and finish those that are done."""
-        logits: list[torch.Tensor] = []
-        if not self._call(rows, lambda: logits.append(self.runner.logits([row.slot for row in rows]))):
+    def _feed(self) -> None:
+        """Pass the next token of rows that are ready through the backbone, and what it drafts behind it."""
+        rows = self.scheduler.feeding()
+        if not rows or not self._pass(rows, [row.token for row in rows], offset=0):
             return
-        finite = logits[0].isfinite().all(dim=-1).tolist()
-        for row, scores, good in zip(rows, logits[0], finite, strict=True):
-            if good:
-                self._call([row], partial(self._choose_token, row, scores))
-            else:
-                self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
+        for row in rows:
+            row.thinking, row.step, row.draft, row.halted_at = True, 0, [], []
+        length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
+        for offset in range(1, length + 1):
+            rows = [row for row in rows if row.steps and row.room_for_draft >= offset]
+            if not rows or not self._call(rows, partial(self._draft, rows)):
+                return
+            rows = [row for row in rows if len(row.draft) == offset]
+            if not rows or not self._pass(rows, [row.draft[-1] for row in rows], offset):
+                return
 
-    def _choose_token(self, row: Row, scores: torch.Tensor) -> None:
-        """Sample one row's next token from its logits (V,); emit it, and finish the row if it is done."""
-        params = row.request.params
-        token = choose(scores, params, len(row.request.prompt_ids) + len(row.reply))
-        text = self._streams[row].push(token)
-        row.reply.append(token)
-        row.cached += 1
-        row.thinking = False
-        if len(row.reply) == 1:
+    def _draft(self, rows: Sequence[Row]) -> None:
+        """Choose each row's next draft as its token would be chosen, but from the backbone's own logits."""
+        logits = self.runner.logits([row.slot for row in rows], len(rows[0].draft))[:, 0]
+        for row, scores, finite in zip(rows, logits, _finite(logits), strict=True):
+            token = None
+            if finite:
+                token = choose(scores, row.request.params, row.request.prompt_ids, [*row.reply, *row.draft])
+            if token is not None and (token != self.chat.end_id or row.request.params.ignore_eos):
+                row.draft.append(token)
+
+    def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
+        """One backbone call for one token of each row, `offset` places behind the chosen one."""
+        slots, positions = [row.slot for row in rows], [row.cached + offset for row in rows]
+        if self._call(rows, lambda: self.runner.feed(slots, positions, tokens, offset)):
+            self._backbone_calls += 1
+            return True
+        return False
+
+    def _tick(self) -> None:
+        """One supervision step for every row that has any left."""
+        rows = self.scheduler.thinking()
+        if not rows:
+            return
+        spans = [Span(row.slot, row.cached, 1 + len(row.draft)) for row in rows]
+        steps = [row.step for row in rows]
+        limits = None
+        if any(row.request.params.halts for row in rows):
+            limits = [Halting.of(row.request.params) for row in rows]
+        halted: list[list[bool]] = []
+        if not self._call(rows, lambda: halted.extend(self.runner.tick(spans, steps, limits))):
+            return
+        self._ticks += 1
+        self._row_steps += len(rows)
+        self.scheduler.clock += 1
+        for row in rows:
+            row.step += 1
+        for row, stopped in zip(rows, halted, strict=limits is not None):
+            row.note_halted(stopped)
+
+    def _answer(self) -> None:
+        """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
+        rows = self.scheduler.answered()
+        if not rows:
+            return
+        logits: list[torch.Tensor] = []
+        count = 1 + max(len(row.draft) for row in rows)
+        if not self._call(rows, lambda: logits.append(self.runner.logits([row.slot for row in rows], count=count))):
+            return
+        finite, best = _finite(logits[0]), logits[0].argmax(dim=-1).tolist()
+        for row, *answers in zip(rows, logits[0], best, finite, strict=True):
+            self._call([row], partial(self._choose, row, *answers))
+
+    def _choose(self, row: Row, logits: torch.Tensor, best: Sequence[int], finite: Sequence[bool]) -> None:
+        """Choose a row's token, and the ones behind it as long as they are what was drafted.
+
+        logits (C, V), their argmax and whether they are finite, at the positions of the row's span.
+        """
+        params, prompt, stream = row.request.params, row.request.prompt_ids, self._streams[row]
+        ids: list[int] = []
+        text = ""
+        logprobs: list[TokenLogprobs] = []
+        reason: FinishReason | None = None
+        failed = False
+        for place in range(1 + len(row.draft)):
+            if failed := not finite[place]:
+                break
+            token = best[place] if params.plain_greedy else choose(logits[place], params, prompt, row.reply)
+            ids.append(token)
+            text += stream.push(token)
+            if params.logprobs is not None:
+                logprobs.append(token_logprobs(logits[place], token, params.logprobs))
+            row.reply.append(token)
+            row.cached += 1
+            row.supervision_steps += row.steps_taken(place)
+            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped:
+                reason = "stop"
+            elif len(row.reply) >= params.max_tokens:
+                reason = "length"
+            if reason or place == len(row.draft) or token != row.draft[place]:
+                break
+        self._count(row, ids)
+        if not all(finite[: 1 + len(row.draft)]):
+            self.runner.clear(row.slot, row.cached)
+        row.thinking, row.draft = False, []
+        if reason:
+            self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
+            return
+        if ids:
+            self._emit(row, Event(tuple(ids), text, logprobs=tuple(logprobs)))
+        if failed:
+            self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
+
+    def _count(self, row: Row, ids: Sequence[int]) -> None:
+        """Book the tokens that a row has just got, and what became of its draft."""
+        accepted = sum(token == drafted for token, drafted in zip(ids, row.draft, strict=False))
+        if len(row.reply) == len(ids):
             self._prompt_tokens += len(row.request.prompt_ids)
-        self._generation_tokens += 1
-        if (token == self.chat.end_id and not params.ignore_eos) or self._streams[row].stopped:
-            self._finish(row, "stop", (token,), text)
-        elif len(row.reply) >= params.max_tokens:
-            self._finish(row, "length", (token,), text)
-        else:
-            self._emit(row, Event((token,), text))
+            self._cached_tokens += row.cached_tokens
+        self._generation_tokens += len(ids)
+        self._draft_tokens += len(row.draft)
+        self._accepted_tokens += accepted
+        row.draft_tokens += len(row.draft)
+        row.accepted_tokens += accepted
+        if self.drafter is not None:
+            self.drafter.learn(row, judged=min(len(ids), len(row.draft)), accepted=accepted)
 
     def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
         """Do something for some rows; where it fails, those rows fail and the engine goes on."""
@@ -309,26 +427,36 @@ class Engine:
             return False
 
     def _fail(self, row: Row, error: TRMError) -> None:
-        self.runner.clear(row.slot)
         self._finish(row, "error", error=error)
 
     def _finish(
-        self, row: Row, reason: FinishReason, ids: tuple[int, ...] = (), text: str = "", error: TRMError | None = None
+        self,
+        row: Row,
+        reason: FinishReason,
+        ids: tuple[int, ...] = (),
+        text: str = "",
+        error: TRMError | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
-        """Free the row's slot and send its final event."""
+        """Free the row's slot and send its final event.
+
+        What lies in the slot stays for others, if finite logits have shown that it is finite; at effort 0
+        nobody has read the keys from the context.
+        """
+        keep = bool(row.reply) and row.steps > 0 and error is None
+        if row.slot >= 0 and not keep:
+            self.runner.clear(row.slot)
+        elif row.slot >= 0 and reason == "cancelled":
+            self.runner.clear(row.slot, row.cached)
         with self._changed:
-            if row in self.scheduler.running:
-                if row.steps == 0:
-                    self.runner.clear(row.slot)  # keys from the context that it never read may not be finite
-                self.scheduler.release(row)
+            self.scheduler.release(row, keep)
             stream = self._streams.pop(row)
         try:
             text += "" if error else stream.finish()
         except Exception as failure:
             logger.exception("the end of a reply could not be decoded")
             reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
-        usage = Usage(len(row.request.prompt_ids), len(row.reply), row.supervision_steps)
-        self._emit(row, Event(ids, text, reason, usage, error))
+        self._emit(row, Event(ids, text, reason, _usage(row), error, logprobs))
 
     def _emit(self, row: Row, event: Event) -> None:
         """Tell the listener. One that raises loses its request, not everybody's."""
@@ -356,9 +484,8 @@ class Engine:
                 for row in left:
                     self.scheduler.release(row)
             for row in left:
-                usage = Usage(len(row.request.prompt_ids), len(row.reply), row.supervision_steps)
                 error = DeviceError("the engine died; see the server's log")
-                self._emit(row, Event(finish_reason="error", usage=usage, error=error))
+                self._emit(row, Event(finish_reason="error", usage=_usage(row), error=error))
 
     def _fit_length(self) -> int:
         """Positions per slot: what is asked for, bounded by the model and by the cache's bytes."""
@@ -377,6 +504,23 @@ class Engine:
                 "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)
+
+
+def _usage(row: Row) -> Usage:
+    return Usage(
+        prompt_tokens=len(row.request.prompt_ids),
+        completion_tokens=len(row.reply),
+        supervision_steps=row.supervision_steps,
+        cached_tokens=row.cached_tokens,
+        draft_tokens=row.draft_tokens,
+        accepted_tokens=row.accepted_tokens,
+    )
+
+
+def _finite(logits: torch.Tensor) -> list[Any]:
+    """Whether all of the logits (…, V) are finite: nested lists of bool."""
+    low, high = logits.aminmax(dim=-1)  # neither hides a NaN
+    return (low.isfinite() & high.isfinite()).tolist()  # type: ignore[no-any-return]
 
 
 def _free_bytes(device: torch.device) -> int:

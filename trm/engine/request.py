@@ -8,12 +8,22 @@ from trm.errors import BadRequest, TRMError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+MAX_TOP_LOGPROBS = 20
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one reply is decoded. Raises BadRequest for a value that cannot be served.
 
     n_supervision: the effort in supervision steps, None for the model's trained number.
     seed and sample_index key the noise of a sampled token, together with its position.
+    repetition_penalty divides (or, below zero, multiplies) the logits of tokens in prompt or reply;
+    presence_penalty and frequency_penalty are taken off those in the reply, once and per occurrence;
+    logit_bias, pairs of token id and number, is added last. All of them act at temperature 0 too.
+    logprobs: how many of the likeliest tokens to report with each token, 0 for the token alone, None
+    for nothing; probabilities are the model's own, before penalties and temperature.
+    halt_threshold, halt_tolerance: end a token's recursion early, when the halting head's probability
+    exceeds the one, or the answer state moves less (root mean square) than the other in a step.
     stop: strings that end the reply and are not part of it. ignore_eos: go on past the end token.
     """
 
@@ -22,9 +32,16 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     sample_index: int = 0
     n_supervision: int | None = None
+    halt_threshold: float | None = None
+    halt_tolerance: float | None = None
+    logprobs: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
@@ -35,12 +52,38 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 2, "above 0 and at most 2"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("logit_bias", all(-100 <= bias <= 100 for _, bias in self.logit_bias), "numbers between -100 and 100"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            ("halt_threshold", self.halt_threshold is None or 0 < self.halt_threshold < 1, "between 0 and 1"),
+            ("halt_tolerance", self.halt_tolerance is None or 0 < self.halt_tolerance <= 1, "above 0 and at most 1"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                f"between 0 and {MAX_TOP_LOGPROBS}",
+            ),
             ("stop", all(self.stop), "strings that are not empty"),
         )
         for name, holds, rule in limits:
             if not holds:
                 raise BadRequest(f"{name} is {getattr(self, name)!r}; it must be {rule}", param=name)
+
+    @property
+    def halts(self) -> bool:
+        """Whether a token may take fewer steps than the effort."""
+        return self.halt_threshold is not None or self.halt_tolerance is not None
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits change with what stands in prompt and reply."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the next token is just the likeliest."""
+        return self.temperature == 0 and not self.edits_logits
 
 
 @dataclass(frozen=True)
@@ -58,11 +101,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a finished request took. supervision_steps sums over the reply's tokens."""
+    """What a finished request took. supervision_steps sums over the reply's tokens.
+
+    cached_tokens: prompt tokens that another request had computed. draft_tokens were proposed by the
+    backbone, accepted_tokens of them were what the recursion chose.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     supervision_steps: int
+    cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probability of one token, and of the likeliest ones: pairs of id and log probability, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -70,8 +128,8 @@ class Event:
     """News of one request. Every accepted request ends in exactly one event with a finish_reason.
 
     token_ids: what was decoded since the last event, the end token included; text: the text that is
-    now certain, never half a character nor the beginning of a stop string. usage comes with the
-    finish_reason, error with finish_reason "error".
+    now certain, never half a character nor the beginning of a stop string. logprobs, one for each token,
+    where they were asked for. usage comes with the finish_reason, error with finish_reason "error".
     """
 
     token_ids: tuple[int, ...] = ()
@@ -79,6 +137,7 @@ class Event:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: TRMError | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,19 +148,29 @@ class Reply:
     text: str
     finish_reason: FinishReason
     usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Gauges and counters of an engine, read at one moment. Counters count from its start."""
+    """Gauges and counters of an engine, read at one moment. Counters count from its start.
+
+    steps: turns of the engine's loop; row_places: sum over them of the rows that could have advanced,
+    min(max_rows, unfinished requests). row_steps / row_places says how well depth is batched.
+    """
 
     requests_running: int
     requests_waiting: int
     kv_cache_usage_ratio: float
     kv_cache_bytes: int
     kv_cache_bytes_per_token: int
+    steps: int
+    row_places: int
     ticks: int
     row_steps: int
     backbone_calls: int
     prompt_tokens: int
+    cached_tokens: int
     generation_tokens: int
+    draft_tokens: int
+    accepted_tokens: int

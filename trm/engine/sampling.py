@@ -1,37 +1,50 @@
-"""Choose the next token of one row: a pure function of its logits, parameters and position.
+"""Choose the next token of one row: a pure function of its logits, its parameters and the tokens before.
 
 A sampled token is the argmax of the processed logits over the temperature plus Gumbel noise,
 and the noise is drawn statelessly from (seed, sample index, position). So the same request
 gives the same reply whatever else is decoded beside it, in whatever order.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from trm.engine.request import SamplingParams
+from trm.engine.request import SamplingParams, TokenLogprobs
 
 Scores = npt.NDArray[np.float64]
 
 
-def adjusted_scores(logits: Tensor, params: SamplingParams, position: int) -> Scores:
-    """Scores (V,) whose argmax is the next token: the logits themselves, or the noisy processed ones.
+def adjusted_scores(logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:
+    """Scores (V,) whose argmax is the next token after `prompt_ids` and `reply`.
 
-    logits (V,); position: where in the sequence, prompt included, the token will stand.
+    logits (V,). The scores are the logits with the penalties, and where a token is sampled, filtered,
+    over the temperature, and with noise.
     """
     scores = logits.double().cpu().numpy()
+    if params.edits_logits:
+        scores = _edited(scores, params, prompt_ids, reply)
     if params.temperature == 0:
         return scores
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf
         scores = (scores - scores.max()) / params.temperature
+    position = len(prompt_ids) + len(reply)
     return _filtered(scores, params) + gumbel_noise(len(scores), params.seed, params.sample_index, position)
 
 
-def choose(logits: Tensor, params: SamplingParams, position: int) -> int:
+def choose(logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> int:
     """The next token."""
-    if params.temperature == 0:
+    if params.plain_greedy:
         return int(logits.argmax())
-    return int(adjusted_scores(logits, params, position).argmax())
+    return int(adjusted_scores(logits, params, prompt_ids, reply).argmax())
+
+
+def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    """Log probabilities of `token` and of the `num_top` likeliest tokens under the model's own logits (V,)."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    top = logprobs.topk(num_top)
+    return TokenLogprobs(float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
 def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scores:
@@ -42,6 +55,20 @@ def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scor
     generator = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64), counter=[0, 0, 0, position])
     uniform = ((generator.random_raw(size) >> 11) + 0.5) * 2.0**-53  # strictly between 0 and 1
     return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
+
+
+def _edited(scores: Scores, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:
+    """Scores with the penalties for tokens that have occurred, then with the bias."""
+    scores = scores.copy()
+    if params.repetition_penalty != 1:
+        seen = np.unique([*prompt_ids, *reply])
+        scores[seen] *= np.where(scores[seen] > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+    if reply and (params.presence_penalty or params.frequency_penalty):
+        repeated, counts = np.unique(reply, return_counts=True)
+        scores[repeated] -= params.presence_penalty + params.frequency_penalty * counts
+    for token, bias in params.logit_bias:
+        scores[token] += bias
+    return scores
 
 
 def _filtered(scores: Scores, params: SamplingParams) -> Scores:

@@ -1,8 +1,8 @@
-"""Choose which rows advance next.
+"""Choose which rows advance next, in which slot, and whose keys and values they may take over.
 
-Holds waiting and running rows and the free slots; touches no tensors, so policy is tested in
-microseconds. First come, first served; a slot holds any request that was accepted, so nothing
-is preempted. Raises Overloaded when the queue is full.
+Holds waiting and running rows, the free slots and what the slots still contain; touches no
+tensors, so policy is tested in microseconds. First come, first served; a slot holds any request
+that was accepted, so nothing is preempted. Raises Overloaded when the queue is full.
 """
 
 from collections import deque
@@ -18,18 +18,27 @@ class Row:
     """One accepted request on its way through the engine.
 
     Its tokens are the prompt, then the reply. `cached` of them have their keys and values in the
-    slot; the token after those is the one being worked on, at supervision step `step` of `steps`.
+    slot; the token after those is the one being worked on, at supervision step `step` of `steps`,
+    and with it the drafted tokens behind it, if any.
     """
 
     request: Request
     steps: int
     emit: Callable[[Event], None]
     slot: int = -1
+    settled: bool = False  # it is known whose keys and values are taken over
+    source: "Row | None" = None  # the row whose prompt must be cached first
     cached: int = 0
     step: int = 0
     thinking: bool = False  # the token at `cached` has passed the backbone
     reply: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    halted_at: list[int] = field(default_factory=list)  # steps that each position took, 0 while it goes on
+    acceptance: float | None = None  # share of drafted tokens that were right, lately
     supervision_steps: int = 0
+    cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     cancelled: bool = False
 
     @property
@@ -43,16 +52,70 @@ class Row:
         prompt = self.request.prompt_ids
         return prompt[self.cached] if self.cached < len(prompt) else self.reply[self.cached - len(prompt)]
 
+    @property
+    def cached_ids(self) -> tuple[int, ...]:
+        """The tokens whose keys and values lie in the slot."""
+        return (*self.request.prompt_ids, *self.reply)[: self.cached]
+
+    @property
+    def room_for_draft(self) -> int:
+        """Tokens that may still follow the next one."""
+        return self.request.params.max_tokens - len(self.reply) - 1
+
+    @property
+    def expected_steps(self) -> float:
+        """Supervision steps that a token takes: the effort, or the mean so far where tokens may halt."""
+        halts = self.request.params.halts and self.reply
+        return self.supervision_steps / len(self.reply) if halts else self.steps
+
+    @property
+    def answered(self) -> bool:
+        """Whether every position has had its steps."""
+        return self.thinking and (self.step >= self.steps or (bool(self.halted_at) and all(self.halted_at)))
+
+    def note_halted(self, halted: Sequence[bool]) -> None:
+        """After a step: which of the positions being worked on have halted by now."""
+        before = self.halted_at or [0] * (1 + len(self.draft))
+        self.halted_at = [
+            at or (self.step if stopped else 0) for at, stopped in zip(before, halted[: len(before)], strict=True)
+        ]
+
+    def steps_taken(self, place: int) -> int:
+        """Supervision steps behind the answer at a place, 0 being the chosen token's."""
+        return (self.halted_at[place] if self.halted_at else 0) or self.step
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a free slot still holds: keys and values of `ids`, good for up to `depth` supervision steps."""
+
+    ids: tuple[int, ...] = ()
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Take over the first `length` positions of slot `source` for `row`."""
+
+    row: Row
+    source: int
+    length: int
+
 
 class Scheduler:
-    """Rows waiting and running. Not thread-safe: the engine guards it."""
+    """Rows waiting and running. Not thread-safe: the engine guards it.
 
-    def __init__(self, max_rows: int, max_queue: int) -> None:
+    `depth_matters`: keys and values depend on the effort, so that a prefix serves no deeper row.
+    """
+
+    def __init__(self, max_rows: int, max_queue: int, depth_matters: bool = False) -> None:
         self.max_rows = max_rows
         self.max_queue = max_queue
+        self.depth_matters = depth_matters
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
-        self._free = list(range(max_rows - 1, -1, -1))
+        self.clock = 0  # ticks since anybody thought
+        self._free = {slot: Kept() for slot in range(max_rows)}  # least recently used first
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all rows or none. Rows that fit into free slots do not count against the queue."""
@@ -68,43 +131,104 @@ class Scheduler:
             )
         self.waiting.extend(rows)
 
-    def admit(self) -> None:
-        """Give free slots to the rows that have waited longest."""
+    def admit(self) -> list[Copy]:
+        """Give free slots to the rows that have waited longest; returns the prefixes that are ready to be copied.
+
+        A row takes the least recently used slot, and over from whichever slot begins like its prompt.
+        Where that is a running row whose prompt is being cached right now, it waits for it.
+        """
+        for row in self.running:
+            if row.source is not None and (row.source.slot < 0 or row.source.cached >= self._common(row, row.source)):
+                row.source = None
+        copies = [copy for row in self.running if not row.settled and row.source is None for copy in self._settle(row)]
         while self._free and self.waiting:
             row = self.waiting.popleft()
-            row.slot = self._free.pop()
+            kept = self._longest_kept(row)
+            if kept is not None:
+                self._free[kept] = self._free.pop(kept)  # used just now
+            row.slot = next(iter(self._free))
             self.running.append(row)
+            copies += self._settle(row)
+            del self._free[row.slot]
+        return copies
 
-    def take_cancelled(self) -> list[Row]:
-        """Remove cancelled rows, waiting or running, and return them; their slots are free again."""
-        gone = [row for row in (*self.running, *self.waiting) if row.cancelled]
-        for row in gone:
-            self.release(row)
-        return gone
+    def cancelled(self) -> list[Row]:
+        """Cancelled rows, running or waiting; they are still here."""
+        return [row for row in (*self.running, *self.waiting) if row.cancelled]
 
-    def release(self, row: Row) -> None:
-        """Forget a row, wherever it is, and free its slot."""
+    def release(self, row: Row, keep: bool = False) -> None:
+        """Forget a row, wherever it is, and free its slot; `keep` says that its keys and values are good."""
         if row.slot < 0:
             self.waiting.remove(row)
             return
         self.running.remove(row)
-        self._free.append(row.slot)
+        self._free[row.slot] = Kept(row.cached_ids, row.steps) if keep else Kept()
         row.slot = -1
 
     def prefilling(self, budget: int) -> list[tuple[Row, int]]:
         """Rows with prompt left to cache and how many tokens of it now, oldest first, `budget` tokens in all."""
         chosen = []
         for row in self.running:
-            if row.to_prefill and budget > 0:
+            if row.settled and row.to_prefill and budget > 0:
                 count = min(budget, row.to_prefill)
                 chosen.append((row, count))
                 budget -= count
-        return chosen
+        return sorted(chosen, key=lambda chunk: chunk[0].slot)
 
     def feeding(self) -> list[Row]:
-        """Rows whose next token must pass the backbone."""
-        return [row for row in self.running if not row.to_prefill and not row.thinking]
+        """Rows whose next token must pass the backbone, by slot.
+
+        A row of N steps begins when the clock is a multiple of N: from then on rows of equal effort
+        reach the backbone together, in one call of many rows instead of many calls of few.
+        """
+        if not any(row.thinking for row in self.running):
+            self.clock = 0
+        ready = (row for row in self.running if row.settled and not row.to_prefill and not row.thinking)
+        begun = (row for row in ready if row.reply or row.request.params.halts or not self.clock % max(1, row.steps))
+        return sorted(begun, key=lambda row: row.slot)
 
     def thinking(self) -> list[Row]:
-        """Rows inside the recursion, at whatever step."""
-        return [row for row in self.running if row.thinking]
+        """Rows with supervision steps to do, wherever they stand, by slot."""
+        return sorted((row for row in self.running if row.thinking and not row.answered), key=lambda row: row.slot)
+
+    def answered(self) -> list[Row]:
+        """Rows that have had their steps and choose a token now, by slot."""
+        return sorted((row for row in self.running if row.answered), key=lambda row: row.slot)
+
+    def _settle(self, row: Row) -> list[Copy]:
+        """Decide what `row`, which has a slot but nothing in it, takes over; nothing yet where it pays to wait."""
+        best: Row | int | None = self._longest_kept(row)
+        length = 0 if best is None else self._common(row, best)
+        for other in self.running:
+            if other.settled and (common := self._common(row, other)) > length:
+                best, length = other, common
+        if isinstance(best, Row) and best.cached < length:
+            row.source = best
+            return []
+        row.settled = True
+        if best is None:
+            return []
+        return [Copy(row, best.slot if isinstance(best, Row) else best, length)]
+
+    def _longest_kept(self, row: Row) -> int | None:
+        """The free slot that begins most like the row's prompt."""
+        best = max(self._free, key=lambda slot: self._common(row, slot), default=None)
+        return best if best is not None and self._common(row, best) else None
+
+    def _common(self, row: Row, source: Row | int) -> int:
+        """Prompt tokens that `row` could take over from another row, once that is prefilled, or from a free slot."""
+        if isinstance(source, Row):
+            ids = source.request.prompt_ids[:-1] if source.to_prefill else source.cached_ids
+            depth = source.steps
+        else:
+            ids, depth = self._free[source].ids, self._free[source].depth
+        if self.depth_matters and depth < row.steps:
+            return 0
+        return _common_prefix(row.request.prompt_ids[:-1], ids)
+
+
+def _common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(at for at in range(shorter) if one[at] != other[at])
