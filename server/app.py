@@ -9,6 +9,7 @@ from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
 from server.serving import Serving
 from server.settings import ServeSettings
+from server.token_bytes import TokenBytes
 from server.worker import Worker
 from trm.engine.engine import Engine
 
@@ -21,6 +22,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         engine=engine,
         worker=Worker(engine, metrics),
         metrics=metrics,
+        token_bytes=TokenBytes(engine.chat.tokenizer),
         model_id=settings.model_id,
         max_n=settings.max_n,
         created=int(time.time()),

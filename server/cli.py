@@ -81,6 +81,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
         max_model_len=settings.max_model_len,
         max_queue=settings.max_queue,
         kv_cache_bytes=settings.kv_cache_bytes,
+        max_draft_tokens=settings.max_draft_tokens,
     )
     engine = Engine(model, chat, config)
     logger.info(

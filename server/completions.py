@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,13 +11,14 @@ from fastapi.responses import StreamingResponse
 
 from server.decoding import engine_requests, num_samples, sampling_params, usage_body
 from server.errors import describe, internal_error_body
-from server.schemas import ChatChoice, ChatCompletion, ChatRequest, ModelBody, ModelList, ReplyMessage
+from server.logprobs import choice_logprobs
+from server.schemas import ChatChoice, ChatCompletion, ChatRequest, ChoiceLogprobs, ModelBody, ModelList, ReplyMessage
 from server.serving import CallDep, Serving, ServingDep
 from server.strict_json import StrictRoute
 from server.worker import Submission
 from trm.answers import extract_boxed
 from trm.chat import SYSTEM_PROMPT, Message
-from trm.engine.request import Usage
+from trm.engine.request import Event, Reply, Usage
 from trm.errors import BadRequest, TRMError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         raise BadRequest("stream_options needs stream: true", param="stream_options")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise BadRequest("give either max_tokens or max_completion_tokens, not both", param="max_tokens")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     n = num_samples(body, serving)
     params = sampling_params(
         body,
@@ -44,15 +47,27 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items()),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         stop=tuple(body.stop or ()),
         ignore_eos=body.ignore_eos,
     )
     requests = await engine_requests(serving, [conversation(body)], params, n, param="messages")
     submission = serving.submit(call, requests)
+
+    def logprobs(said: Event | Reply) -> ChoiceLogprobs | None:
+        if params.logprobs is None:
+            return None
+        end_id = None if params.ignore_eos else serving.engine.chat.end_id
+        return choice_logprobs(serving.token_bytes, said.token_ids, said.logprobs, end_id)
+
     head: dict[str, Any] = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": serving.model_id}
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        chunks = chat_chunks(submission, head, n, with_usage)
+        chunks = chat_chunks(submission, head, n, with_usage, logprobs)
         return StreamingResponse(chunks, media_type="text/event-stream", headers=STREAM_HEADERS)
     replies = await submission.replies()
     return ChatCompletion(
@@ -61,6 +76,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
             ChatChoice(
                 index=index,
                 message=ReplyMessage(content=reply.text),
+                logprobs=logprobs(reply),
                 finish_reason=reply.finish_reason,
                 boxed_answer=extract_boxed(reply.text),
             )
@@ -78,36 +94,45 @@ def conversation(body: ChatRequest) -> list[Message]:
     return messages
 
 
-async def chat_chunks(submission: Submission, head: dict[str, Any], n: int, with_usage: bool) -> AsyncIterator[str]:
+async def chat_chunks(
+    submission: Submission,
+    head: dict[str, Any],
+    n: int,
+    with_usage: bool,
+    logprobs: Callable[[Event], ChoiceLogprobs | None],
+) -> AsyncIterator[str]:
     """Server-sent events: per choice its role, its text, its finish; then usage if asked for; then [DONE].
 
-    The response has begun, so an error becomes an event too.
+    A token whose text is held back brings its logprobs at once. The response has begun, so an error
+    becomes an event too.
     """
     texts: list[str] = [""] * n
     started: set[int] = set()
-    usages: list[Usage] = []
+    usages: dict[int, Usage] = {}
 
     def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         body = {**head, "object": "chat.completion.chunk", "choices": choices}
         return sse({**body, "usage": usage} if with_usage else body)
 
-    def choice(index: int, delta: dict[str, str], **finish: str | None) -> str:
-        return chunk([{"index": index, "delta": delta, "finish_reason": None, **finish}])
+    def choice(index: int, delta: dict[str, str], **more: Any) -> str:
+        return chunk([{"index": index, "delta": delta, "finish_reason": None, **more}])
 
     try:
         async for index, event in submission:
             if index not in started:
                 started.add(index)
                 yield choice(index, {"role": "assistant", "content": ""})
-            if event.text:
-                texts[index] += event.text
+            texts[index] += event.text
+            if (said := logprobs(event)) and said.content:
+                yield choice(index, {"content": event.text}, logprobs=said.model_dump())
+            elif event.text:
                 yield choice(index, {"content": event.text})
             if event.finish_reason is not None:
                 yield choice(index, {}, finish_reason=event.finish_reason, boxed_answer=extract_boxed(texts[index]))
             if event.usage is not None:
-                usages.append(event.usage)
+                usages[index] = event.usage
         if with_usage:
-            yield chunk([], usage_body(usages).model_dump())
+            yield chunk([], usage_body(usages[index] for index in range(n)).model_dump())
     except TRMError as error:
         yield sse(describe(error)[1])
     except Exception:

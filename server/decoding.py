@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.schemas import Decoding, TRMUsage, UsageBody
+from server.schemas import Decoding, PromptTokensDetails, TRMUsage, UsageBody
 from server.serving import Serving
 from trm.chat import Message
 from trm.engine.engine import Engine
@@ -33,6 +33,8 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
         "temperature": fields.temperature,
         "seed": fields.seed,
         "n_supervision": steps,
+        "halt_threshold": fields.halt_threshold,
+        "halt_tolerance": fields.halt_tolerance,
         **given,
     }
     params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
@@ -78,7 +80,7 @@ async def engine_requests(
 
 
 def usage_body(usages: Iterable[Usage]) -> UsageBody:
-    """The sum over samples of one prompt, the prompt counted once."""
+    """The sum over samples of one prompt, first sample first; the prompt is counted once, as that one found it."""
     usages = list(usages)
     prompt = usages[0].prompt_tokens
     completion = sum(usage.completion_tokens for usage in usages)
@@ -87,5 +89,10 @@ def usage_body(usages: Iterable[Usage]) -> UsageBody:
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        trm=TRMUsage(supervision_steps_mean=steps / max(completion, 1)),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usages[0].cached_tokens),
+        trm=TRMUsage(
+            supervision_steps_mean=steps / max(completion, 1),
+            draft_tokens=sum(usage.draft_tokens for usage in usages),
+            accepted_tokens=sum(usage.accepted_tokens for usage in usages),
+        ),
     )

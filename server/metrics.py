@@ -14,6 +14,7 @@ from trm.engine.engine import Engine
 from trm.engine.request import Event
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+STEP_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 REJECTIONS = {
     400: "invalid",
@@ -55,6 +56,12 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self.steps_per_token = Histogram(
+            "trm_supervision_steps_per_token",
+            "Mean over the tokens of a reply that was not cut short",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
 
     def record(self, event: Event, age_s: float, gap_s: float | None) -> None:
         """Count one event, `age_s` after its request's submission, `gap_s` after the request's last tokens if any."""
@@ -67,6 +74,8 @@ class Metrics:
             self.finished.labels(event.finish_reason).inc()
         if event.finish_reason in ("stop", "length"):
             self.request_s.observe(age_s)
+            if event.usage is not None and event.usage.completion_tokens:
+                self.steps_per_token.observe(event.usage.supervision_steps / event.usage.completion_tokens)
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -93,10 +102,15 @@ class _EngineCollector(Collector):
         )
         counters = (
             ("trm_prompt_tokens", "Prompt tokens taken", stats.prompt_tokens),
+            ("trm_cached_prompt_tokens", "Prompt tokens taken over from another request", stats.cached_tokens),
             ("trm_generation_tokens", "Tokens decoded", stats.generation_tokens),
+            ("trm_draft_tokens", "Tokens that the backbone proposed", stats.draft_tokens),
+            ("trm_accepted_tokens", "Proposed tokens that the recursion chose", stats.accepted_tokens),
+            ("trm_engine_steps", "Turns of the engine's loop", stats.steps),
             ("trm_ticks", "Supervision steps of the whole batch", stats.ticks),
             ("trm_backbone_calls", "Passes through the backbone", stats.backbone_calls),
             ("trm_row_steps", "Supervision steps, each row of a tick counted", stats.row_steps),
+            ("trm_row_places", "Rows that could have advanced, summed over the engine's steps", stats.row_places),
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)

@@ -5,12 +5,13 @@ for an optional field means its default. Ranges of sampling parameters are check
 they are defined, in `trm.engine.request.SamplingParams`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from trm.engine.request import FinishReason
+from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Role = Literal["system", "developer", "user", "assistant"]
@@ -32,6 +33,8 @@ class Decoding(Body):
     seed: int | None = None
     reasoning_effort: Effort | None = None
     supervision_steps: int | None = None
+    halt_threshold: float | None = None
+    halt_tolerance: float | None = None
 
 
 # Requests: chat
@@ -59,6 +62,13 @@ def _strings(stop: Any) -> Any:
     return stop
 
 
+def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
+    """One spelling per id, so that no two keys are the same token."""
+    if not all(re.fullmatch("0|[1-9][0-9]{0,17}", key) for key in bias or ()):
+        raise PydanticCustomError("token_id", 'Input should have token ids as keys, such as "42"')
+    return bias
+
+
 class ChatMessage(Body):
     role: Role
     content: Annotated[
@@ -77,6 +87,8 @@ class StreamOptions(Body):
 class ChatRequest(Decoding):
     """Body of POST /v1/chat/completions.
 
+    logit_bias: token ids, as strings, to numbers. logprobs asks for each token's log probability, and
+    top_logprobs, which needs it, for those of so many of the likeliest tokens.
     `user` and `metadata` are labels of the caller's; OpenAI gives them no effect on the reply either.
     """
 
@@ -86,6 +98,12 @@ class ChatRequest(Decoding):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float] | None, AfterValidator(_token_ids)] = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     stop: Annotated[
         list[str] | None,
         Field(max_length=16),
@@ -125,10 +143,21 @@ class CompletionTokensDetails(BaseModel):
     reasoning_tokens: int = 0
 
 
+class PromptTokensDetails(BaseModel):
+    """cached_tokens: prompt tokens that another request had computed."""
+
+    cached_tokens: int
+
+
 class TRMUsage(BaseModel):
-    """supervision_steps_mean: supervision steps per token of the reply."""
+    """supervision_steps_mean: supervision steps per token of the reply.
+
+    draft_tokens: tokens that the backbone proposed; accepted_tokens: those of them that the recursion chose.
+    """
 
     supervision_steps_mean: float
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class UsageBody(BaseModel):
@@ -137,6 +166,7 @@ class UsageBody(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
     trm: TRMUsage
 
@@ -148,9 +178,31 @@ class ReplyMessage(BaseModel):
     content: str
 
 
+class TokenLogprob(BaseModel):
+    """token: its bytes as text, U+FFFD for what is not a whole character. bytes: null for an id without a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ContentLogprob(TokenLogprob):
+    """A token of the reply. top_logprobs: the likeliest tokens in its place, best first."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """Log probabilities under the model's own logits, before penalties and temperature. refusal is OpenAI's."""
+
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
+    logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
     boxed_answer: str | None
 

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from server.errors import UnknownModel
 from server.metrics import Metrics
+from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
 from trm.engine.request import Request as EngineRequest
@@ -30,6 +31,7 @@ class Serving:
     engine: Engine
     worker: Worker
     metrics: Metrics
+    token_bytes: TokenBytes
     model_id: str
     max_n: int
     created: int  # unix time

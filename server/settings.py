@@ -39,6 +39,12 @@ class ServeSettings(Settings):
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="memory for keys and values; by default at most a quarter of what is free"
     )
+    max_draft_tokens: int = Field(
+        7,
+        ge=0,
+        description="tokens that the backbone may draft for the recursion to verify at once, where that pays; "
+        "0 for none",
+    )
     max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
     max_n: int = Field(64, ge=1, description="largest n of one request")
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from server.errors import Unavailable
 from server.metrics import Metrics
 from trm.engine.engine import Engine, Handle
-from trm.engine.request import Event, Reply
+from trm.engine.request import Event, Reply, TokenLogprobs
 from trm.engine.request import Request as EngineRequest
 from trm.errors import DeviceError
 
@@ -57,12 +57,15 @@ class Submission:
         """Every reply whole, in order of submission."""
         texts: list[list[str]] = [[] for _ in self._last_tokens_at]
         ids: list[list[int]] = [[] for _ in self._last_tokens_at]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._last_tokens_at]
         done: dict[int, Reply] = {}
         async for index, event in self:
             texts[index].append(event.text)
             ids[index].extend(event.token_ids)
+            logprobs[index].extend(event.logprobs)
             if event.finish_reason is not None and event.usage is not None:  # they come together
-                done[index] = Reply(tuple(ids[index]), "".join(texts[index]), event.finish_reason, event.usage)
+                text = "".join(texts[index])
+                done[index] = Reply(tuple(ids[index]), text, event.finish_reason, event.usage, tuple(logprobs[index]))
         return [done[index] for index in sorted(done)]
 
     def deliver(self, index: int, event: Event, at: float) -> None:

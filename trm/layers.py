@@ -66,7 +66,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     if num_queries > 1:
         mask = mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    return out.unflatten(2, (groups, -1)).flatten(1, 2)
+    return out.unflatten(2, (groups, -1)).flatten(1, 2)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

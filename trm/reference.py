@@ -1,4 +1,4 @@
-"""The oracle: one prompt, no cache, no batch, every token from a forward pass over the whole sequence.
+"""The oracle: one prompt, no cache, no batch, every token from a pass over the whole sequence.
 
 Slow and obvious. Tests compare `generate()` and the engine with it.
 """
@@ -8,18 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trm.engine.request import SamplingParams
 from trm.engine.sampling import adjusted_scores
+from trm.layers import Attending, causal_mask
 from trm.model import TRMForCausalLM
 
 
 @dataclass(frozen=True)
 class ReferenceReply:
-    """Reply tokens, end token included, and by how much each beat the second best score."""
+    """Reply tokens, end token included.
+
+    gaps: by how much each token beat the second best score, or by how little a halting decision was
+    made before it, if that is less. steps: supervision steps behind each token.
+    """
 
     token_ids: tuple[int, ...]
     gaps: tuple[float, ...]
+    steps: tuple[int, ...]
 
 
 @torch.inference_mode()
@@ -27,15 +34,43 @@ def decode(
     model: TRMForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_id: int | None
 ) -> ReferenceReply:
     """Decode one prompt. `end_id` None: only `max_tokens` ends the reply. Stop strings are not looked for."""
-    ids = list(prompt_ids)
+    reply: list[int] = []
     gaps: list[float] = []
+    all_steps: list[int] = []
     for _ in range(params.max_tokens):
-        tokens = torch.tensor([ids], device=model.device)
-        logits = model(tokens, n_supervision=params.n_supervision, logits_to_keep=1, use_cache=False).logits[0, -1]
-        scores = adjusted_scores(logits, params, prompt_ids, ids[len(prompt_ids) :])
+        tokens = torch.tensor([[*prompt_ids, *reply]], device=model.device)
+        if params.halts:
+            logits, steps, margin = _halted(model, tokens, params)
+        else:
+            steps, margin = model.check_effort(params.n_supervision), float("inf")
+            logits = model(tokens, n_supervision=steps, logits_to_keep=1, use_cache=False).logits[0, -1]
+        scores = adjusted_scores(logits, params, prompt_ids, reply)
         second, first = np.sort(scores)[-2:]
-        gaps.append(float(first - second))
-        ids.append(int(scores.argmax()))
-        if ids[-1] == end_id and not params.ignore_eos:
+        gaps.append(min(float(first - second), margin))
+        all_steps.append(steps)
+        reply.append(int(scores.argmax()))
+        if reply[-1] == end_id and not params.ignore_eos:
             break
-    return ReferenceReply(tuple(ids[len(prompt_ids) :]), tuple(gaps))
+    return ReferenceReply(tuple(reply), tuple(gaps), tuple(all_steps))
+
+
+def _halted(model: TRMForCausalLM, tokens: Tensor, params: SamplingParams) -> tuple[Tensor, int, float]:
+    """The last position's logits (V,) at the step where it halts, that step, and by how little that was decided."""
+    mask = causal_mask(torch.ones_like(tokens), tokens.shape[1])
+    x, (cos, sin) = model.encode(tokens, mask, torch.arange(tokens.shape[1], device=tokens.device)[None])
+    context = model.decoder.context_keys_values(x, (cos, sin))
+    attending = Attending((cos[:, -1:], sin[:, -1:]), mask[:, :, -1:], context)
+    x = x[:, -1:]
+    y, z, answer = torch.zeros_like(x), torch.zeros_like(x), x
+    margin, steps = float("inf"), 0
+    while steps < model.check_effort(params.n_supervision):
+        y, z = model.decoder.step(x, y, z, attending)
+        steps += 1
+        moved = float((y - answer).square().mean().sqrt())
+        probability = float(model.decoder.halt_logits(y).sigmoid())
+        answer = y
+        tolerance, threshold = params.halt_tolerance or 0.0, params.halt_threshold or 1.0
+        margin = min(margin, abs(moved - tolerance), abs(probability - threshold))
+        if moved < tolerance or probability > threshold:
+            break
+    return model.readout(answer)[0, -1], steps, margin

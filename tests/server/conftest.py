@@ -6,35 +6,52 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.app import create_app
 from server.settings import ServeSettings
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
-from trm.engine.request import Event, Request, Stats, Usage
+from trm.engine.request import Event, Request, Stats, TokenLogprobs, Usage
 from trm.errors import TRMError
 
 MODEL = "test/model"
 N_SUPERVISION = 4
+END_ID = 0
+END_TOKEN = "<|im_end|>"
 
 
 def say(*pieces, finish="stop", error=None):
     """A script: one token per piece of text, then the end token."""
 
     def script(request):
-        events = [Event((10 + i,), piece) for i, piece in enumerate(pieces)]
+        logprobs = () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),)
+        events = [Event((10 + i,), piece, logprobs=logprobs) for i, piece in enumerate(pieces)]
         tokens = len(pieces) + 1
         usage = Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
-        return [*events, Event((0,), "", finish, usage, error)]
+        return [*events, Event((END_ID,), "", finish, usage, error, logprobs)]
 
     return script
+
+
+def byte_tokenizer():
+    """Id 0 is the end token, id b + 1 the byte b."""
+    vocabulary = {END_TOKEN: END_ID} | {char: byte + 1 for byte, char in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_TOKEN)
 
 
 class FakeChat:
     """One id per character; remembers the conversations."""
 
+    end_id = END_ID
+
     def __init__(self):
         self.conversations = []
+        self.tokenizer = byte_tokenizer()
 
     def encode(self, messages):
         self.conversations.append([dict(message) for message in messages])
@@ -119,7 +136,23 @@ class FakeEngine:
         return not self.dead
 
     def stats(self):
-        return Stats(1, 2, 0.25, 1000, 10, 33, 44, 5, 66, 77)
+        return Stats(
+            requests_running=1,
+            requests_waiting=2,
+            kv_cache_usage_ratio=0.25,
+            kv_cache_bytes=1000,
+            kv_cache_bytes_per_token=10,
+            steps=33,
+            row_places=44,
+            ticks=55,
+            row_steps=66,
+            backbone_calls=77,
+            prompt_tokens=88,
+            cached_tokens=99,
+            generation_tokens=111,
+            draft_tokens=122,
+            accepted_tokens=133,
+        )
 
     def join(self):
         """Wait until everything submitted has ended."""

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trm.chat import SYSTEM_PROMPT
-from trm.engine.request import Event, Usage
+from trm.engine.request import Event, TokenLogprobs, Usage
 from trm.errors import DeviceError, Overloaded
 
 pytestmark = pytest.mark.anyio
@@ -44,6 +44,7 @@ async def test_a_reply(client, engine, chat_body):
             {
                 "index": 0,
                 "message": {"role": "assistant", "content": "so \\boxed{72}"},
+                "logprobs": None,
                 "finish_reason": "stop",
                 "boxed_answer": "72",
             }
@@ -52,8 +53,9 @@ async def test_a_reply(client, engine, chat_body):
             "prompt_tokens": prompt_tokens,
             "completion_tokens": 3,
             "total_tokens": prompt_tokens + 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": 0},
-            "trm": {"supervision_steps_mean": 4.0},
+            "trm": {"supervision_steps_mean": 4.0, "draft_tokens": 0, "accepted_tokens": 0},
         },
     }
 
@@ -65,10 +67,14 @@ async def test_defaults(client, engine, chat_body):
     params = engine.requests[0].params
     assert (params.temperature, params.max_tokens, params.n_supervision, params.seed) == (0, 512, None, 0)
     assert (params.top_p, params.top_k, params.min_p, params.stop, params.ignore_eos) == (1, 0, 0, (), False)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
+    assert (params.logit_bias, params.logprobs, params.halt_threshold, params.halt_tolerance) == ((), None, None, None)
 
 
 async def test_every_field_reaches_the_engine(client, engine, chat_body):
     fields = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 11}
+    fields |= {"repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.25}
+    fields |= {"halt_threshold": 0.75, "halt_tolerance": 0.01}
     body = chat_body(**fields, stop=["x", "y"], ignore_eos=True, supervision_steps=2, user="me", metadata={"a": "b"})
 
     assert (await client.post(URL, json=body)).status_code == 200
@@ -76,6 +82,30 @@ async def test_every_field_reaches_the_engine(client, engine, chat_body):
     params = engine.requests[0].params
     assert {name: getattr(params, name) for name in fields} == fields
     assert (params.stop, params.ignore_eos, params.n_supervision) == (("x", "y"), True, 2)
+
+
+async def test_a_bias_is_for_token_ids(client, engine, chat_body):
+    await client.post(URL, json=chat_body(logit_bias={"5": -100, "0": 1.5}))
+    await client.post(URL, json=chat_body(logit_bias={}))
+
+    assert [dict(request.params.logit_bias) for request in engine.requests] == [{5: -100, 0: 1.5}, {}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": None}, 0),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+    ids=str,
+)
+async def test_logprobs_are_asked_for(client, engine, chat_body, fields, expected):
+    assert (await client.post(URL, json=chat_body(**fields))).status_code == 200
+
+    assert engine.requests[0].params.logprobs == expected
 
 
 @pytest.mark.parametrize(
@@ -314,3 +344,136 @@ async def test_an_engine_that_refuses_for_its_device_is_a_503(client, engine, ch
     engine.refuse = DeviceError("the engine is shut down")
 
     assert (await client.post(URL, json=chat_body())).status_code == 503
+
+
+# What a reply took
+
+
+async def test_usage_counts_one_prompt_and_all_drafts(client, engine, chat_body):
+    cached = {0: 0, 1: 40, 2: 41}
+
+    def script(request):
+        index = request.params.sample_index
+        yield from [Event((5,), "a")] * (3 - index)  # the first sample ends last
+        yield Event((5,), "a", "length", Usage(60, 4 - index, 8, cached[index], draft_tokens=7, accepted_tokens=index))
+
+    engine.script = script
+    fields = {"n": 3, "temperature": 1, "stream_options": {"include_usage": True}}
+    *_, streamed = await stream(client, chat_body(**fields))
+    fields.pop("stream_options")
+    usage = (await client.post(URL, json=chat_body(**fields))).json()["usage"]
+
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert usage["trm"] == {"supervision_steps_mean": 24 / 9, "draft_tokens": 21, "accepted_tokens": 3}
+    assert streamed["usage"] == usage
+
+
+async def test_cached_tokens_are_the_first_samples(client, engine, chat_body):
+    engine.script = lambda request: [
+        Event((5,), "a", "length", Usage(60, 1, 4, cached_tokens=30 + request.params.sample_index))
+    ]
+
+    usage = (await client.post(URL, json=chat_body(n=2, temperature=1))).json()["usage"]
+
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 30}
+
+
+# Log probabilities
+
+
+def byte_ids(data):
+    return tuple(byte + 1 for byte in data)
+
+
+def score(rank, *top):
+    """What the engine says of a token; `top` are ids."""
+    return TokenLogprobs(-0.25 * rank, tuple((id_, -0.5 * place) for place, id_ in enumerate(top)))
+
+
+def entry(spelt, logprob, token=None):
+    """What the wire says of a token."""
+    return {"token": spelt.decode(errors="replace") if token is None else token, "logprob": logprob, "bytes": [*spelt]}
+
+
+def scored(request):
+    """ "aé" in three tokens, the last two of which are half a character each; then the end token."""
+    first, *rest = byte_ids("aé".encode())
+    yield Event((first,), "a", logprobs=(score(1, first, 0),))
+    yield Event(tuple(rest[:1]), "", logprobs=(score(2),))
+    usage = Usage(len(request.prompt_ids), 4, 16)
+    yield Event((*rest[1:], 0), "é", "stop", usage, logprobs=(score(3, 9999), score(4, 0)))
+
+
+A_AND_ITS_RIVALS = {**entry(b"a", -0.25), "top_logprobs": [entry(b"a", 0.0), entry(b"<|im_end|>", -0.5)]}
+HALF = {**entry(b"\xc3", -0.5, "\ufffd"), "top_logprobs": []}
+OTHER_HALF = {
+    **entry(b"\xa9", -0.75, "\ufffd"),
+    "top_logprobs": [{"token": "", "logprob": 0.0, "bytes": None}],  # the model has more ids than its tokenizer
+}
+
+
+async def test_logprobs_of_a_reply_are_those_of_its_text(client, engine, chat_body):
+    engine.script = scored
+
+    choice = (await client.post(URL, json=chat_body(logprobs=True, top_logprobs=2))).json()["choices"][0]
+
+    assert choice["logprobs"] == {"content": [A_AND_ITS_RIVALS, HALF, OTHER_HALF], "refusal": None}
+    spelt = [byte for token in choice["logprobs"]["content"] for byte in token["bytes"]]
+    assert bytes(spelt).decode() == choice["message"]["content"]
+
+
+async def test_logprobs_are_streamed_with_their_tokens(client, engine, chat_body):
+    engine.script = scored
+
+    chunks = await stream(client, chat_body(logprobs=True, top_logprobs=2))
+
+    def carrying(content, *entries):
+        logprobs = {"content": list(entries), "refusal": None}
+        return {"index": 0, "delta": {"content": content}, "finish_reason": None, "logprobs": logprobs}
+
+    assert [chunk["choices"][0] for chunk in chunks] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None},
+        carrying("a", A_AND_ITS_RIVALS),
+        carrying("", HALF),
+        carrying("é", OTHER_HALF),
+        {"index": 0, "delta": {}, "finish_reason": "stop", "boxed_answer": None},
+    ]
+
+
+async def test_each_choice_has_its_own_logprobs(client, engine, chat_body):
+    def script(request):
+        rank = request.params.sample_index
+        yield Event(byte_ids(b"ab"), "ab", logprobs=(score(rank), score(rank + 1)))
+        yield Event((0,), "", "stop", Usage(3, 3, 12), logprobs=(score(9),))
+
+    engine.script = script
+    body = (await client.post(URL, json=chat_body(n=2, temperature=1, logprobs=True))).json()
+
+    found = [[token["logprob"] for token in choice["logprobs"]["content"]] for choice in body["choices"]]
+    assert found == [[0.0, -0.25], [-0.25, -0.5]]
+
+
+async def test_an_end_token_that_is_ignored_is_a_token_like_any_other(client, engine, chat_body):
+    engine.script = lambda request: [Event((0, 98), "a", "length", Usage(3, 2, 8), logprobs=(score(0), score(1)))]
+
+    choice = (await client.post(URL, json=chat_body(logprobs=True, ignore_eos=True))).json()["choices"][0]
+
+    assert [token["token"] for token in choice["logprobs"]["content"]] == ["<|im_end|>", "a"]
+
+
+async def test_a_reply_without_text_has_logprobs_of_nothing(client, engine, chat_body):
+    engine.script = lambda request: [Event((0,), "", "stop", Usage(3, 1, 4), logprobs=(score(0),))]
+
+    choice = (await client.post(URL, json=chat_body(logprobs=True))).json()["choices"][0]
+
+    assert choice["logprobs"] == {"content": [], "refusal": None}
+
+
+async def test_a_probability_of_zero_has_a_number(client, engine, chat_body):
+    impossible = TokenLogprobs(float("-inf"), ((98, float("-inf")),))
+    engine.script = lambda request: [Event((98,), "a", "length", Usage(3, 1, 4), logprobs=(impossible,))]
+
+    choice = (await client.post(URL, json=chat_body(logprobs=True, top_logprobs=1))).json()["choices"][0]
+
+    (token,) = choice["logprobs"]["content"]
+    assert [token["logprob"], token["top_logprobs"][0]["logprob"]] == [-9999.0, -9999.0]

@@ -1,11 +1,13 @@
 """`trm-serve` up to the point where it would serve: what goes wrong is one line and a status."""
 
+import logging
 import socket
 import sys
 
 import pytest
 
 from server import cli
+from server.settings import ServeSettings
 from trm.errors import ConfigError
 
 
@@ -65,3 +67,14 @@ def test_settings_that_cannot_be_are_named(serve):
 
     assert (status, error.count("\n")) == (2, 1)
     assert "--max-rows" in error
+
+
+def test_sizes_reach_the_engine_and_the_log_says_what_a_position_takes(caplog):
+    caplog.set_level(logging.INFO)
+    sizes = {"max_rows": 2, "max_model_len": 64, "max_queue": 3, "kv_cache_bytes": 10**9, "max_draft_tokens": 5}
+
+    engine = cli.load_engine(ServeSettings(device="cpu", **sizes))
+
+    assert {name: getattr(engine.config, name) for name in sizes} == sizes
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.cli"]
+    assert f"2 rows of 64 positions, {engine.bytes_per_token} bytes a position" in line

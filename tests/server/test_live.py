@@ -63,7 +63,14 @@ def test_openais_client_gets_replies_streams_and_errors(start, make_app):
 
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key="key", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["test/model"]
-        reply = client.chat.completions.create(model="test/model", messages=messages, n=2, extra_body={"top_k": 3})
+        reply = client.chat.completions.create(
+            model="test/model",
+            messages=messages,
+            n=2,
+            presence_penalty=1,
+            logit_bias={"42": -100},
+            extra_body={"top_k": 3, "halt_tolerance": 0.1},
+        )
         chunks = list(
             client.chat.completions.create(
                 model="test/model", messages=messages, stream=True, stream_options={"include_usage": True}
@@ -72,7 +79,7 @@ def test_openais_client_gets_replies_streams_and_errors(start, make_app):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.chat.completions.create(model="other", messages=messages)
         with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(model="test/model", messages=messages, presence_penalty=1)
+            client.chat.completions.create(model="test/model", messages=messages, presence_penalty=3)
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="wrong").models.list()
 

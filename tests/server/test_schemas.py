@@ -18,8 +18,8 @@ def test_names_are_those_of_trm():
 
 CHAT_REFUSALS = [
     ({"tools": []}, "tools"),
-    ({"logprobs": True}, "logprobs"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"store": True}, "store"),
+    ({"best_of": 2}, "best_of"),
     ({"response_format": None}, "response_format"),
     ({"stream_options": {"include_usag": True}}, "stream_options.include_usag"),
     ({"messages": None}, "messages"),
@@ -48,6 +48,43 @@ CHAT_REFUSALS = [
     ({"top_p": 1.1}, "top_p"),
     ({"top_k": -1}, "top_k"),
     ({"min_p": 1.1}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 2.1}, "repetition_penalty"),
+    ({"repetition_penalty": "1"}, "repetition_penalty"),
+    ({"presence_penalty": -2.1}, "presence_penalty"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"presence_penalty": 10**400}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty"),
+    ({"logit_bias": {"5": 100.1}}, "logit_bias"),
+    ({"logit_bias": {"5": -101}}, "logit_bias"),
+    ({"logit_bias": [[5, 1]]}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 1, "5.0": 1}}, "logit_bias"),
+    ({"logit_bias": {"-5": 1}}, "logit_bias"),
+    ({"logit_bias": {"05": 1}}, "logit_bias"),
+    ({"logit_bias": {"5\n": 1}}, "logit_bias"),
+    ({"logit_bias": {"1_0": 1}}, "logit_bias"),
+    ({"logit_bias": {"٣": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias.5"),
+    ({"logit_bias": {"5": True}}, "logit_bias.5"),
+    ({"logit_bias": {"5": None}}, "logit_bias.5"),
+    ({"logit_bias": {"5": 10**400}}, "logit_bias.5"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": "yes"}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"top_logprobs": 0}, "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 2.0}, "top_logprobs"),
+    ({"halt_threshold": 0}, "halt_threshold"),
+    ({"halt_threshold": 1}, "halt_threshold"),
+    ({"halt_threshold": "0.5"}, "halt_threshold"),
+    ({"halt_tolerance": 0}, "halt_tolerance"),
+    ({"halt_tolerance": 1.1}, "halt_tolerance"),
     ({"n": 0}, "n"),
     ({"n": 65}, "n"),
     ({"n": 13}, "n"),  # more than rows and queue together
@@ -97,7 +134,11 @@ SOLVE_REFUSALS = [
     ({"question": "a", "n": 2, "temperature": 0.0}, "temperature"),
     ({"question": "a", "temperature": 3}, "temperature"),
     ({"question": "a", "max_tokens": 0}, "max_tokens"),
+    ({"question": "a", "halt_threshold": 1}, "halt_threshold"),
+    ({"question": "a", "halt_tolerance": 0}, "halt_tolerance"),
     ({"question": "a", "stop": "b"}, "stop"),
+    ({"question": "a", "logprobs": True}, "logprobs"),
+    ({"question": "a", "frequency_penalty": 1}, "frequency_penalty"),
     ({"question": "a", "model": "b"}, "model"),
     ({"question": "a", "stream": False}, "stream"),
     ({"question": "a", "reasoning_effort": "high", "supervision_steps": 4}, "supervision_steps"),
@@ -114,9 +155,9 @@ async def test_solve_refuses_by_name(client, engine, body, param):
 
 
 async def test_an_unknown_field_is_called_so(client, chat_body):
-    response = await client.post("/v1/chat/completions", json=chat_body(logit_bias={}))
+    response = await client.post("/v1/chat/completions", json=chat_body(functions=[]))
 
-    assert response.json()["error"]["message"] == "logit_bias: unknown or unsupported field; remove it"
+    assert response.json()["error"]["message"] == "functions: unknown or unsupported field; remove it"
 
 
 async def test_null_means_the_default(client, engine, chat_body):

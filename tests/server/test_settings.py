@@ -3,6 +3,7 @@
 import pytest
 
 from server.settings import ServeSettings
+from trm.engine.engine import EngineConfig
 from trm.errors import ConfigError
 
 
@@ -37,6 +38,13 @@ def test_defaults_serve_the_bundled_model_to_this_machine_only():
 
     assert (settings.model, settings.model_id, settings.host, settings.port) == (None, "qwen-trm", "127.0.0.1", 8000)
     assert settings.api_key == []
+
+
+def test_defaults_of_the_engines_sizes_are_the_engines_own():
+    settings, sizes = ServeSettings.from_command_line([]), EngineConfig()
+
+    for name in ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"):
+        assert getattr(settings, name) == getattr(sizes, name)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,7 @@ def test_keys_from_the_file(yaml, text):
     [
         (["--port", "70000"], "--port '70000': .*65535"),
         (["--max-rows", "0"], "--max-rows '0'"),
+        (["--max-draft-tokens", "-1"], "--max-draft-tokens '-1'"),
         (["--device", "tpu"], "--device 'tpu'"),
         (["--dtype", "int8"], "--dtype 'int8'"),
         (["--drain-seconds", "-1"], "--drain-seconds '-1'"),

@@ -91,8 +91,9 @@ async def test_a_question(client, engine):
             "prompt_tokens": prompt_tokens,
             "completion_tokens": 3,
             "total_tokens": prompt_tokens + 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": 0},
-            "trm": {"supervision_steps_mean": 4.0},
+            "trm": {"supervision_steps_mean": 4.0, "draft_tokens": 0, "accepted_tokens": 0},
         },
     }
     assert engine.chat.conversations == [solve_messages("How many?")]
@@ -114,6 +115,14 @@ async def test_a_temperature_and_seed_of_the_callers_are_used(client, engine):
     await client.post("/solve", json={"question": "a", "n": 2, "temperature": 1.5, "seed": 3})
 
     assert {(r.params.temperature, r.params.seed) for r in engine.requests} == {(1.5, 3)}
+
+
+async def test_a_token_may_halt_early(client, engine):
+    await client.post("/solve", json={"question": "a", "halt_threshold": 0.75, "halt_tolerance": 0.01})
+    await client.post("/solve", json={"question": "a", "halt_threshold": None})
+
+    halts = [(request.params.halt_threshold, request.params.halt_tolerance) for request in engine.requests]
+    assert halts == [(0.75, 0.01), (None, None)]
 
 
 async def test_a_list_gives_results_in_order_from_one_submission(client, engine, say):

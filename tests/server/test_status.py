@@ -5,6 +5,9 @@ from importlib.metadata import version
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from trm.engine.request import Event, Usage
+from trm.errors import DeviceError
+
 pytestmark = pytest.mark.anyio
 
 
@@ -66,10 +69,18 @@ async def test_the_engines_numbers_are_read_at_each_scrape(client):
         ("trm_num_requests_running",): 1,
         ("trm_num_requests_waiting",): 2,
         ("trm_kv_cache_usage_ratio",): 0.25,
-        ("trm_ticks_total",): 33,
-        ("trm_row_steps_total",): 44,
-        ("trm_prompt_tokens_total",): 66,
-        ("trm_generation_tokens_total",): 77,
+        ("trm_kv_cache_bytes",): 1000,
+        ("trm_kv_cache_bytes_per_token",): 10,
+        ("trm_engine_steps_total",): 33,
+        ("trm_row_places_total",): 44,
+        ("trm_ticks_total",): 55,
+        ("trm_row_steps_total",): 66,
+        ("trm_backbone_calls_total",): 77,
+        ("trm_prompt_tokens_total",): 88,
+        ("trm_cached_prompt_tokens_total",): 99,
+        ("trm_generation_tokens_total",): 111,
+        ("trm_draft_tokens_total",): 122,
+        ("trm_accepted_tokens_total",): 133,
     }.items() <= found.items()
 
 
@@ -89,6 +100,28 @@ async def test_replies_are_counted_and_timed(client, engine, say):
     assert after[("trm_time_to_first_token_seconds_count",)] == 5
     assert after[("trm_inter_token_latency_seconds_count",)] == 4 * 2 + 1
     assert after[("trm_e2e_request_latency_seconds_count",)] == 5
+    assert after[("trm_supervision_steps_per_token_count",)] == 5
+    assert after[("trm_supervision_steps_per_token_sum",)] == 5 * 4
+
+
+async def test_several_tokens_of_one_event_share_its_gap(client, engine):
+    engine.script = lambda request: [Event((1,), "a"), Event((2, 3, 4), "bcd", "length", Usage(3, 4, 6))]
+    await client.post("/solve", json={"question": "a"})
+
+    after = await samples(client)
+
+    assert after[("trm_inter_token_latency_seconds_count",)] == 3
+    assert after[("trm_supervision_steps_per_token_sum",)] == 1.5
+
+
+async def test_a_reply_that_was_cut_short_has_no_steps_per_token(client, engine):
+    engine.script = lambda request: [Event((1,), "a"), Event((), "", "error", Usage(3, 1, 4), DeviceError("broken"))]
+    await client.post("/solve", json={"question": "a"})
+
+    after = await samples(client)
+
+    assert after["trm_request_success_total", "error"] == 1
+    assert after[("trm_supervision_steps_per_token_count",)] == 0
 
 
 async def test_apps_do_not_share_their_counts(client, make_app, connect):

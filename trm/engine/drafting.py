@@ -55,7 +55,7 @@ class Drafter:
 
         One length for all: a call is as long as its longest row.
         """
-        drafting = [row for row in rows if row.steps > 0 and row.room_for_draft > 0]
+        drafting = [row for row in rows if row.room_for_draft > 0]
         if not drafting:
             return 0
         longest = min(self.max_tokens, max(row.room_for_draft for row in drafting))

@@ -275,10 +275,13 @@ class Engine:
             return bool(self.scheduler.running or self.scheduler.waiting)
 
     def _take_over(self, copy: Copy) -> None:
-        """Give a row the prefix that another slot holds; where that is not finite, the row computes its own."""
+        """Give a row the prefix that a slot holds; where that is not finite, the row computes its own."""
         row, length = copy.row, copy.length
-        if copy.source == row.slot or self.runner.copy(copy.source, row.slot, length, row.steps):
-            row.cached = row.cached_tokens = length
+        if copy.source != row.slot:
+            if not self.runner.finite(copy.source, length, row.steps):
+                return
+            self.runner.copy(copy.source, row.slot, length, row.steps)
+        row.cached = row.cached_tokens = length
 
     def _prefill(self) -> None:
         """Cache the next prompt tokens of rows that have some left."""
@@ -300,7 +303,7 @@ class Engine:
             row.thinking, row.step, row.draft, row.halted_at = True, 0, [], []
         length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
         for offset in range(1, length + 1):
-            rows = [row for row in rows if row.steps and row.room_for_draft >= offset]
+            rows = [row for row in rows if row.room_for_draft >= offset]
             if not rows or not self._call(rows, partial(self._draft, rows)):
                 return
             rows = [row for row in rows if len(row.draft) == offset]
@@ -388,8 +391,10 @@ class Engine:
             if reason or place == len(row.draft) or token != row.draft[place]:
                 break
         self._count(row, ids)
-        if not all(finite[: 1 + len(row.draft)]):
+        if row.draft and not all(finite[: 1 + len(row.draft)]):
+            # A draft that overflowed poisons the tokens before it, even masked: go on without drafts.
             self.runner.clear(row.slot, row.cached)
+            row.drafting = failed = False
         row.thinking, row.draft = False, []
         if reason:
             self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
@@ -441,9 +446,11 @@ class Engine:
         """Free the row's slot and send its final event.
 
         What lies in the slot stays for others, if finite logits have shown that it is finite; at effort 0
-        nobody has read the keys from the context.
+        nobody has read the keys from the context yet.
         """
-        keep = bool(row.reply) and row.steps > 0 and error is None
+        keep = bool(row.reply) and error is None
+        if keep and row.steps == 0:
+            keep = self.runner.finite(row.slot, row.cached, row.steps)
         if row.slot >= 0 and not keep:
             self.runner.clear(row.slot)
         elif row.slot >= 0 and reason == "cancelled":
@@ -520,7 +527,7 @@ def _usage(row: Row) -> Usage:
 def _finite(logits: torch.Tensor) -> list[Any]:
     """Whether all of the logits (…, V) are finite: nested lists of bool."""
     low, high = logits.aminmax(dim=-1)  # neither hides a NaN
-    return (low.isfinite() & high.isfinite()).tolist()  # type: ignore[no-any-return]
+    return (low.isfinite() & high.isfinite()).tolist()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """What callers and the engine say to each other: requests in, events out. Touches no tensors."""
 
+import reprlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,7 +53,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 2, "above 0 and at most 2"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 2, "between 0.01 and 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("logit_bias", all(-100 <= bias <= 100 for _, bias in self.logit_bias), "numbers between -100 and 100"),
@@ -68,7 +69,7 @@ class SamplingParams:
         )
         for name, holds, rule in limits:
             if not holds:
-                raise BadRequest(f"{name} is {getattr(self, name)!r}; it must be {rule}", param=name)
+                raise BadRequest(f"{name} is {reprlib.repr(getattr(self, name))}; it must be {rule}", param=name)
 
     @property
     def halts(self) -> bool:

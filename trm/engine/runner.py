@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,8 +109,8 @@ class Runner:
         embedding: Tensor = model.backbone.model.embed_tokens.weight
         kv_heads = backbone.num_key_value_heads
         self.device = weight.device
-        self.scratch = max_len  # one position more, which nobody looks at
-        sizes = num_slots, kv_heads, max_len + 1, config.head_dim
+        self.scratch = max_len - 1  # where the last token of a reply would lie, which nobody has to read
+        sizes = num_slots, kv_heads, max_len, config.head_dim
         self.backbone_slots = Slots(backbone.num_hidden_layers, *sizes, embedding)
         self.slots = Slots(config.cache_entries(max_steps), *sizes, weight)
         shape = num_slots, 1 + max_draft_tokens
@@ -191,23 +192,19 @@ class Runner:
         return self.model.readout(self.state[1, _neighbours(slots, self.device), first : first + count])
 
     @torch.inference_mode()
-    def copy(self, source: int, target: int, length: int, steps: int) -> bool:
-        """Copy the first positions of a slot to another, for an effort of `steps`.
-
-        Returns whether they are finite; if not, the target is cleared.
-        """
-        entries = self.model.config.cache_entries(steps)
-        tables = (*self._tables(self.backbone_slots), *(table[:entries] for table in self._tables(self.slots)))
-        for table in tables:
+    def copy(self, source: int, target: int, length: int, steps: int) -> None:
+        """Copy the first positions of a slot to another, for an effort of `steps`."""
+        for table in self._tables(steps):
             table[:, target, :, :length] = table[:, source, :, :length]
-        finite = all(bool(table[:, target, :, :length].isfinite().all()) for table in tables)
-        if not finite:
-            self.clear(target)
-        return finite
+
+    @torch.inference_mode()
+    def finite(self, slot: int, length: int, steps: int) -> bool:
+        """Whether the keys and values of a slot's first positions are finite, as far as an effort of `steps` reads."""
+        return all(bool(table[:, slot, :, :length].isfinite().all()) for table in self._tables(steps))
 
     def clear(self, slot: int, start: int = 0) -> None:
         """Zero a slot from position `start` on: what is not finite there would poison its next row, even masked."""
-        for table in (*self._tables(self.backbone_slots), *self._tables(self.slots)):
+        for table in self._tables():
             table[:, slot, :, start:] = 0
         self.state[:, slot] = 0
 
@@ -228,9 +225,11 @@ class Runner:
         """What a drafted token costs besides its steps: backbone and head."""
         return self.model.readout(self._encode(place, [[0] * count]))
 
-    @staticmethod
-    def _tables(slots: Slots) -> tuple[Tensor, Tensor]:
-        return slots.keys, slots.values
+    def _tables(self, steps: int | None = None) -> list[Tensor]:
+        """All tables of keys and values, of the recursion only what `steps` steps use."""
+        entries = None if steps is None else self.model.config.cache_entries(steps)
+        backbone, own = self.backbone_slots, self.slots
+        return [backbone.keys, backbone.values, own.keys[:entries], own.values[:entries]]
 
     def _encode(self, place: _Place, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Backbone pass; returns x (B, C, D), and with keys from the context stores them."""
@@ -271,22 +270,20 @@ class Runner:
         return place, attending
 
     def _place(self, spans: Sequence[Span]) -> _Place:
-        count = max(span.length for span in spans)
-        width = max(span.start + span.length for span in spans)
-        slots, starts, lengths = torch.tensor(spans).unsqueeze(-1).unbind(1)  # each (B, 1)
-        offsets = torch.arange(count)
+        slots, starts, lengths = np.array(spans).T[..., None]  # each (B, 1)
+        offsets = np.arange(lengths.max())
+        width = int((starts + lengths).max())
         real = offsets < lengths
-        positions = torch.where(real, starts + offsets, 0)  # padding looks at position 0, so that no softmax is empty
-        hidden = torch.arange(width) > positions[..., None]
-        mask = torch.zeros(hidden.shape, dtype=self.state.dtype).masked_fill_(hidden, -torch.inf)
+        positions = np.where(real, starts + offsets, 0)  # padding looks at position 0, so that no softmax is empty
+        hidden = torch.from_numpy(np.arange(width) > positions[:, None, :, None])
         device = self.device
         return _Place(
             _neighbours([span.slot for span in spans], device),
-            slots.to(device),
-            torch.where(real, positions, self.scratch).to(device),
-            positions.to(device),
-            mask[:, None].to(device),
-            count,
+            torch.from_numpy(slots).to(device),
+            torch.from_numpy(np.where(real, positions, self.scratch)).to(device),
+            torch.from_numpy(positions).to(device),
+            torch.zeros(hidden.shape, dtype=self.state.dtype).masked_fill_(hidden, -torch.inf).to(device),
+            len(offsets),
             width,
         )
 

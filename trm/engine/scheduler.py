@@ -39,6 +39,7 @@ class Row:
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    drafting: bool = True
     cancelled: bool = False
 
     @property
@@ -59,7 +60,9 @@ class Row:
 
     @property
     def room_for_draft(self) -> int:
-        """Tokens that may still follow the next one."""
+        """Tokens that may be drafted behind the next one."""
+        if not self.drafting or self.steps == 0:
+            return 0
         return self.request.params.max_tokens - len(self.reply) - 1
 
     @property
@@ -134,8 +137,9 @@ class Scheduler:
     def admit(self) -> list[Copy]:
         """Give free slots to the rows that have waited longest; returns the prefixes that are ready to be copied.
 
-        A row takes the least recently used slot, and over from whichever slot begins like its prompt.
-        Where that is a running row whose prompt is being cached right now, it waits for it.
+        A row takes over from whichever slot begins most like its prompt. Where that is a running row whose
+        prompt is being cached right now, it waits for it. It moves into a free slot that holds little else
+        than what it wants, or else into the one that was used longest ago.
         """
         for row in self.running:
             if row.source is not None and (row.source.slot < 0 or row.source.cached >= self._common(row, row.source)):
@@ -143,10 +147,13 @@ class Scheduler:
         copies = [copy for row in self.running if not row.settled and row.source is None for copy in self._settle(row)]
         while self._free and self.waiting:
             row = self.waiting.popleft()
-            kept = self._longest_kept(row)
-            if kept is not None:
-                self._free[kept] = self._free.pop(kept)  # used just now
-            row.slot = next(iter(self._free))
+            best = self._longest_kept(row)
+            if best is not None and 2 * self._common(row, best) >= len(self._free[best].ids):
+                row.slot = best
+            else:
+                if best is not None:
+                    self._free[best] = self._free.pop(best)  # used just now
+                row.slot = next(iter(self._free))
             self.running.append(row)
             copies += self._settle(row)
             del self._free[row.slot]

@@ -1,0 +1,85 @@
+"""`trm-bench decode` as a person runs it: a table, then one line of JSON whose ratios follow from its raw numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+REQUESTS = 4
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    command = [str(Path(sys.executable).parent / "trm-bench"), "decode", "--repeats", "1", "--full"]
+    sizes = ["--num-requests", str(REQUESTS), "--max-rows", "2"]
+    done = subprocess.run(command + sizes, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def result(lines: list[str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(lines[-1])
+    return parsed
+
+
+def test_every_ratio_follows_from_the_raw_counts_and_times(result: dict[str, Any]) -> None:
+    raw = result["raw"]
+    throughput, mixed, halting, overhead = (raw[k] for k in ("throughput", "mixed_effort", "halting", "overhead"))
+    single, many = raw["speculation_1_row"], raw["speculation_all_rows"]
+    chosen = next(row for row in halting["table"] if row["tolerance"] == halting["chosen"]["tolerance"])
+
+    expected = {
+        "continuous_vs_sequential": median(throughput["sequential_s"]) / median(throughput["engine_s"]),
+        "continuous_vs_static": median(throughput["static_s"]) / median(throughput["engine_s"]),
+        "mixed_effort_vs_lockstep": median(mixed["lockstep_s"]) / median(mixed["continuous_s"]),
+        "ideal_row_steps": mixed["continuous"]["row_steps"] / mixed["continuous"]["row_places"],
+        "speculation_1_row": median(single["without_s"]) / median(single["with_s"]),
+        "speculation_32_rows": median(many["without_s"]) / median(many["with_s"]),
+        "halting_speedup": median(halting["full_s"]) / median(halting["halted_s"]),
+        "halting_agreement": chosen["agreeing"] / chosen["positions"],
+        "overhead_share_32_rows": (sum(overhead["total_s"]) - sum(overhead["model_s"])) / sum(overhead["total_s"]),
+    }
+
+    assert {name: result[name] for name in expected} == pytest.approx(expected)
+
+
+def test_all_ways_decode_the_same(result: dict[str, Any]) -> None:
+    raw = result["raw"]
+    equal = [
+        raw["throughput"]["requests_equal_to_sequential"],
+        raw["throughput"]["static_requests_equal_to_sequential"],
+        raw["mixed_effort"]["requests_equal"],
+        raw["speculation_1_row"]["requests_equal"],
+        raw["speculation_all_rows"]["requests_equal"],
+    ]
+    assert equal == [REQUESTS] * len(equal)
+
+
+def test_counters_add_up(result: dict[str, Any]) -> None:
+    raw = result["raw"]
+    for part, run in (("mixed_effort", "continuous"), ("mixed_effort", "lockstep"), ("speculation_1_row", "with")):
+        counters = raw[part][run]
+        assert counters["generation_tokens"] == raw["throughput"]["tokens"]
+        assert counters["row_steps"] <= counters["row_places"]
+        assert counters["accepted_tokens"] <= counters["draft_tokens"]
+    assert raw["speculation_1_row"]["without"]["draft_tokens"] == 0
+    for row in raw["halting"]["table"]:
+        assert row["positions"] <= row["steps"] <= 16 * row["positions"]
+    steps = [row["steps"] for row in raw["halting"]["table"]]
+    assert steps == sorted(steps, reverse=True), "a looser tolerance never takes more steps"
+    assert raw["overhead"]["model_s"][0] < raw["overhead"]["total_s"][0]
+
+
+def test_table_and_curves_come_before_the_json(lines: list[str], result: dict[str, Any]) -> None:
+    text = "\n".join(lines[:-1])
+
+    assert f"{result['continuous_vs_static']:.2f}" in text
+    assert "keys from the state" in text
+    assert set(result["raw"]["context_curve"]) == {"context", "state"}
+    for curve in result["raw"]["context_curve"].values():
+        assert list(curve["seconds"]) == ["64", "128", "256", "512", "1024", "2048"]

@@ -1,0 +1,84 @@
+"""What the engine's tests share: requests for the exact model, a listener that checks every ending, and the oracle."""
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+from tests.trm.conftest import END, exact_model, solo, some_prompt
+from trm import reference
+from trm.chat import ChatFormat
+from trm.engine import Engine, EngineConfig, Event, Handle, Reply, Request, SamplingParams
+
+KV_SOURCES = ("context", "state")
+
+
+def request(length: int = 4, seed: int = 0, **params: Any) -> Request:
+    """A random prompt for `exact_model`."""
+    prompt = some_prompt(length, seed, vocab_size=16)
+    return Request(tuple(prompt), SamplingParams(**({"max_tokens": 5} | params)))
+
+
+def make_engine(chat: ChatFormat, kv_source: str = "context", *, draft: int = 0, **config: Any) -> Engine:
+    """An engine of the exact model. `draft`: tokens that are drafted every time, whether that pays or not."""
+    sizes = {"max_rows": 4, "max_model_len": 64, "max_draft_tokens": draft}
+    engine = Engine(exact_model(kv_source), chat, EngineConfig(**(sizes | config)))
+    if draft:
+        engine.drafter.length = lambda rows, num_running: draft
+    return engine
+
+
+def expected(engine: Engine, one: Request) -> reference.ReferenceReply:
+    return solo(engine.model.config.kv_source, one.prompt_ids, one.params)
+
+
+def run(engine: Engine) -> None:
+    while engine.step():
+        pass
+
+
+class Listener:
+    """Collects the events of requests submitted through it, and checks that each ends exactly once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.events: dict[int, list[Event]] = defaultdict(list)
+        self.handles: dict[int, Handle] = {}
+
+    def submit(self, *requests: Request) -> list[int]:
+        """Submit all together; returns their numbers."""
+        first = len(self.handles)
+        handles = self.engine.submit(requests, lambda index, event: self.events[first + index].append(event))
+        numbers = list(range(first, first + len(handles)))
+        self.handles |= dict(zip(numbers, handles, strict=True))
+        return numbers
+
+    def reply(self, number: int) -> Reply:
+        """The whole reply. Fails unless the request has ended exactly once."""
+        events = self.events[number]
+        assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
+        last = events[-1]
+        assert (last.error is not None) == (last.finish_reason == "error")
+        assert last.usage is not None, "usage comes with the finish_reason"
+        ids = tuple(token for event in events for token in event.token_ids)
+        text = "".join(event.text for event in events)
+        logprobs = tuple(one for event in events for one in event.logprobs)
+        return Reply(ids, text, last.finish_reason or "error", last.usage, logprobs)
+
+
+def assert_empty(engine: Engine) -> None:
+    """Every slot is free again and nothing is remembered."""
+    assert engine.scheduler.running == []
+    assert not engine.scheduler.waiting
+    assert sorted(engine.scheduler._free) == list(range(engine.config.max_rows))
+    assert not engine._streams
+    assert not engine.step()
+
+
+def find_ending(kv_source: str, *, seed: int = 0, **params: Any) -> Request:
+    """A request whose reply reaches the end token, though not at once."""
+    for length in range(1, 60):
+        one = request(length, seed, **({"max_tokens": 12} | params))
+        reply = solo(kv_source, one.prompt_ids, replace(one.params, ignore_eos=False)).token_ids
+        if reply[-1] == END and 3 <= len(reply) < 12:
+            return one
+    raise AssertionError("no prompt of this model ends")

@@ -1,0 +1,128 @@
+"""What the engine refuses, by name and with the arithmetic, and how large its cache is."""
+
+import pytest
+
+from tests.trm.engines import Listener, assert_empty, expected, make_engine, request, run
+from trm.engine import EngineConfig, Request, SamplingParams
+from trm.errors import BadRequest, ConfigError, Overloaded
+
+# What is refused
+
+
+def test_impossible_request_is_refused_with_the_arithmetic(chat):
+    engine = make_engine(chat, max_model_len=20)
+
+    with pytest.raises(BadRequest, match=r"14 tokens.*max_tokens is 7.*together 21.*takes 20") as caught:
+        engine.submit([request(14, max_tokens=7)])
+
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "messages"
+    assert_empty(engine)
+
+
+def test_request_that_just_fits_is_served_exactly(chat, kv_source):
+    engine = make_engine(chat, kv_source, max_model_len=20, max_rows=1)
+    one = request(14, max_tokens=6, ignore_eos=True)
+
+    [reply] = engine.generate([one])
+
+    assert len(reply.token_ids) == 6
+    assert reply.token_ids == expected(engine, one).token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message", "param"),
+    [
+        ((), {}, "empty", "messages"),
+        ((3, 16), {}, "outside 0 to 15", "prompt"),
+        ((3, -1), {}, "outside 0 to 15", "prompt"),
+        ((3,), {"n_supervision": 5}, "5.*0 to 4", "supervision_steps"),
+        ((3,), {"n_supervision": -1}, "-1.*0 to 4", "supervision_steps"),
+    ],
+    ids=["empty", "token-too-large", "token-negative", "effort-too-high", "effort-negative"],
+)
+def test_request_that_could_never_be_served_is_refused(prompt, params, message, param, chat):
+    engine = make_engine(chat)
+
+    with pytest.raises(BadRequest, match=message) as caught:
+        engine.submit([request(), Request(prompt, SamplingParams(max_tokens=5, **params))])
+
+    assert caught.value.param == param
+    assert_empty(engine)
+
+
+def test_overload_is_immediate_and_leaves_the_accepted_alone(chat):
+    engine = make_engine(chat, max_rows=1, max_queue=2)
+    listener = Listener(engine)
+    accepted = listener.submit(request(3), request(4), request(5))
+
+    with pytest.raises(Overloaded):
+        listener.submit(request(6))
+
+    run(engine)
+    for number in accepted:
+        assert listener.reply(number).token_ids == expected(engine, listener.handles[number].request).token_ids
+    assert listener.events.keys() == set(accepted)
+    listener.submit(request(6))
+
+
+def test_samples_are_accepted_all_or_none(chat):
+    engine = make_engine(chat, max_rows=1, max_queue=2)
+    listener = Listener(engine)
+    listener.submit(request(3))
+
+    with pytest.raises(Overloaded):
+        listener.submit(*[request(4, temperature=1.0, sample_index=index) for index in range(3)])
+    assert len(engine.scheduler.waiting) == 1
+    assert len(engine._streams) == 1
+
+    run(engine)
+    assert listener.events.keys() == {0}
+
+
+def test_generate_takes_more_requests_than_the_queue_holds(chat):
+    """So says its docstring."""
+    engine = make_engine(chat, max_rows=2, max_queue=1)
+    requests = [request(length) for length in range(1, 11)]
+
+    replies = engine.generate(requests)
+
+    assert [reply.token_ids for reply in replies] == [expected(engine, one).token_ids for one in requests]
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    "name", ["max_rows", "max_queue", "prefill_chunk", "max_model_len", "kv_cache_bytes", "max_draft_tokens"]
+)
+def test_impossible_sizes_are_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"{name} is -1; it must be at least"):
+        EngineConfig(**{name: -1})
+
+
+def test_cache_too_small_is_refused_with_the_arithmetic(chat):
+    per_token = make_engine(chat).bytes_per_token
+
+    with pytest.raises(
+        ConfigError, match=rf"holds 9 positions for each of 4 rows.*{per_token} bytes each.*10 are needed"
+    ):
+        make_engine(chat, max_model_len=10, kv_cache_bytes=9 * 4 * per_token)
+    make_engine(chat, max_model_len=10, kv_cache_bytes=10 * 4 * per_token)
+
+
+def test_length_follows_the_cache_and_never_exceeds_the_model(chat):
+    per_token = make_engine(chat).bytes_per_token
+
+    assert make_engine(chat, max_model_len=None, kv_cache_bytes=100 * 4 * per_token).max_model_len == 100
+    assert make_engine(chat, max_model_len=None, kv_cache_bytes=10_000 * 4 * per_token).max_model_len == 512
+    with pytest.raises(ConfigError, match="max_model_len is 513; the model has positions for 512"):
+        make_engine(chat, max_model_len=513)
+
+
+def test_keys_from_the_state_cost_cache_for_every_call(chat):
+    """Two heads of eight numbers, keys and values, in float64: the backbone's layer, then the recursion's entries."""
+    entry = 2 * 2 * 8 * 8
+
+    assert make_engine(chat, "context").bytes_per_token == entry * (1 + 1)
+    assert make_engine(chat, "state").bytes_per_token == entry * (1 + 4 * 2 * 2)  # up to twice the trained effort

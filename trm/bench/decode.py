@@ -1,0 +1,259 @@
+"""What batching in depth, halting and drafting buy. Every part returns raw counts and times; `ratios` divides them."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from trm.bench.halting import agreements, loosest
+from trm.bench.workload import (
+    LockstepScheduler,
+    decode_with_engine,
+    decode_with_generate,
+    in_turn,
+    make_requests,
+    model_time,
+    with_params,
+)
+from trm.chat import ChatFormat
+from trm.engine import Engine, EngineConfig, Request
+from trm.engine.runner import Runner, Span
+from trm.model import TRMForCausalLM
+
+MIXED_EFFORTS = (1, 4, 8, 16)
+HALTING_EFFORT = 16
+LEAST_AGREEMENT = 0.995
+SINGLE_ROW_REQUESTS = 8  # decoded one after another: enough to measure drafting
+CONTEXTS = (64, 128, 256, 512, 1024, 2048)
+CURVE_ROWS = 8
+Raw = dict[str, Any]
+
+
+class DecodeBench:
+    """One model and one set of requests; one part of the benchmark per method."""
+
+    def __init__(
+        self, model: TRMForCausalLM, chat: ChatFormat, num_requests: int, max_rows: int, repeats: int, seed: int
+    ) -> None:
+        self.model, self.chat = model, chat
+        self.max_rows, self.repeats = max_rows, repeats
+        self.requests = make_requests(chat, num_requests, [model.config.n_supervision], seed)
+        self.longest = max(request.positions for request in self.requests)
+        self.pad_id = chat.tokenizer.pad_token_id or 0
+
+    def engine(self, max_rows: int | None = None, **config: Any) -> Engine:
+        sizes = {"max_model_len": self.longest, "max_queue": len(self.requests)}
+        return Engine(self.model, self.chat, EngineConfig(max_rows or self.max_rows, **(sizes | config)))
+
+    def throughput(self) -> Raw:
+        """The engine against `generate()`, in static batches and one request at a time; all at the trained effort."""
+        engine = self.engine()
+        replies, seconds = in_turn(
+            {
+                "engine": lambda: decode_with_engine(engine, self.requests).replies,
+                "static": lambda: decode_with_generate(self.model, self.requests, self.max_rows, self.pad_id),
+            },
+            self.repeats,
+        )
+        started = time.perf_counter()
+        alone = decode_with_generate(self.model, self.requests, 1, self.pad_id)
+        return {
+            "effort": self.model.config.n_supervision,
+            "tokens": sum(request.params.max_tokens for request in self.requests),
+            "engine_s": seconds["engine"],
+            "static_s": seconds["static"],
+            "sequential_s": [time.perf_counter() - started],
+            "requests_equal_to_sequential": _num_equal(replies["engine"], alone),
+            "static_requests_equal_to_sequential": _num_equal(replies["static"], alone),
+        }
+
+    def mixed_effort(self) -> Raw:
+        """Efforts in turn, with rows free in depth and in lockstep, where each token waits for the deepest row."""
+        limit = self.model.config.max_supervision
+        efforts = [min(effort, limit) for effort in MIXED_EFFORTS]
+        requests = [
+            with_params([request], n_supervision=efforts[index % len(efforts)])[0]
+            for index, request in enumerate(self.requests)
+        ]
+        free, lockstep = self.engine(), self.engine()
+        lockstep.scheduler = LockstepScheduler(self.max_rows, len(requests), free.scheduler.depth_matters)
+        runs, seconds = in_turn(
+            {
+                "continuous": partial(decode_with_engine, free, requests),
+                "lockstep": partial(decode_with_engine, lockstep, requests),
+            },
+            self.repeats,
+        )
+        return {
+            "efforts": efforts,
+            "continuous_s": seconds["continuous"],
+            "lockstep_s": seconds["lockstep"],
+            "continuous": runs["continuous"].counters,
+            "lockstep": runs["lockstep"].counters,
+            "requests_equal": _num_equal(runs["continuous"].replies, runs["lockstep"].replies),
+        }
+
+    def speculation(self, max_rows: int) -> Raw:
+        """The same requests with and without drafts."""
+        requests = self.requests if max_rows > 1 else self.requests[:SINGLE_ROW_REQUESTS]
+        engines = {"with": self.engine(max_rows), "without": self.engine(max_rows, max_draft_tokens=0)}
+        runs, seconds = in_turn(
+            {name: partial(decode_with_engine, engine, requests) for name, engine in engines.items()},
+            self.repeats,
+        )
+        return {
+            "requests": len(requests),
+            "effort": self.model.config.n_supervision,
+            "with_s": seconds["with"],
+            "without_s": seconds["without"],
+            "with": runs["with"].counters,
+            "without": runs["without"].counters,
+            "requests_equal": _num_equal(runs["with"].replies, runs["without"].replies),
+        }
+
+    def halting(self) -> Raw:
+        """Full depth against the loosest tolerance that agrees with it nearly everywhere."""
+        effort = min(HALTING_EFFORT, self.model.config.max_supervision)
+        full = with_params(self.requests, n_supervision=effort, ignore_eos=False)
+        engine = self.engine()
+        replies = decode_with_engine(engine, full).replies
+        table = agreements(
+            self.model, [(request.prompt_ids, ids) for request, ids in zip(full, replies, strict=True)], effort
+        )
+        chosen = loosest(table, LEAST_AGREEMENT)
+        same_length = [
+            Request(request.prompt_ids, with_params([request], max_tokens=len(ids), ignore_eos=True)[0].params)
+            for request, ids in zip(full, replies, strict=True)
+        ]
+        halted = with_params(same_length, halt_tolerance=chosen.tolerance)
+        runs, seconds = in_turn(
+            {
+                "full": partial(decode_with_engine, engine, same_length),
+                "halted": partial(decode_with_engine, engine, halted),
+            },
+            self.repeats,
+        )
+        return {
+            "effort": effort,
+            "least_agreement": LEAST_AGREEMENT,
+            "table": [asdict(row) for row in table],
+            "chosen": asdict(chosen),
+            "full_s": seconds["full"],
+            "halted_s": seconds["halted"],
+            "full_steps": runs["full"].supervision_steps,
+            "halted_steps": runs["halted"].supervision_steps,
+            "tokens": runs["full"].counters["generation_tokens"],
+            "requests_equal": _num_equal(runs["full"].replies, runs["halted"].replies),
+        }
+
+    def overhead(self) -> Raw:
+        """Seconds inside the model's calls, of all seconds, with every row busy from the beginning."""
+        requests = with_params(self.requests[: self.max_rows], max_tokens=min(64, self.longest // 2))
+        engine = self.engine()
+        decode_with_engine(engine, requests)
+        total, inside = [], []
+        for _ in range(self.repeats):
+            with model_time(self.model) as seconds:
+                total.append(decode_with_engine(engine, requests).seconds)
+            inside.append(seconds[0])
+        return {"rows": len(requests), "total_s": total, "model_s": inside}
+
+
+def reference_sizes() -> Raw:
+    """One row on one thread at the sizes that the ancestor was measured at: D = 256, 4 layers, 336 block calls a token.
+
+    Random weights; times only. No drafts, so every token pays for all its steps.
+    """
+    backbone = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=2048,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        )
+    )
+    threads, prompt, tokens = torch.get_num_threads(), 232, 24
+    torch.set_num_threads(1)
+    found: Raw = {"tokens": tokens, "context": prompt + tokens}
+    try:
+        for kv_source in ("context", "state"):
+            model = TRMForCausalLM.from_backbone(backbone, kv_source=kv_source).eval()
+            runner = Runner(model, 1, prompt + tokens + 1, model.config.n_supervision)
+            runner.prefill([Span(0, 0, prompt)], [[0] * prompt], [model.config.n_supervision])
+            started = time.perf_counter()
+            for position in range(prompt, prompt + tokens):
+                _decode_token(runner, [0], position, model.config.n_supervision)
+            found[f"{kv_source}_s"] = time.perf_counter() - started
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def context_curve(model: TRMForCausalLM, kv_source: str, repeats: int) -> Raw:
+    """Seconds per round of tokens of 8 rows at one context length after another, and the bytes read for it.
+
+    The cache is read once per call of a layer: by the backbone's once per token, by the recursion's
+    in every call. With keys from the state the decoder's weights are fresh, which changes no time.
+    """
+    if kv_source != model.config.kv_source:
+        settings = {
+            name: getattr(model.config, name)
+            for name in ("n_latent", "n_cycles", "n_supervision", "n_layers", "expansion")
+        }
+        model = TRMForCausalLM.from_backbone(model.backbone, kv_source=kv_source, **settings).eval()
+    config = model.config
+    longest = min(max(CONTEXTS), config.max_position_embeddings - 1)
+    runner = Runner(model, CURVE_ROWS, longest + 1, config.n_supervision)
+    calls = config.backbone_config.num_hidden_layers + config.n_supervision * config.calls_per_step * config.n_layers
+    heads = config.backbone_config.num_key_value_heads
+    seconds = {}
+    for context in [length for length in CONTEXTS if length <= longest]:
+        times = []
+        for _ in range(1 + 3 * repeats):
+            started = time.perf_counter()
+            _decode_token(runner, range(CURVE_ROWS), context - 1, config.n_supervision)
+            times.append(time.perf_counter() - started)
+        seconds[context] = statistics.median(times[1:])
+    return {
+        "rows": CURVE_ROWS,
+        "bytes_per_position": calls * CURVE_ROWS * 2 * heads * config.head_dim * 4,
+        "seconds": seconds,
+    }
+
+
+def _decode_token(runner: Runner, slots: Sequence[int], position: int, steps: int) -> None:
+    """One token of each slot, at one position: backbone, recursion, head."""
+    runner.feed(slots, [position] * len(slots), [0] * len(slots))
+    for step in range(steps):
+        runner.tick([Span(slot, position) for slot in slots], [step] * len(slots))
+    runner.logits(slots)
+
+
+def ratios(raw: Raw) -> dict[str, float]:
+    """The figures that the raw counts and times of all parts come to."""
+    median = statistics.median
+    throughput, mixed, halting, overhead = (raw[part] for part in ("throughput", "mixed_effort", "halting", "overhead"))
+    single, many = raw["speculation_1_row"], raw["speculation_all_rows"]
+    return {
+        "continuous_vs_sequential": median(throughput["sequential_s"]) / median(throughput["engine_s"]),
+        "continuous_vs_static": median(throughput["static_s"]) / median(throughput["engine_s"]),
+        "mixed_effort_vs_lockstep": median(mixed["lockstep_s"]) / median(mixed["continuous_s"]),
+        "ideal_row_steps": mixed["continuous"]["row_steps"] / mixed["continuous"]["row_places"],
+        "speculation_1_row": median(single["without_s"]) / median(single["with_s"]),
+        "speculation_32_rows": median(many["without_s"]) / median(many["with_s"]),
+        "halting_speedup": median(halting["full_s"]) / median(halting["halted_s"]),
+        "halting_agreement": halting["chosen"]["agreeing"] / halting["chosen"]["positions"],
+        "overhead_share_32_rows": 1 - sum(overhead["model_s"]) / sum(overhead["total_s"]),
+    }
+
+
+def _num_equal(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    return sum(one == other for one, other in zip(ours, theirs, strict=True))
