@@ -120,7 +120,8 @@ def table(result: dict[str, Any]) -> str:
         f"{sum(raw['overhead']['total_s']) - sum(raw['overhead']['model_s']):.2f} of "
         f"{sum(raw['overhead']['total_s']):.2f} s at {raw['overhead']['rows']} rows |",
         f"| D = 256, 4 layers, 336 calls a token, 1 row, 1 thread | | "
-        f"{sizes['tokens'] / sizes['context_s']:.1f} tokens/s, with keys from the state {sizes['tokens'] / sizes['state_s']:.1f} |",
+        f"{sizes['tokens'] / sizes['context_s']:.1f} tokens/s, "
+        f"with keys from the state {sizes['tokens'] / sizes['state_s']:.1f} |",
     ]
     for kv_source, curve in raw.get("context_curve", {}).items():
         lengths = list(curve["seconds"])

@@ -8,6 +8,7 @@ it decodes, the costs once when the engine starts. Touches no tensors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from trm.engine.scheduler import Row
 
@@ -34,11 +35,11 @@ class Costs:
         return self._between(self.step_s, num_positions)
 
     def _between(self, seconds: Sequence[float], wanted: int) -> float:
-        """Straight lines through the measured points, the last one continued; never less than the point before."""
-        at = self.positions
+        """Straight lines through the measured points, which never fall, the last one continued."""
+        at, rising = self.positions, list(accumulate(seconds, max))
         right = next((i for i in range(1, len(at)) if at[i] >= wanted), len(at) - 1)
-        slope = max(0.0, (seconds[right] - seconds[right - 1]) / (at[right] - at[right - 1]))
-        return seconds[right - 1] + slope * (wanted - at[right - 1])
+        slope = (rising[right] - rising[right - 1]) / (at[right] - at[right - 1])
+        return rising[right - 1] + slope * (wanted - at[right - 1])
 
 
 class Drafter:

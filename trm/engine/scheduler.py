@@ -118,7 +118,7 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.clock = 0  # ticks since anybody thought
-        self._free = {slot: Kept() for slot in range(max_rows)}  # least recently used first
+        self._free = {slot: Kept() for slot in range(max_rows)}  # the next to be given up first
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all rows or none. Rows that fit into free slots do not count against the queue."""
@@ -144,18 +144,16 @@ class Scheduler:
         for row in self.running:
             if row.source is not None and (row.source.slot < 0 or row.source.cached >= self._common(row, row.source)):
                 row.source = None
-        copies = [copy for row in self.running if not row.settled and row.source is None for copy in self._settle(row)]
+        late = [row for row in self.running if not row.settled and row.source is None]
+        copies = [copy for row in late for copy in self._settle(row, *self._best_source(row))]
         while self._free and self.waiting:
             row = self.waiting.popleft()
-            best = self._longest_kept(row)
-            if best is not None and 2 * self._common(row, best) >= len(self._free[best].ids):
-                row.slot = best
-            else:
-                if best is not None:
-                    self._free[best] = self._free.pop(best)  # used just now
-                row.slot = next(iter(self._free))
+            source, length = self._best_source(row)
+            row.slot = next(iter(self._free))
+            if isinstance(source, int) and 2 * length >= len(self._free[source].ids):
+                row.slot = source
             self.running.append(row)
-            copies += self._settle(row)
+            copies += self._settle(row, source, length)
             del self._free[row.slot]
         return copies
 
@@ -169,7 +167,10 @@ class Scheduler:
             self.waiting.remove(row)
             return
         self.running.remove(row)
-        self._free[row.slot] = Kept(row.cached_ids, row.steps) if keep else Kept()
+        if keep:
+            self._free[row.slot] = Kept(row.cached_ids, row.steps)
+        else:
+            self._free = {row.slot: Kept(), **self._free}
         row.slot = -1
 
     def prefilling(self, budget: int) -> list[tuple[Row, int]]:
@@ -202,25 +203,26 @@ class Scheduler:
         """Rows that have had their steps and choose a token now, by slot."""
         return sorted((row for row in self.running if row.answered), key=lambda row: row.slot)
 
-    def _settle(self, row: Row) -> list[Copy]:
-        """Decide what `row`, which has a slot but nothing in it, takes over; nothing yet where it pays to wait."""
-        best: Row | int | None = self._longest_kept(row)
+    def _best_source(self, row: Row) -> tuple[Row | int | None, int]:
+        """The running row or free slot that begins most like the row's prompt, and how much of it; None for none."""
+        sources: list[Row | int] = [*self._free, *(other for other in self.running if other.settled)]
+        best = max(sources, key=lambda source: self._common(row, source), default=None)
         length = 0 if best is None else self._common(row, best)
-        for other in self.running:
-            if other.settled and (common := self._common(row, other)) > length:
-                best, length = other, common
-        if isinstance(best, Row) and best.cached < length:
-            row.source = best
+        if not length:
+            return None, 0
+        if isinstance(best, int):
+            self._free[best] = self._free.pop(best)  # used just now
+        return best, length
+
+    def _settle(self, row: Row, source: Row | int | None, length: int) -> list[Copy]:
+        """Take over what `source` holds, or wait for it where it is still being cached."""
+        if isinstance(source, Row) and source.cached < length:
+            row.source = source
             return []
         row.settled = True
-        if best is None:
+        if source is None:
             return []
-        return [Copy(row, best.slot if isinstance(best, Row) else best, length)]
-
-    def _longest_kept(self, row: Row) -> int | None:
-        """The free slot that begins most like the row's prompt."""
-        best = max(self._free, key=lambda slot: self._common(row, slot), default=None)
-        return best if best is not None and self._common(row, best) else None
+        return [Copy(row, source.slot if isinstance(source, Row) else source, length)]
 
     def _common(self, row: Row, source: Row | int) -> int:
         """Prompt tokens that `row` could take over from another row, once that is prefilled, or from a free slot."""
