@@ -67,7 +67,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
     from trm import TRMForCausalLM, bundled_model_path
     from trm.chat import ChatFormat
     from trm.checkpoint import read_tokenizer
-    from trm.device import use_device
+    from trm.device import lay_out_for_decoding, use_device
     from trm.engine.engine import Engine, EngineConfig
 
     device = use_device(settings.device)
@@ -75,6 +75,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
     dtype = {"auto": default, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     source = settings.model or str(bundled_model_path())
     model = TRMForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
+    lay_out_for_decoding(model)
     chat = ChatFormat(read_tokenizer(source), normalize=model.config.normalize_text)
     config = EngineConfig(
         max_rows=settings.max_rows,

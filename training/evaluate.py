@@ -18,7 +18,7 @@ from training.run import require_writable
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.answers import is_correct
 from trm.chat import ChatFormat, solve_messages
-from trm.device import use_device
+from trm.device import lay_out_for_decoding, use_device
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import ConfigError
 
@@ -31,6 +31,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     device = use_device(settings.device, settings.num_threads)
     source = settings.model or str(bundled_model_path())
     model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+    lay_out_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
     rows = load_problems(settings.dataset, split="heldout", seed=settings.seed, num_problems=settings.limit)
     rows = rows[: settings.limit]

@@ -309,6 +309,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         scaled = self.backbone.model.norm.weight.to(y.dtype) * rms(y)
         return head(scaled.to(head.weight.dtype))  # type: ignore[no-any-return]
 
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """How far the probabilities of two answer states (…, D) are apart: total variation (…), 0 to 1."""
+        old, new = (self.readout(y).float().softmax(-1) for y in (before, after))
+        return (new - old).abs().sum(-1) / 2
+
     def check_effort(self, n_supervision: int | None) -> int:
         """The number of supervision steps to run. Raises BadRequest beyond the model's maximum."""
         steps = self.config.n_supervision if n_supervision is None else n_supervision

@@ -66,7 +66,7 @@ def _halted(model: TRMForCausalLM, tokens: Tensor, params: SamplingParams) -> tu
     while steps < model.check_effort(params.n_supervision):
         y, z = model.decoder.step(x, y, z, attending)
         steps += 1
-        moved = float((y - answer).square().mean().sqrt())
+        moved = float(model.moved(answer, y))
         probability = float(model.decoder.halt_logits(y).sigmoid())
         answer = y
         tolerance, threshold = params.halt_tolerance or 0.0, params.halt_threshold or 1.0

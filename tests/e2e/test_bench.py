@@ -37,6 +37,7 @@ def test_every_ratio_follows_from_the_raw_counts_and_times(result: dict[str, Any
         "continuous_vs_sequential": median(throughput["sequential_s"]) / median(throughput["engine_s"]),
         "continuous_vs_static": median(throughput["static_s"]) / median(throughput["engine_s"]),
         "mixed_effort_vs_lockstep": median(mixed["lockstep_s"]) / median(mixed["continuous_s"]),
+        "mixed_effort_vs_waiting": median(mixed["waiting_s"]) / median(mixed["continuous_s"]),
         "ideal_row_steps": mixed["continuous"]["row_steps"] / mixed["continuous"]["row_places"],
         "speculation_1_row": median(single["without_s"]) / median(single["with_s"]),
         "speculation_32_rows": median(many["without_s"]) / median(many["with_s"]),
@@ -53,18 +54,19 @@ def test_all_ways_decode_the_same(result: dict[str, Any]) -> None:
     equal = [
         raw["throughput"]["requests_equal_to_sequential"],
         raw["throughput"]["static_requests_equal_to_sequential"],
-        raw["mixed_effort"]["requests_equal"],
         raw["speculation_1_row"]["requests_equal"],
         raw["speculation_all_rows"]["requests_equal"],
     ]
     assert equal == [REQUESTS] * len(equal)
+    assert raw["mixed_effort"]["requests_equal"] == raw["mixed_effort"]["requests"]
 
 
 def test_counters_add_up(result: dict[str, Any]) -> None:
     raw = result["raw"]
-    for part, run in (("mixed_effort", "continuous"), ("mixed_effort", "lockstep"), ("speculation_1_row", "with")):
-        counters = raw[part][run]
-        assert counters["generation_tokens"] == raw["throughput"]["tokens"]
+    mixed, single = raw["mixed_effort"], raw["speculation_1_row"]
+    assert single["with"]["generation_tokens"] == raw["throughput"]["tokens"]
+    assert mixed["continuous"]["row_steps"] == mixed["waiting"]["row_steps"] < mixed["lockstep"]["row_steps"]
+    for counters in (mixed["continuous"], mixed["waiting"], mixed["lockstep"], single["with"]):
         assert counters["row_steps"] <= counters["row_places"]
         assert counters["accepted_tokens"] <= counters["draft_tokens"]
     assert raw["speculation_1_row"]["without"]["draft_tokens"] == 0

@@ -764,26 +764,30 @@ def test_first_token_waits_for_a_multiple_of_the_effort(steps, ticks):
     assert loop.clocks[row] == -(-ticks // steps) * steps, "the next one, no later"
 
 
-def test_later_tokens_do_not_wait():
-    scheduler = Scheduler(max_rows=2, max_queue=0)
-    busy, row = make_row(1, steps=4), make_row(1, steps=3)
-    admit(scheduler, busy, row)
-    busy.thinking, scheduler.clock = True, 1
-
-    assert scheduler.feeding() == []
-    row.reply, row.cached = [5], 1
-    assert scheduler.feeding() == [row]
-
-
 @pytest.mark.parametrize("params", [{"halt_threshold": 0.5}, {"halt_tolerance": 0.1}], ids=str)
-def test_row_that_may_halt_does_not_wait(params):
-    """It will leave the beat with its first token anyway."""
+def test_row_that_may_halt_does_not_wait_for_its_first_token(params):
+    """Nobody knows its pace yet."""
     scheduler = Scheduler(max_rows=3, max_queue=0)
     busy, halting, steady = make_row(1, steps=4), make_row(1, steps=4, **params), make_row(1, steps=4)
     admit(scheduler, busy, halting, steady)
     busy.thinking, scheduler.clock = True, 1
 
     assert scheduler.feeding() == [halting]
+
+
+@pytest.mark.parametrize(("taken", "pace"), [([3, 3], 3), ([3, 4, 2, 3], 3), ([1, 1], 1), ([1, 2, 2], 2)], ids=str)
+def test_rows_that_halt_gather_at_their_mean_pace(taken, pace):
+    scheduler = Scheduler(max_rows=2, max_queue=0)
+    busy, halting = make_row(1, steps=16), make_row(1, steps=16, halt_tolerance=0.1)
+    admit(scheduler, busy, halting)
+    halting.reply, halting.supervision_steps = [5] * len(taken), sum(taken)
+    halting.cached = len(taken)
+    busy.thinking = True
+    begun = []
+    for scheduler.clock in range(1, 13):
+        begun += [scheduler.clock] if scheduler.feeding() == [halting] else []
+
+    assert begun == list(range(pace, 13, pace))
 
 
 def test_effort_zero_does_not_wait():

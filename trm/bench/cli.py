@@ -15,6 +15,7 @@ from pydantic_settings import CliPositionalArg
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.bench.decode import DecodeBench, context_curve, ratios, reference_sizes
 from trm.chat import ChatFormat
+from trm.device import lay_out_for_decoding
 from trm.errors import ConfigError
 from trm.settings import Settings, run_command
 
@@ -41,6 +42,7 @@ def decode(settings: BenchSettings) -> dict[str, Any]:
     torch.set_num_threads(settings.num_threads)
     source = settings.model or str(bundled_model_path())
     model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32)
+    lay_out_for_decoding(model)
     if model.config.kv_source != "context":
         raise ConfigError(f"{source} takes keys and values from the state and cannot halt; the benchmark needs context")
     chat = ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
@@ -86,6 +88,9 @@ def table(result: dict[str, Any]) -> str:
     def rate(seconds: list[float], number: int = tokens) -> str:
         return f"{number / median(seconds):.0f} tokens/s"
 
+    def mixed_rate(way: str) -> str:
+        return rate(mixed[f"{way}_s"], mixed[way]["generation_tokens"])
+
     def accepted(run: dict[str, Any]) -> str:
         drafted = max(run["draft_tokens"], 1)
         return f"{run['accepted_tokens'] / drafted:.0%} of {run['draft_tokens']} drafted tokens accepted"
@@ -103,11 +108,14 @@ def table(result: dict[str, Any]) -> str:
         f"{throughput['requests_equal_to_sequential']} of {count} replies equal |",
         f"| engine / static batches of {rows} | {result['continuous_vs_static']:.2f} | against "
         f"{rate(throughput['static_s'])} |",
-        f"| mixed effort {mixed['efforts']} / lockstep depth | {result['mixed_effort_vs_lockstep']:.2f} | "
-        f"{rate(mixed['continuous_s'])} against {rate(mixed['lockstep_s'])} |",
+        f"| mixed effort {mixed['efforts']} / all rows as deep as the deepest | "
+        f"{result['mixed_effort_vs_lockstep']:.2f} | {mixed_rate('continuous')} against {mixed_rate('lockstep')}, "
+        f"{mixed['requests']} requests |",
+        f"| mixed effort / shallow rows wait for the deepest | {result['mixed_effort_vs_waiting']:.2f} | against "
+        f"{mixed_rate('waiting')}; {mixed['requests_equal']} of {mixed['requests']} replies equal |",
         f"| row-steps of the ideal | {result['ideal_row_steps']:.3f} | {mixed['continuous']['row_steps']} of "
-        f"{mixed['continuous']['row_places']}; in lockstep "
-        f"{mixed['lockstep']['row_steps'] / mixed['lockstep']['row_places']:.3f} |",
+        f"{mixed['continuous']['row_places']}; with waiting "
+        f"{mixed['waiting']['row_steps'] / mixed['waiting']['row_places']:.3f} |",
         f"| drafting, 1 row | {result['speculation_1_row']:.2f} | {accepted(single['with'])}, "
         f"{per_pass(single['with'])}; {single['requests_equal']} of {single['requests']} replies equal |",
         f"| drafting, {rows} rows | {result['speculation_32_rows']:.2f} | {accepted(many['with'])}, "

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trm.bench.halting import agreements, loosest
 from trm.bench.workload import (
+    MEDIAN_TOKENS,
     LockstepScheduler,
     decode_with_engine,
     decode_with_generate,
@@ -41,7 +42,7 @@ class DecodeBench:
         self, model: TRMForCausalLM, chat: ChatFormat, num_requests: int, max_rows: int, repeats: int, seed: int
     ) -> None:
         self.model, self.chat = model, chat
-        self.max_rows, self.repeats = max_rows, repeats
+        self.max_rows, self.repeats, self.seed = max_rows, repeats, seed
         self.requests = make_requests(chat, num_requests, [model.config.n_supervision], seed)
         self.longest = max(request.positions for request in self.requests)
         self.pad_id = chat.tokenizer.pad_token_id or 0
@@ -73,29 +74,33 @@ class DecodeBench:
         }
 
     def mixed_effort(self) -> Raw:
-        """Efforts in turn, with rows free in depth and in lockstep, where each token waits for the deepest row."""
+        """Efforts in turn, more requests and shorter replies, so that the rows are full; nobody drafts.
+
+        Rows free in depth, against lockstep: every row takes the steps of the deepest, as a rectangular
+        batch does. A second control lets shallow rows wait for the deepest without computing.
+        """
         limit = self.model.config.max_supervision
         efforts = [min(effort, limit) for effort in MIXED_EFFORTS]
-        requests = [
-            with_params([request], n_supervision=efforts[index % len(efforts)])[0]
-            for index, request in enumerate(self.requests)
-        ]
-        free, lockstep = self.engine(), self.engine()
-        lockstep.scheduler = LockstepScheduler(self.max_rows, len(requests), free.scheduler.depth_matters)
+        count, median_tokens = 4 * len(self.requests), MEDIAN_TOKENS // 4
+        requests = make_requests(self.chat, count, efforts, self.seed, median_tokens)
+        deepest = with_params(requests, n_supervision=max(efforts))
+        sizes = {"max_model_len": max(r.positions for r in requests), "max_queue": count, "max_draft_tokens": 0}
+        free, rectangular, waiting = (self.engine(**sizes) for _ in range(3))
+        waiting.scheduler = LockstepScheduler(self.max_rows, count, free.scheduler.depth_matters)
         runs, seconds = in_turn(
             {
                 "continuous": partial(decode_with_engine, free, requests),
-                "lockstep": partial(decode_with_engine, lockstep, requests),
+                "lockstep": partial(decode_with_engine, rectangular, deepest),
+                "waiting": partial(decode_with_engine, waiting, requests),
             },
             self.repeats,
         )
         return {
+            "requests": count,
             "efforts": efforts,
-            "continuous_s": seconds["continuous"],
-            "lockstep_s": seconds["lockstep"],
-            "continuous": runs["continuous"].counters,
-            "lockstep": runs["lockstep"].counters,
-            "requests_equal": _num_equal(runs["continuous"].replies, runs["lockstep"].replies),
+            **{f"{name}_s": seconds[name] for name in runs},
+            **{name: run.counters for name, run in runs.items()},
+            "requests_equal": _num_equal(runs["continuous"].replies, runs["waiting"].replies),
         }
 
     def speculation(self, max_rows: int) -> Raw:
@@ -117,10 +122,10 @@ class DecodeBench:
         }
 
     def halting(self) -> Raw:
-        """Full depth against the loosest tolerance that agrees with it nearly everywhere."""
+        """Full depth against the loosest tolerance that agrees with it nearly everywhere; nobody drafts."""
         effort = min(HALTING_EFFORT, self.model.config.max_supervision)
         full = with_params(self.requests, n_supervision=effort, ignore_eos=False)
-        engine = self.engine()
+        engine = self.engine(max_draft_tokens=0)
         replies = decode_with_engine(engine, full).replies
         table = agreements(
             self.model, [(request.prompt_ids, ids) for request, ids in zip(full, replies, strict=True)], effort
@@ -246,6 +251,7 @@ def ratios(raw: Raw) -> dict[str, float]:
         "continuous_vs_sequential": median(throughput["sequential_s"]) / median(throughput["engine_s"]),
         "continuous_vs_static": median(throughput["static_s"]) / median(throughput["engine_s"]),
         "mixed_effort_vs_lockstep": median(mixed["lockstep_s"]) / median(mixed["continuous_s"]),
+        "mixed_effort_vs_waiting": median(mixed["waiting_s"]) / median(mixed["continuous_s"]),
         "ideal_row_steps": mixed["continuous"]["row_steps"] / mixed["continuous"]["row_places"],
         "speculation_1_row": median(single["without_s"]) / median(single["with_s"]),
         "speculation_32_rows": median(many["without_s"]) / median(many["with_s"]),

@@ -1,7 +1,7 @@
 """How far a reply that halts early agrees with one that does not, tolerance by tolerance.
 
 Teacher-forced on replies of full depth: at every position of a reply, would the token chosen at
-the step where the state has stopped moving be the token chosen at the last step?
+the step where its probabilities have stopped moving be the token chosen at the last step?
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from trm.layers import Attending, causal_mask
 from trm.model import TRMForCausalLM
 
-TOLERANCES = tuple(round(10 ** (exponent / 16), 5) for exponent in range(-40, 1))  # 0.003 to 1
+TOLERANCES = tuple(round(10 ** (exponent / 10), 5) for exponent in range(-40, 1))  # 0.0001 to 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def agreements(
         answer, tokens, distances = x, [], []
         for _ in range(effort):
             y, z = model.decoder.step(x, y, z, attending)
-            distances.append((y - answer).square().mean(-1).sqrt()[0])
+            distances.append(model.moved(answer, y)[0])
             tokens.append(model.readout(y).argmax(-1)[0])
             answer = y
         moved.append(torch.stack(distances))

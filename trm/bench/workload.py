@@ -20,7 +20,7 @@ from trm.engine.runner import Slots
 from trm.engine.scheduler import Row, Scheduler
 from trm.model import TRMForCausalLM
 
-MEDIAN_TOKENS, SIGMA, LONGEST = 90, 0.45, 320
+MEDIAN_TOKENS, SIGMA, LONGEST_RATIO = 90, 0.45, 3.5
 SENTENCES = (
     "Tom has {a} apples.",
     "He buys {b} more apples at the store.",
@@ -35,7 +35,9 @@ TokenIds = tuple[int, ...]
 Result = TypeVar("Result")
 
 
-def make_requests(chat: ChatFormat, count: int, efforts: Sequence[int], seed: int) -> list[Request]:
+def make_requests(
+    chat: ChatFormat, count: int, efforts: Sequence[int], seed: int, median_tokens: int = MEDIAN_TOKENS
+) -> list[Request]:
     """Prompts of one to six sentences and replies of mixed length; efforts take turns."""
     rng = random.Random(seed)
     requests = []
@@ -43,7 +45,8 @@ def make_requests(chat: ChatFormat, count: int, efforts: Sequence[int], seed: in
         story = " ".join(SENTENCES[: rng.randint(1, len(SENTENCES))])
         numbers = {name: rng.randint(2, 40) for name in "abc"}
         prompt = chat.encode(solve_messages(f"{story.format(**numbers)} {QUESTION}"))
-        length = min(LONGEST, max(8, round(rng.lognormvariate(math.log(MEDIAN_TOKENS), SIGMA))))
+        length = rng.lognormvariate(math.log(median_tokens), SIGMA)
+        length = max(8, min(round(length), round(LONGEST_RATIO * median_tokens)))
         params = SamplingParams(max_tokens=length, n_supervision=efforts[index % len(efforts)], ignore_eos=True)
         requests.append(Request(tuple(prompt), params))
     return requests
@@ -79,7 +82,7 @@ def decode_with_generate(
 
 
 class LockstepScheduler(Scheduler):
-    """The control without depth batching: nobody begins a token before the deepest row has ended its own."""
+    """A control without depth batching: nobody begins a token before the deepest row has ended its own."""
 
     def feeding(self) -> list[Row]:
         if any(row.thinking for row in self.running):

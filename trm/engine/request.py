@@ -24,7 +24,7 @@ class SamplingParams:
     logprobs: how many of the likeliest tokens to report with each token, 0 for the token alone, None
     for nothing; probabilities are the model's own, before penalties and temperature.
     halt_threshold, halt_tolerance: end a token's recursion early, when the halting head's probability
-    exceeds the one, or the answer state moves less (root mean square) than the other in a step.
+    exceeds the one, or the token's probabilities move less than the other in a step (total variation).
     stop: strings that end the reply and are not part of it. ignore_eos: go on past the end token.
     """
 

@@ -175,12 +175,13 @@ class Runner:
             start = torch.where(torch.tensor(begun, device=self.device)[:, None, None], y, 0)
         new_y, new_z = self.model.decoder.step(x, start, z, attending)
         if halting is not None:
-            halted = self.halted[place.slots, : place.count]
+            halted = self.halted[place.slots, : place.count].clone()
             new_y = torch.where(halted[..., None], y, new_y)
             limits = torch.tensor(halting, device=self.device)  # (B, 2)
-            moved = (new_y - y).float().square().mean(-1).sqrt()
             halted |= self.model.decoder.halt_logits(new_y).float().sigmoid() > limits[:, :1]
-            halted |= moved < limits[:, 1:]
+            watched = limits[:, 1] > 0
+            if watched.any():
+                halted[watched] |= self.model.moved(y[watched], new_y[watched]) < limits[watched, 1:]
             self.halted[place.slots, : place.count] = halted
         self.state[1, place.slots, : place.count] = new_y
         self.state[2, place.slots, : place.count] = new_z

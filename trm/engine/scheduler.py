@@ -186,13 +186,16 @@ class Scheduler:
     def feeding(self) -> list[Row]:
         """Rows whose next token must pass the backbone, by slot.
 
-        A row of N steps begins when the clock is a multiple of N: from then on rows of equal effort
-        reach the backbone together, in one call of many rows instead of many calls of few.
+        A row of N steps begins its tokens when the clock is a multiple of N: so rows of equal effort reach
+        the backbone together, in one call of many rows instead of many calls of few, and wait for it only
+        once, before their first token. For rows that halt, N is what they take on average.
         """
         if not any(row.thinking for row in self.running):
             self.clock = 0
+        paces = [row.expected_steps for row in self.running if row.request.params.halts and row.reply]
+        pace = round(sum(paces) / len(paces)) if paces else 1
         ready = (row for row in self.running if row.settled and not row.to_prefill and not row.thinking)
-        begun = (row for row in ready if row.reply or row.request.params.halts or not self.clock % max(1, row.steps))
+        begun = (row for row in ready if not self.clock % max(1, pace if row.request.params.halts else row.steps))
         return sorted(begun, key=lambda row: row.slot)
 
     def thinking(self) -> list[Row]:
