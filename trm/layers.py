@@ -73,7 +73,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
 class Attending:
     """What the recursion's queries may look at, for one supervision step.
 
-    `rope` the queries' positions; `mask` (B, 1, Q, S) bool. With keys from the context,
+    `rope` the queries' positions; `mask` (B, 1, Q, S) as `attend` takes it. With keys from the context,
     `context` holds one (keys, values) per layer; with keys from the state, `update(entry, keys,
     values)` stores the new ones of a call and returns all of them, `entry` counting from 0 in
     every step.

@@ -1,6 +1,7 @@
 """The oracle: one prompt, no cache, no batch, every token from a pass over the whole sequence.
 
-Slow and obvious. Tests compare `generate()` and the engine with it.
+Slow and obvious. Tests compare `generate()` and the engine with it. It shares `adjusted_scores` and the
+halting rule with the engine: what it vouches for is cache, batch, drafts and schedule.
 """
 
 from collections.abc import Sequence

@@ -163,7 +163,7 @@ def test_acceptance_is_the_mean_of_the_rows_that_can_draft():
 
 def test_steps_of_rows_that_halt_are_what_they_took():
     early, unknown = (make_row(0.7, steps=16, halt_threshold=0.5) for _ in range(2))
-    early.reply, early.supervision_steps = [1] * 10, 10
+    early.passes, early.pass_steps = 10, 10
 
     assert length([early]) == length([make_row(0.7, steps=1)])
     assert length([unknown]) == length([make_row(0.7, steps=16)])

@@ -127,6 +127,7 @@ def test_draft_that_is_not_finite_costs_its_row_nothing_but_drafts(bad_offset, c
 
     for number in numbers:
         assert listener.reply(number).token_ids == expected(engine, listener.handles[number].request).token_ids
+    assert engine.stats().prompt_tokens == 5 + 9, "a pass that is repeated counts nothing twice"
     assert_empty(engine)
 
 

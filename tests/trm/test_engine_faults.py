@@ -258,7 +258,7 @@ class ErraticRunner:
                 row[self.rng.randrange(16)] = self.rng.choice([float("nan"), float("inf"), -float("inf")])
         return scores
 
-    def clear(self, slot: int, start: int = 0) -> None:
+    def clear(self, slot: int, start: int = 0, end: int | None = None) -> None:
         """Nothing is kept."""
 
 

@@ -89,6 +89,48 @@ def test_failed_request_raises_its_error(started, monkeypatch):
     assert engine.alive(), "the next request may well succeed"
 
 
+def test_result_may_be_asked_for_again(started):
+    engine = started()
+    [handle] = engine.submit([request(3)])
+
+    [first] = in_threads(handle.result)
+    [second] = in_threads(handle.result)
+
+    assert first == second
+
+
+def test_events_that_go_to_a_listener_are_not_waited_for(started):
+    engine = started()
+    [handle] = engine.submit([request(3)], lambda index, event: None)
+
+    with pytest.raises(RuntimeError, match="listener"):
+        in_threads(handle.result)
+
+
+def test_engine_is_started_once(started):
+    engine = started()
+
+    with pytest.raises(RuntimeError, match="started already"):
+        engine.start()
+
+
+def test_listener_that_raises_even_what_is_no_exception_leaves_nobody_waiting(started, monkeypatch):
+    engine = started(max_rows=2)
+    gate = Gate(engine, monkeypatch)
+
+    def bad(index: int, event: Event) -> None:
+        raise SystemExit
+
+    engine.submit([request(3)], bad)
+    [handle] = engine.submit([request(4)])
+    gate.wait()
+    gate.opened.set()
+
+    [reply] = in_threads(handle.result)
+    assert reply.token_ids == expected(engine, request(4)).token_ids
+    assert engine.alive()
+
+
 def test_draining_lets_accepted_requests_finish(started):
     engine = started(max_rows=1)
     handles = engine.submit([request(length) for length in (3, 4, 5)])

@@ -93,7 +93,7 @@ class Loop:
                 row.note_halted([row.request.params.halts and self.rng.random() < 0.5])
         for row in self.scheduler.answered():
             self._cache(row, [row.token])
-            row.supervision_steps += row.steps_taken(0)
+            row.passes, row.pass_steps = row.passes + 1, row.pass_steps + row.step
             row.reply.append(self.rng.randrange(2))
             row.thinking = False
 
@@ -293,8 +293,21 @@ def test_prefill_budget_is_shared_oldest_first():
     scheduler.admit()
 
     assert scheduler.prefilling(1) == [(rows[0], 1)]
-    assert scheduler.prefilling(50) == [(rows[0], 3), (rows[1], 47)]
+    assert scheduler.prefilling(50) == [(rows[0], 3), (rows[1], 25)]
     assert scheduler.prefilling(1000) == [(rows[0], 3), (rows[1], 100), (rows[2], 2)]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 256])
+def test_prefill_pays_for_the_padding_too(budget):
+    """31 short tails beside one long prompt would be padded to its length, 24 times the budget."""
+    scheduler = Scheduler(max_rows=32, max_queue=0)
+    scheduler.submit([make_row(3) for _ in range(31)] + [make_row(1000)])
+    scheduler.admit()
+
+    chosen = scheduler.prefilling(budget)
+
+    assert chosen
+    assert len(chosen) * max(count for _, count in chosen) <= budget
 
 
 def test_prefill_budget_goes_to_the_oldest_though_calls_are_in_order_of_slots():
@@ -305,8 +318,8 @@ def test_prefill_budget_goes_to_the_oldest_though_calls_are_in_order_of_slots():
     admit(scheduler, younger)
 
     assert (younger.slot, older.slot) == (0, 1)
-    assert scheduler.prefilling(2) == [(older, 2)]
-    assert scheduler.prefilling(5) == [(younger, 2), (older, 3)]
+    assert scheduler.prefilling(3) == [(older, 3)]
+    assert scheduler.prefilling(6) == [(younger, 3), (older, 3)]
 
 
 # What a row knows
@@ -364,19 +377,19 @@ def test_row_is_answered_when_every_position_has_had_its_steps(thinking, step, s
 
 
 @pytest.mark.parametrize(
-    ("params", "reply", "supervision_steps", "expected"),
+    ("params", "passes", "pass_steps", "expected"),
     [
-        ({}, [], 0, 6),
-        ({}, [1, 2], 12, 6),
-        ({"halt_threshold": 0.5}, [], 0, 6),  # nothing is known yet
-        ({"halt_threshold": 0.5}, [1, 2], 5, 2.5),
-        ({"halt_tolerance": 0.1}, [1, 2, 3, 4], 6, 1.5),
+        ({}, 0, 0, 6),
+        ({}, 2, 12, 6),
+        ({"halt_threshold": 0.5}, 0, 0, 6),  # nothing is known yet
+        ({"halt_threshold": 0.5}, 2, 5, 2.5),
+        ({"halt_tolerance": 0.1}, 4, 6, 1.5),
     ],
     ids=str,
 )
-def test_expected_steps_are_the_effort_or_what_tokens_took_so_far(params, reply, supervision_steps, expected):
+def test_expected_steps_are_the_effort_or_what_passes_took_so_far(params, passes, pass_steps, expected):
     row = make_row(steps=6, **params)
-    row.reply, row.supervision_steps = reply, supervision_steps
+    row.passes, row.pass_steps = passes, pass_steps
 
     assert row.expected_steps == expected
 
@@ -393,7 +406,7 @@ def test_draft_has_the_room_that_the_next_token_leaves():
 
 def test_row_that_may_not_draft_has_no_room_for_it():
     shallow, forbidden = make_row(steps=0), make_row()
-    forbidden.drafting = False
+    forbidden.may_draft = False
 
     assert shallow.room_for_draft == 0, "the backbone's own choice is the answer; there is nothing to verify"
     assert forbidden.room_for_draft == 0
@@ -780,8 +793,7 @@ def test_rows_that_halt_gather_at_their_mean_pace(taken, pace):
     scheduler = Scheduler(max_rows=2, max_queue=0)
     busy, halting = make_row(1, steps=16), make_row(1, steps=16, halt_tolerance=0.1)
     admit(scheduler, busy, halting)
-    halting.reply, halting.supervision_steps = [5] * len(taken), sum(taken)
-    halting.cached = len(taken)
+    halting.passes, halting.pass_steps = len(taken), sum(taken)
     busy.thinking = True
     begun = []
     for scheduler.clock in range(1, 13):

@@ -31,7 +31,11 @@ class BenchSettings(Settings):
     model: str | None = Field(None, description="checkpoint directory or hub id; default the bundled model")
     num_requests: int = Field(64, ge=2, description="requests to decode")
     max_rows: int = Field(32, ge=1, description="rows decoded together")
-    repeats: int = Field(3, ge=1, description="timed runs of each way, in turn, after one warm-up; the median counts")
+    repeats: int = Field(
+        3,
+        ge=1,
+        description="timed runs of each way, in turn, after a warm-up; their median counts",
+    )
     num_threads: int = Field(2, ge=1, description="CPU threads")
     full: bool = Field(False, description="also measure the cost of a token against the length of its context")
     seed: int = Field(0, ge=0, description="of the requests")
@@ -91,6 +95,10 @@ def table(result: dict[str, Any]) -> str:
     def mixed_rate(way: str) -> str:
         return rate(mixed[f"{way}_s"], mixed[way]["generation_tokens"])
 
+    batching = (many["without"]["generation_tokens"] / median(many["without_s"])) / (
+        single["without"]["generation_tokens"] / median(single["without_s"])
+    )
+
     def accepted(run: dict[str, Any]) -> str:
         drafted = max(run["draft_tokens"], 1)
         return f"{run['accepted_tokens'] / drafted:.0%} of {run['draft_tokens']} drafted tokens accepted"
@@ -103,27 +111,30 @@ def table(result: dict[str, Any]) -> str:
         "",
         "| | ratio | measured |",
         "|---|---|---|",
-        f"| engine / one request at a time | {result['continuous_vs_sequential']:.2f} | {rate(throughput['engine_s'])} "
-        f"against {rate(throughput['sequential_s'])}, effort {throughput['effort']}; "
+        f"| engine / generate(), one request at a time (once) | {result['continuous_vs_sequential']:.2f} | "
+        f"{rate(throughput['engine_s'])} against {rate(throughput['sequential_s'])}, effort {throughput['effort']}; "
         f"{throughput['requests_equal_to_sequential']} of {count} replies equal |",
-        f"| engine / static batches of {rows} | {result['continuous_vs_static']:.2f} | against "
+        f"| engine / generate() in static batches of {rows} | {result['continuous_vs_static']:.2f} | against "
         f"{rate(throughput['static_s'])} |",
         f"| mixed effort {mixed['efforts']} / all rows as deep as the deepest | "
         f"{result['mixed_effort_vs_lockstep']:.2f} | {mixed_rate('continuous')} against {mixed_rate('lockstep')}, "
         f"{mixed['requests']} requests |",
+        f"| mixed effort / one effort after another | {result['mixed_effort_vs_grouped']:.2f} | against "
+        f"{rate(mixed['grouped_s'], mixed['continuous']['generation_tokens'])} |",
         f"| mixed effort / shallow rows wait for the deepest | {result['mixed_effort_vs_waiting']:.2f} | against "
         f"{mixed_rate('waiting')}; {mixed['requests_equal']} of {mixed['requests']} replies equal |",
         f"| row-steps of the ideal | {result['ideal_row_steps']:.3f} | {mixed['continuous']['row_steps']} of "
         f"{mixed['continuous']['row_places']}; with waiting "
         f"{mixed['waiting']['row_steps'] / mixed['waiting']['row_places']:.3f} |",
+        f"| batching alone: engine without drafts, {rows} rows / 1 row | {batching:.2f} | |",
         f"| drafting, 1 row | {result['speculation_1_row']:.2f} | {accepted(single['with'])}, "
         f"{per_pass(single['with'])}; {single['requests_equal']} of {single['requests']} replies equal |",
         f"| drafting, {rows} rows | {result['speculation_32_rows']:.2f} | {accepted(many['with'])}, "
         f"{per_pass(many['with'])}; {many['requests_equal']} of {many['requests']} replies equal |",
         f"| halting at effort {halting['effort']} | {result['halting_speedup']:.2f} | tolerance "
         f"{halting['chosen']['tolerance']}: {halting['halted_steps'] / halting['tokens']:.2f} steps a token; "
-        f"{result['halting_agreement']:.2%} of {halting['chosen']['positions']} positions agree, "
-        f"{halting['requests_equal']} of {count} replies equal |",
+        f"{result['halting_agreement']:.2%} of {halting['chosen']['positions']} positions agree "
+        f"(chosen on these replies), {halting['requests_equal']} of {count} replies equal |",
         f"| time outside model calls | {result['overhead_share_32_rows']:.3f} | "
         f"{sum(raw['overhead']['total_s']) - sum(raw['overhead']['model_s']):.2f} of "
         f"{sum(raw['overhead']['total_s']):.2f} s at {raw['overhead']['rows']} rows |",

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from trm.bench.halting import agreements, loosest
 from trm.bench.workload import (
     MEDIAN_TOKENS,
+    Decoded,
     LockstepScheduler,
+    TokenIds,
     decode_with_engine,
     decode_with_generate,
     in_turn,
@@ -22,6 +24,7 @@ from trm.bench.workload import (
     with_params,
 )
 from trm.chat import ChatFormat
+from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request
 from trm.engine.runner import Runner, Span
 from trm.model import TRMForCausalLM
@@ -29,7 +32,7 @@ from trm.model import TRMForCausalLM
 MIXED_EFFORTS = (1, 4, 8, 16)
 HALTING_EFFORT = 16
 LEAST_AGREEMENT = 0.995
-SINGLE_ROW_REQUESTS = 8  # decoded one after another: enough to measure drafting
+SINGLE_ROW_REQUESTS = 24  # decoded one after another: enough to measure drafting
 CONTEXTS = (64, 128, 256, 512, 1024, 2048)
 CURVE_ROWS = 8
 Raw = dict[str, Any]
@@ -77,7 +80,8 @@ class DecodeBench:
         """Efforts in turn, more requests and shorter replies, so that the rows are full; nobody drafts.
 
         Rows free in depth, against lockstep: every row takes the steps of the deepest, as a rectangular
-        batch does. A second control lets shallow rows wait for the deepest without computing.
+        batch does. Two more controls: shallow rows wait for the deepest without computing; and one effort
+        after another, which needs to know all requests beforehand.
         """
         limit = self.model.config.max_supervision
         efforts = [min(effort, limit) for effort in MIXED_EFFORTS]
@@ -85,27 +89,28 @@ class DecodeBench:
         requests = make_requests(self.chat, count, efforts, self.seed, median_tokens)
         deepest = with_params(requests, n_supervision=max(efforts))
         sizes = {"max_model_len": max(r.positions for r in requests), "max_queue": count, "max_draft_tokens": 0}
-        free, rectangular, waiting = (self.engine(**sizes) for _ in range(3))
+        free, rectangular, waiting, grouped = (self.engine(**sizes) for _ in range(4))
         waiting.scheduler = LockstepScheduler(self.max_rows, count, free.scheduler.depth_matters)
-        runs, seconds = in_turn(
-            {
-                "continuous": partial(decode_with_engine, free, requests),
-                "lockstep": partial(decode_with_engine, rectangular, deepest),
-                "waiting": partial(decode_with_engine, waiting, requests),
-            },
-            self.repeats,
-        )
+        by_effort = [requests[start :: len(efforts)] for start in range(len(efforts))]
+        ways: dict[str, Callable[[], list[Decoded]]] = {
+            "continuous": lambda: [decode_with_engine(free, requests)],
+            "lockstep": lambda: [decode_with_engine(rectangular, deepest)],
+            "waiting": lambda: [decode_with_engine(waiting, requests)],
+            "grouped": lambda: [decode_with_engine(grouped, group) for group in by_effort],
+        }
+        runs, seconds = in_turn(ways, self.repeats)
         return {
             "requests": count,
             "efforts": efforts,
             **{f"{name}_s": seconds[name] for name in runs},
-            **{name: run.counters for name, run in runs.items()},
-            "requests_equal": _num_equal(runs["continuous"].replies, runs["waiting"].replies),
+            **{name: runs[name][0].counters for name in ("continuous", "lockstep", "waiting")},
+            "requests_equal": _num_equal(runs["continuous"][0].replies, runs["waiting"][0].replies),
         }
 
     def speculation(self, max_rows: int) -> Raw:
-        """The same requests with and without drafts."""
-        requests = self.requests if max_rows > 1 else self.requests[:SINGLE_ROW_REQUESTS]
+        """The same requests, up to their end tokens, with and without drafts."""
+        whole = with_params(self.requests if max_rows > 1 else self.requests[:SINGLE_ROW_REQUESTS], ignore_eos=False)
+        requests = self._up_to_the_end(whole, decode_with_engine(self.engine(), whole).replies)
         engines = {"with": self.engine(max_rows), "without": self.engine(max_rows, max_draft_tokens=0)}
         runs, seconds = in_turn(
             {name: partial(decode_with_engine, engine, requests) for name, engine in engines.items()},
@@ -131,10 +136,7 @@ class DecodeBench:
             self.model, [(request.prompt_ids, ids) for request, ids in zip(full, replies, strict=True)], effort
         )
         chosen = loosest(table, LEAST_AGREEMENT)
-        same_length = [
-            Request(request.prompt_ids, with_params([request], max_tokens=len(ids), ignore_eos=True)[0].params)
-            for request, ids in zip(full, replies, strict=True)
-        ]
+        same_length = self._up_to_the_end(full, replies)
         halted = with_params(same_length, halt_tolerance=chosen.tolerance)
         runs, seconds = in_turn(
             {
@@ -157,16 +159,24 @@ class DecodeBench:
         }
 
     def overhead(self) -> Raw:
-        """Seconds inside the model's calls, of all seconds, with every row busy from the beginning."""
-        requests = with_params(self.requests[: self.max_rows], max_tokens=min(64, self.longest // 2))
+        """Seconds inside the model's calls, of all seconds, as many requests as rows; other requests each time."""
         engine = self.engine()
-        decode_with_engine(engine, requests)
         total, inside = [], []
-        for _ in range(self.repeats):
+        for repeat in range(1 + self.repeats):
+            others = make_requests(self.chat, self.max_rows, [self.model.config.n_supervision], self.seed + 1 + repeat)
+            room = self.longest - max(len(request.prompt_ids) for request in others)
+            requests = with_params(others, max_tokens=max(1, min(MEDIAN_TOKENS, room)))
             with model_time(self.model) as seconds:
                 total.append(decode_with_engine(engine, requests).seconds)
             inside.append(seconds[0])
-        return {"rows": len(requests), "total_s": total, "model_s": inside}
+        return {"rows": self.max_rows, "total_s": total[1:], "model_s": inside[1:]}
+
+    def _up_to_the_end(self, requests: Sequence[Request], replies: Sequence[TokenIds]) -> list[Request]:
+        """The same requests, each to be decoded to the length of its reply: no token behind an end token."""
+        return [
+            with_params([request], max_tokens=len(ids), ignore_eos=True)[0]
+            for request, ids in zip(requests, replies, strict=True)
+        ]
 
 
 def reference_sizes() -> Raw:
@@ -191,6 +201,7 @@ def reference_sizes() -> Raw:
     try:
         for kv_source in ("context", "state"):
             model = TRMForCausalLM.from_backbone(backbone, kv_source=kv_source).eval()
+            lay_out_for_decoding(model)
             runner = Runner(model, 1, prompt + tokens + 1, model.config.n_supervision)
             runner.prefill([Span(0, 0, prompt)], [[0] * prompt], [model.config.n_supervision])
             started = time.perf_counter()
@@ -214,6 +225,7 @@ def context_curve(model: TRMForCausalLM, kv_source: str, repeats: int) -> Raw:
             for name in ("n_latent", "n_cycles", "n_supervision", "n_layers", "expansion")
         }
         model = TRMForCausalLM.from_backbone(model.backbone, kv_source=kv_source, **settings).eval()
+        lay_out_for_decoding(model)
     config = model.config
     longest = min(max(CONTEXTS), config.max_position_embeddings - 1)
     runner = Runner(model, CURVE_ROWS, longest + 1, config.n_supervision)
@@ -252,6 +264,7 @@ def ratios(raw: Raw) -> dict[str, float]:
         "continuous_vs_static": median(throughput["static_s"]) / median(throughput["engine_s"]),
         "mixed_effort_vs_lockstep": median(mixed["lockstep_s"]) / median(mixed["continuous_s"]),
         "mixed_effort_vs_waiting": median(mixed["waiting_s"]) / median(mixed["continuous_s"]),
+        "mixed_effort_vs_grouped": median(mixed["grouped_s"]) / median(mixed["continuous_s"]),
         "ideal_row_steps": mixed["continuous"]["row_steps"] / mixed["continuous"]["row_places"],
         "speculation_1_row": median(single["without_s"]) / median(single["with_s"]),
         "speculation_32_rows": median(many["without_s"]) / median(many["with_s"]),

@@ -27,7 +27,7 @@ class Costs:
     step_s: Sequence[float]
 
     def backbone(self, num_positions: int) -> float:
-        """Seconds of a backbone pass over `num_positions` positions, of whichever rows."""
+        """Seconds of a backbone pass over `num_positions` positions, however they are spread over rows."""
         return self._between(self.backbone_s, num_positions)
 
     def step(self, num_positions: int) -> float:

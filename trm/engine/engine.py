@@ -75,6 +75,8 @@ class Handle:
         self.request = request
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._emit = on_event or self._events.put
+        self._listened = on_event is not None
+        self._ended: tuple[Reply, TRMError | None] | None = None
         self._row: Row | None = None
 
     def cancel(self) -> None:
@@ -83,7 +85,9 @@ class Handle:
             self._row.cancelled = True
 
     def __iter__(self) -> Iterator[Event]:
-        """Events as they come, the final one last."""
+        """Events as they come, the final one last; to be walked through once."""
+        if self._listened:
+            raise RuntimeError("the events of this request go to its listener")
         while True:
             event = self._events.get()
             yield event
@@ -91,19 +95,24 @@ class Handle:
                 return
 
     def result(self) -> Reply:
-        """Wait for the end. Raises the request's error where it failed."""
-        ids: list[int] = []
-        text = ""
-        logprobs: list[TokenLogprobs] = []
-        for event in self:
-            ids += event.token_ids
-            text += event.text
-            logprobs += event.logprobs
-        if event.error is not None:
-            raise event.error
-        assert event.finish_reason is not None, "the last event is final"
-        assert event.usage is not None, "a final event without an error has its usage"
-        return Reply(tuple(ids), text, event.finish_reason, event.usage, tuple(logprobs))
+        """Wait for the end. Raises the request's error where it failed. Not after iterating."""
+        if self._ended is None:
+            events = list(self)
+            last = events[-1]
+            assert last.finish_reason is not None, "the last event is final"
+            assert last.usage is not None, "a final event has its usage"
+            reply = Reply(
+                tuple(token for event in events for token in event.token_ids),
+                "".join(event.text for event in events),
+                last.finish_reason,
+                last.usage,
+                tuple(one for event in events for one in event.logprobs),
+            )
+            self._ended = reply, last.error
+        reply, error = self._ended
+        if error is not None:
+            raise error
+        return reply
 
 
 class Engine:
@@ -134,7 +143,9 @@ class Engine:
     # --- callers' side, any thread -------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread that owns the model."""
+        """Start the thread that owns the model, once."""
+        if self._thread is not None:
+            raise RuntimeError("the engine's thread is started already")
         self._thread = threading.Thread(target=self._run, name="trm-engine", daemon=True)
         self._thread.start()
 
@@ -186,17 +197,20 @@ class Engine:
             handle._row = Row(request, steps, handle._emit)
             handles.append(handle)
             rows.append(handle._row)
+        streams = {row: TextStream(self.chat, row.request.params.stop) for row in rows}
         with self._changed:
             if self._closing or self._dead:
                 raise DeviceError("the engine is shut down; it takes no more requests")
             self.scheduler.submit(rows)
-            for row in rows:
-                self._streams[row] = TextStream(self.chat, row.request.params.stop)
+            self._streams.update(streams)
             self._changed.notify()
         return handles
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
-        """Replies in the order of the requests, which may be more than the queue holds at once."""
+        """Replies in the order of the requests, which may be more than the queue holds at once.
+
+        Meant for an engine that serves nobody else; beside other callers it may raise Overloaded.
+        """
         at_once = self.config.max_rows + self.config.max_queue
         replies = []
         for start in range(0, len(requests), at_once):
@@ -313,11 +327,12 @@ class Engine:
     def _draft(self, rows: Sequence[Row]) -> None:
         """Choose each row's next draft as its token would be chosen, but from the backbone's own logits."""
         logits = self.runner.logits([row.slot for row in rows], len(rows[0].draft))[:, 0]
-        for row, scores, finite in zip(rows, logits, _finite(logits), strict=True):
-            token = None
-            if finite:
-                token = choose(scores, row.request.params, row.request.prompt_ids, [*row.reply, *row.draft])
-            if token is not None and (token != self.chat.end_id or row.request.params.ignore_eos):
+        best = logits.argmax(dim=-1).tolist()
+        for row, scores, token, finite in zip(rows, logits, best, _finite(logits), strict=True):
+            params = row.request.params
+            if finite and not params.plain_greedy:
+                token = choose(scores, params, row.request.prompt_ids, [*row.reply, *row.draft])
+            if finite and (token != self.chat.end_id or params.ignore_eos):
                 row.draft.append(token)
 
     def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
@@ -373,7 +388,8 @@ class Engine:
         logprobs: list[TokenLogprobs] = []
         reason: FinishReason | None = None
         failed = False
-        for place in range(1 + len(row.draft)):
+        places = 1 + len(row.draft)
+        for place in range(places):
             if failed := not finite[place]:
                 break
             token = best[place] if params.plain_greedy else choose(logits[place], params, prompt, row.reply)
@@ -390,11 +406,13 @@ class Engine:
                 reason = "length"
             if reason or place == len(row.draft) or token != row.draft[place]:
                 break
+        row.passes += 1
+        row.pass_steps += row.step
         self._count(row, ids)
-        if row.draft and not all(finite[: 1 + len(row.draft)]):
+        if row.draft and not all(finite[:places]):
             # A draft that overflowed poisons the tokens before it, even masked: go on without drafts.
-            self.runner.clear(row.slot, row.cached)
-            row.drafting = failed = False
+            self.runner.clear(row.slot, row.cached, row.cached + places)
+            row.may_draft = failed = False
         row.thinking, row.draft = False, []
         if reason:
             self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
@@ -407,7 +425,7 @@ class Engine:
     def _count(self, row: Row, ids: Sequence[int]) -> None:
         """Book the tokens that a row has just got, and what became of its draft."""
         accepted = sum(token == drafted for token, drafted in zip(ids, row.draft, strict=False))
-        if len(row.reply) == len(ids):
+        if ids and len(row.reply) == len(ids):
             self._prompt_tokens += len(row.request.prompt_ids)
             self._cached_tokens += row.cached_tokens
         self._generation_tokens += len(ids)
@@ -452,9 +470,9 @@ class Engine:
         if keep and row.steps == 0:
             keep = self.runner.finite(row.slot, row.cached, row.steps)
         if row.slot >= 0 and not keep:
-            self.runner.clear(row.slot)
+            self.runner.clear(row.slot, 0, row.request.positions)
         elif row.slot >= 0 and reason == "cancelled":
-            self.runner.clear(row.slot, row.cached)
+            self.runner.clear(row.slot, row.cached, row.cached + 1 + len(row.draft))
         with self._changed:
             self.scheduler.release(row, keep)
             stream = self._streams.pop(row)
@@ -469,7 +487,7 @@ class Engine:
         """Tell the listener. One that raises loses its request, not everybody's."""
         try:
             row.emit(event)
-        except Exception:
+        except BaseException:  # even what would end a thread of its own
             logger.exception("a listener failed; its request is cancelled")
             row.cancelled = True
 
@@ -483,7 +501,7 @@ class Engine:
                             return
                         self._changed.wait()
                 self.step()
-        except Exception:
+        except BaseException:  # whatever it was: nobody may wait for ever
             logger.exception("the engine's thread died")
             self._dead = True
             with self._changed:

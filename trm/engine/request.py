@@ -154,7 +154,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Stats:
-    """Gauges and counters of an engine, read at one moment. Counters count from its start.
+    """Gauges and counters of an engine, as good as at one moment. Counters count from its start.
 
     steps: turns of the engine's loop; row_places: sum over them of the rows that could have advanced,
     min(max_rows, unfinished requests). row_steps / row_places says how well depth is batched.

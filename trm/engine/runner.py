@@ -203,10 +203,10 @@ class Runner:
         """Whether the keys and values of a slot's first positions are finite, as far as an effort of `steps` reads."""
         return all(bool(table[:, slot, :, :length].isfinite().all()) for table in self._tables(steps))
 
-    def clear(self, slot: int, start: int = 0) -> None:
-        """Zero a slot from position `start` on: what is not finite there would poison its next row, even masked."""
+    def clear(self, slot: int, start: int = 0, end: int | None = None) -> None:
+        """Zero a slot's positions from `start` to `end`: what is not finite would poison its next row, even masked."""
         for table in self._tables():
-            table[:, slot, :, start:] = 0
+            table[:, slot, :, start:end] = 0
         self.state[:, slot] = 0
 
     @torch.inference_mode()

@@ -79,8 +79,12 @@ def _filtered(scores: Scores, params: SamplingParams) -> Scores:
     if params.min_p > 0:
         kept &= scores >= scores.max() + np.log(params.min_p)
     if params.top_p < 1:
-        order = np.argsort(-np.where(kept, scores, -np.inf), kind="stable")
-        weights = np.exp(scores[order] - scores.max()) * kept[order]
-        before = np.cumsum(weights) - weights  # mass of the better tokens
-        kept[order[before >= params.top_p * weights.sum()]] = False
+        weights = np.exp(scores - scores.max()) * kept
+        total = weights.sum()
+        # All tokens lighter than this have a mass of less than 1 - top_p together: no need to sort them.
+        kept &= weights > (1 - params.top_p) * total / len(weights)
+        candidates = np.flatnonzero(kept)
+        order = candidates[np.argsort(-scores[candidates], kind="stable")]
+        before = np.cumsum(weights[order]) - weights[order]  # mass of the better tokens
+        kept[order[before >= params.top_p * total]] = False
     return np.where(kept, scores, -np.inf)

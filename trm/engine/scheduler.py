@@ -27,7 +27,8 @@ class Row:
     emit: Callable[[Event], None]
     slot: int = -1
     settled: bool = False  # it is known whose keys and values are taken over
-    source: "Row | None" = None  # the row whose prompt must be cached first
+    source: "Row | None" = None  # the row whose prompt must be cached first, up to
+    source_length: int = 0
     cached: int = 0
     step: int = 0
     thinking: bool = False  # the token at `cached` has passed the backbone
@@ -35,11 +36,13 @@ class Row:
     draft: list[int] = field(default_factory=list)
     halted_at: list[int] = field(default_factory=list)  # steps that each position took, 0 while it goes on
     acceptance: float | None = None  # share of drafted tokens that were right, lately
-    supervision_steps: int = 0
+    passes: int = 0  # through the recursion, each for one token and what was drafted behind it
+    pass_steps: int = 0  # supervision steps of all of them
+    supervision_steps: int = 0  # behind the tokens of the reply
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
-    drafting: bool = True
+    may_draft: bool = True  # until a draft was not finite
     cancelled: bool = False
 
     @property
@@ -61,15 +64,15 @@ class Row:
     @property
     def room_for_draft(self) -> int:
         """Tokens that may be drafted behind the next one."""
-        if not self.drafting or self.steps == 0:
+        if not self.may_draft or self.steps == 0:
             return 0
         return self.request.params.max_tokens - len(self.reply) - 1
 
     @property
     def expected_steps(self) -> float:
-        """Supervision steps that a token takes: the effort, or the mean so far where tokens may halt."""
-        halts = self.request.params.halts and self.reply
-        return self.supervision_steps / len(self.reply) if halts else self.steps
+        """Supervision steps of a pass: the effort, or the mean so far where positions may halt."""
+        halts = self.request.params.halts and self.passes
+        return self.pass_steps / self.passes if halts else self.steps
 
     @property
     def answered(self) -> bool:
@@ -117,7 +120,7 @@ class Scheduler:
         self.depth_matters = depth_matters
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
-        self.clock = 0  # ticks since anybody thought
+        self.clock = 0  # ticks since the recursion last stood empty
         self._free = {slot: Kept() for slot in range(max_rows)}  # the next to be given up first
 
     def submit(self, rows: Sequence[Row]) -> None:
@@ -142,16 +145,19 @@ class Scheduler:
         than what it wants, or else into the one that was used longest ago.
         """
         for row in self.running:
-            if row.source is not None and (row.source.slot < 0 or row.source.cached >= self._common(row, row.source)):
+            if row.source is not None and (row.source.slot < 0 or row.source.cached >= row.source_length):
                 row.source = None
         late = [row for row in self.running if not row.settled and row.source is None]
         copies = [copy for row in late for copy in self._settle(row, *self._best_source(row))]
         while self._free and self.waiting:
             row = self.waiting.popleft()
             source, length = self._best_source(row)
-            row.slot = next(iter(self._free))
             if isinstance(source, int) and 2 * length >= len(self._free[source].ids):
                 row.slot = source
+            else:
+                if isinstance(source, int):
+                    self._free[source] = self._free.pop(source)  # used just now
+                row.slot = next(iter(self._free))
             self.running.append(row)
             copies += self._settle(row, source, length)
             del self._free[row.slot]
@@ -174,13 +180,20 @@ class Scheduler:
         row.slot = -1
 
     def prefilling(self, budget: int) -> list[tuple[Row, int]]:
-        """Rows with prompt left to cache and how many tokens of it now, oldest first, `budget` tokens in all."""
-        chosen = []
+        """Rows with prompt left to cache and how many tokens of it now, by slot, chosen oldest first.
+
+        A call is as long as its longest row, for all of its rows: together they come to `budget` at most.
+        """
+        chosen: list[tuple[Row, int]] = []
+        widest = 0
         for row in self.running:
-            if row.settled and row.to_prefill and budget > 0:
-                count = min(budget, row.to_prefill)
-                chosen.append((row, count))
-                budget -= count
+            if not row.settled or not row.to_prefill:
+                continue
+            width = max(widest, min(row.to_prefill, budget // (len(chosen) + 1)))
+            if (len(chosen) + 1) * width > budget:
+                break
+            chosen.append((row, min(row.to_prefill, width)))
+            widest = width
         return sorted(chosen, key=lambda chunk: chunk[0].slot)
 
     def feeding(self) -> list[Row]:
@@ -192,7 +205,7 @@ class Scheduler:
         """
         if not any(row.thinking for row in self.running):
             self.clock = 0
-        paces = [row.expected_steps for row in self.running if row.request.params.halts and row.reply]
+        paces = [row.expected_steps for row in self.running if row.request.params.halts and row.passes]
         pace = round(sum(paces) / len(paces)) if paces else 1
         ready = (row for row in self.running if row.settled and not row.to_prefill and not row.thinking)
         begun = (row for row in ready if not self.clock % max(1, pace if row.request.params.halts else row.steps))
@@ -207,20 +220,19 @@ class Scheduler:
         return sorted((row for row in self.running if row.answered), key=lambda row: row.slot)
 
     def _best_source(self, row: Row) -> tuple[Row | int | None, int]:
-        """The running row or free slot that begins most like the row's prompt, and how much of it; None for none."""
-        sources: list[Row | int] = [*self._free, *(other for other in self.running if other.settled)]
-        best = max(sources, key=lambda source: self._common(row, source), default=None)
-        length = 0 if best is None else self._common(row, best)
-        if not length:
-            return None, 0
-        if isinstance(best, int):
-            self._free[best] = self._free.pop(best)  # used just now
-        return best, length
+        """What begins most like the row's prompt, and how much of it: a running row, a free slot, or nothing.
+
+        Of equals the slot that was used last, which has the longest to live, else the oldest row.
+        """
+        sources: list[Row | int] = [*reversed(self._free), *(other for other in self.running if other.settled)]
+        lengths = [self._common(row, source) for source in sources]
+        length = max(lengths, default=0)
+        return (sources[lengths.index(length)], length) if length else (None, 0)
 
     def _settle(self, row: Row, source: Row | int | None, length: int) -> list[Copy]:
         """Take over what `source` holds, or wait for it where it is still being cached."""
         if isinstance(source, Row) and source.cached < length:
-            row.source = source
+            row.source, row.source_length = source, length
             return []
         row.settled = True
         if source is None:
@@ -240,7 +252,15 @@ class Scheduler:
 
 
 def _common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many items two tuples begin with alike: slices are compared faster than their items one by one."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter
-    return next(at for at in range(shorter) if one[at] != other[at])
+    equal, different = 0, shorter
+    while different - equal > 1:
+        middle = (equal + different) // 2
+        if one[equal:middle] == other[equal:middle]:
+            equal = middle
+        else:
+            different = middle
+    return equal
