@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from server.errors import Unavailable
 from server.metrics import Metrics
-from trm.engine.engine import Engine, Handle
+from trm.engine.engine import Engine
+from trm.engine.handle import Handle
 from trm.engine.request import Event, Reply, TokenLogprobs
 from trm.engine.request import Request as EngineRequest
 from trm.errors import DeviceError

@@ -21,7 +21,9 @@ from tests.trm.engines import (
     request,
     run,
 )
-from trm import reference
+from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
+from trm.chat import ChatFormat, solve_messages
+from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 
 # P2 and P9: as if alone
@@ -155,6 +157,34 @@ def test_float32_replies_equal_the_reference_but_for_near_ties(chat, kv_source):
 
     for one, reply in zip(requests, engine.generate(requests), strict=True):
         assert_same_tokens(reply.token_ids, reference.decode(model, one.prompt_ids, one.params, END), NEAR_TIE)
+
+
+def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
+    """As it is served: weights laid out for decoding, drafts, shared prefixes, every effort."""
+    path = bundled_model_path()
+    model = TRMForCausalLM.from_pretrained(path)
+    lay_out_for_decoding(model)
+    chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
+    engine = Engine(model, chat, EngineConfig(max_rows=5, max_model_len=256))
+    engine.drafter.length = lambda rows, num_running: 3
+    stories = [
+        "Tom has 12 apples and buys 7 more.",
+        "Each of 4 boxes holds 6 pens.",
+        "Ann had 30 eggs. She gives 9 away.",
+    ]
+    requests = [
+        Request(
+            tuple(chat.encode(solve_messages(f"{stories[index % 3]} How many are there now?"))),
+            SamplingParams(max_tokens=24, n_supervision=effort, temperature=float(index % 2), seed=index),
+        )
+        for index, effort in enumerate([0, 1, 2, 4, 8, 16, 4, 4])
+    ]
+
+    for one, reply in zip(requests, engine.generate(requests), strict=True):
+        solo = reference.decode(model, one.prompt_ids, one.params, chat.end_id)
+        assert_same_tokens(reply.token_ids, solo, NEAR_TIE)
+    assert engine.stats().accepted_tokens > 0
+    assert engine.stats().cached_tokens > 0
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

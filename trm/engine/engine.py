@@ -7,10 +7,9 @@ events, from the engine's thread. Every accepted request ends in exactly one fin
 """
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
+from trm.engine.handle import Handle
 from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, Usage
 from trm.engine.runner import Halting, Runner, Span
 from trm.engine.sampling import choose, token_logprobs
@@ -63,56 +63,6 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
-
-
-class Handle:
-    """One accepted request: its events, its whole reply, and the way to leave.
-
-    Events go to `on_event` in the engine's thread where one was given, else they wait here.
-    """
-
-    def __init__(self, request: Request, on_event: Callable[[Event], None] | None = None) -> None:
-        self.request = request
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._emit = on_event or self._events.put
-        self._listened = on_event is not None
-        self._ended: tuple[Reply, TRMError | None] | None = None
-        self._row: Row | None = None
-
-    def cancel(self) -> None:
-        """Leave before the next tick; the final event then says "cancelled". Harmless afterwards."""
-        if self._row is not None:
-            self._row.cancelled = True
-
-    def __iter__(self) -> Iterator[Event]:
-        """Events as they come, the final one last; to be walked through once."""
-        if self._listened:
-            raise RuntimeError("the events of this request go to its listener")
-        while True:
-            event = self._events.get()
-            yield event
-            if event.finish_reason is not None:
-                return
-
-    def result(self) -> Reply:
-        """Wait for the end. Raises the request's error where it failed. Not after iterating."""
-        if self._ended is None:
-            events = list(self)
-            last = events[-1]
-            assert last.finish_reason is not None, "the last event is final"
-            assert last.usage is not None, "a final event has its usage"
-            reply = Reply(
-                tuple(token for event in events for token in event.token_ids),
-                "".join(event.text for event in events),
-                last.finish_reason,
-                last.usage,
-                tuple(one for event in events for one in event.logprobs),
-            )
-            self._ended = reply, last.error
-        reply, error = self._ended
-        if error is not None:
-            raise error
-        return reply
 
 
 class Engine:
@@ -190,13 +140,11 @@ class Engine:
         `on_event(index, event)` is called in the engine's thread and must not block; without it, events
         wait in the handles. Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
         """
-        handles, rows = [], []
-        for index, request in enumerate(requests):
-            steps = self.check(request)
-            handle = Handle(request, None if on_event is None else partial(on_event, index))
-            handle._row = Row(request, steps, handle._emit)
-            handles.append(handle)
-            rows.append(handle._row)
+        handles = [
+            Handle(request, self.check(request), None if on_event is None else partial(on_event, index))
+            for index, request in enumerate(requests)
+        ]
+        rows = [handle.row for handle in handles]
         streams = {row: TextStream(self.chat, row.request.params.stop) for row in rows}
         with self._changed:
             if self._closing or self._dead:

@@ -1,0 +1,56 @@
+"""What a caller holds of a request that was accepted: its events, its reply, and the way to leave."""
+
+import queue
+from collections.abc import Callable, Iterator
+
+from trm.engine.request import Event, Reply, Request
+from trm.engine.scheduler import Row
+from trm.errors import TRMError
+
+
+class Handle:
+    """One accepted request: its events, its whole reply, and the way to leave.
+
+    Events go to `on_event` in the engine's thread where one was given, else they wait here.
+    """
+
+    def __init__(self, request: Request, steps: int, on_event: Callable[[Event], None] | None = None) -> None:
+        self.request = request
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._listened = on_event is not None
+        self._ended: tuple[Reply, TRMError | None] | None = None
+        self.row = Row(request, steps, on_event or self._events.put)
+
+    def cancel(self) -> None:
+        """Leave before the next tick; the final event then says "cancelled". Harmless afterwards."""
+        self.row.cancelled = True
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events as they come, the final one last; to be walked through once."""
+        if self._listened:
+            raise RuntimeError("the events of this request go to its listener")
+        while True:
+            event = self._events.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    def result(self) -> Reply:
+        """Wait for the end. Raises the request's error where it failed. Not after iterating."""
+        if self._ended is None:
+            events = list(self)
+            last = events[-1]
+            assert last.finish_reason is not None, "the last event is final"
+            assert last.usage is not None, "a final event has its usage"
+            reply = Reply(
+                tuple(token for event in events for token in event.token_ids),
+                "".join(event.text for event in events),
+                last.finish_reason,
+                last.usage,
+                tuple(one for event in events for one in event.logprobs),
+            )
+            self._ended = reply, last.error
+        reply, error = self._ended
+        if error is not None:
+            raise error
+        return reply
