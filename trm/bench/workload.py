@@ -87,7 +87,6 @@ class LockstepScheduler(Scheduler):
     def feeding(self) -> list[Row]:
         if any(row.thinking for row in self.running):
             return []
-        self.clock = 0
         return super().feeding()
 
 

@@ -40,8 +40,9 @@ class EngineConfig:
 
     max_rows: rows decoded together. max_model_len: positions of one request, prompt and reply; None for
     the model's, or what fits into the cache. max_queue: requests that may wait. kv_cache_bytes: None for a
-    quarter of the free memory at most. prefill_chunk: prompt tokens cached per tick. max_draft_tokens: tokens
-    that the backbone may draft for the recursion to verify at once, where that pays; 0 for none.
+    quarter of the free memory at most. prefill_chunk: prompt positions cached per tick, padding included.
+    max_draft_tokens: tokens that the backbone may draft for the recursion to verify at once, where that
+    pays; 0 for none.
     """
 
     max_rows: int = 32
