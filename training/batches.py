@@ -34,6 +34,9 @@ class Batch:
     def num_labels(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Pad on the right; the label of a position is the token that follows it, inside the reply only."""

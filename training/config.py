@@ -8,6 +8,7 @@ from pydantic_settings import CliVariadicArg, NoDecode
 
 from training.loss import StepWeights
 from training.optim import OptimizerName
+from training.states import CacheStates
 from trm.errors import ConfigError
 from trm.settings import Settings
 
@@ -62,6 +63,10 @@ class TrainSettings(Settings):
     train_lm_head: bool = Field(False, description="also train an untied copy of the head")
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
+    cache_states: CacheStates = Field(
+        "auto", description="where backbone states are kept between epochs; auto: the best place with room"
+    )
+    cache_dir: Path | None = Field(None, description="for --cache-states disk; default cache in the run directory")
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
     seed: int = Field(0, ge=0, description="of weights, data order and synthetic problems")
     device: Device = Field("auto", description="where to train")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.batches import IGNORE_INDEX, Batch
-from trm.layers import Attending, Rope, causal_mask
+from trm.layers import Attending, Rope, causal_mask, signed
 from trm.model import TRMForCausalLM
 
 StepWeights = Literal["uniform", "linear", "last"]
@@ -42,9 +42,14 @@ class Prepared:
         return Attending(self.query_rope, self.mask, model.decoder.context_keys_values(self.context, self.rope))
 
 
+def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
+    """The frozen backbone's states x (B, S, D) and the rope of their positions."""
+    return model.encode(batch.input_ids, causal_mask(batch.attention_mask, batch.input_ids.shape[1]), _positions(batch))
+
+
 @torch.no_grad()
-def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
-    """Run the frozen backbone, and choose the recursion's queries.
+def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -> Prepared:
+    """Choose the recursion's queries, on backbone states (B, S, D) that were kept, else computed now.
 
     With keys from the context no query sees another query's state, so that prompt positions
     need no recursion.
@@ -52,8 +57,11 @@ def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
     labelled = batch.labels != IGNORE_INDEX
     length = batch.input_ids.shape[1]
     mask = causal_mask(batch.attention_mask, length)
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    x, rope = model.encode(batch.input_ids, mask, positions)
+    if states is None:
+        x, rope = encode(model, batch)
+    else:
+        x = states.to(mask.device, model.decoder.halt_head.weight.dtype)
+        rope = signed(*model.backbone.model.rotary_emb(x, _positions(batch)))
     targets = batch.labels[labelled]
     if model.config.kv_source == "state":
         return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets)
@@ -64,6 +72,10 @@ def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
     cos, sin = (part.expand(len(x), -1, -1)[rows, queries] for part in rope)
     answers = (offsets < count[:, None]).nonzero()
     return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
+
+
+def _positions(batch: Batch) -> Tensor:
+    return (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class TokenLosses(NamedTuple):

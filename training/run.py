@@ -19,7 +19,18 @@ from trm.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_ON_RESUME = {"output_dir", "max_steps", "epochs", "save_steps", "lr", "max_grad_norm", "device", "num_threads"}
+FREE_ON_RESUME = {
+    "output_dir",
+    "max_steps",
+    "epochs",
+    "save_steps",
+    "lr",
+    "max_grad_norm",
+    "device",
+    "num_threads",
+    "cache_states",
+    "cache_dir",
+}
 
 
 def train(settings: TrainSettings) -> Path:
@@ -54,6 +65,7 @@ def train(settings: TrainSettings) -> Path:
     torch.manual_seed(settings.seed)
     model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **_model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
+    trainer.keep_states(settings.cache_dir or run_dir / "cache")
     if settings.resume is not None:
         trainer.load(settings.resume)
     trained = sum(p.numel() for p in trainer.parameters.values())
@@ -67,7 +79,7 @@ def train(settings: TrainSettings) -> Path:
     )
     versions = {"qwen-trm": trm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     run_record = {
-        "settings": settings.model_dump(mode="json", exclude={"config", "resume"}),
+        "settings": trainer.settings.model_dump(mode="json", exclude={"config", "resume"}),
         "versions": versions,
         "num_examples": len(examples),
         "data_fingerprint": trainer.data_fingerprint,

@@ -32,6 +32,7 @@ from training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from training.states import States, choose, file_in, in_memory, on_disk, size_bytes
 from trm import checkpoint
 from trm.chat import ChatFormat, Example
 from trm.device import has_fast_bfloat16
@@ -69,6 +70,7 @@ class Trainer:
         )
         self.ema = EMA(self.parameters)
         self.step = 0
+        self.states: States | None = None
         self.group = -1  # the group of batches that `prepared` and `carry` belong to
         self.prepared: list[Prepared] = []
         self.carry: list[tuple[Tensor, Tensor]] = []
@@ -85,6 +87,25 @@ class Trainer:
         self.warmup_steps = (
             min(2000, self.total_steps // 10) if settings.warmup_steps is None else settings.warmup_steps
         )
+
+    def keep_states(self, directory: Path) -> None:
+        """Compute the backbone's states now and keep them, if the settings want that; files go to `directory`.
+
+        What "auto" came to is part of the settings from here on, so that a resumed run does the same.
+        """
+        model, examples = self.model, self.examples
+        epochs = self.total_steps / (self.groups_per_epoch * self.steps_per_group)
+        needed = size_bytes(model, examples)
+        file = file_in(directory, model, f"{self.data_fingerprint}/{self.backbone_fingerprint}", self.autocast)
+        place = choose(self.settings.cache_states, needed, file, epochs)
+        self.settings = self.settings.model_copy(update={"cache_states": place})
+        if place == "off":
+            return
+        logger.info("keeping the backbone's states: %.2f GB, %s", needed / 1e9, place)
+        if place == "memory":
+            self.states = in_memory(model, examples, self.autocast)
+        else:
+            self.states = on_disk(model, examples, self.autocast, file)
 
     def run(self, run_dir: Path) -> Path:
         """Train to the end; returns the last checkpoint. Raises DeviceError where a loss is not finite."""
@@ -216,23 +237,27 @@ class Trainer:
             ]
 
     def _enter(self, group: int) -> None:
-        """Encode the batches of a group and start their states at zero."""
+        """Prepare the batches of a group and start their states at zero."""
         self.group = group
         self.prepared = []
-        for batch in self._batches(group):
+        for indices in self._batches(group):
+            batch = self._collate(indices)
+            states = self.states.padded(indices, batch.input_ids.shape[1]) if self.states else None
             with self._autocast():
-                self.prepared.append(prepare(self.model, batch))
+                self.prepared.append(prepare(self.model, batch, states))
         self.carry = [(torch.zeros_like(p.x), torch.zeros_like(p.x)) for p in self.prepared]
 
-    def _batches(self, group: int) -> Iterator[Batch]:
+    def _batches(self, group: int) -> list[list[int]]:
+        """Indices of the examples of each batch of a group."""
         epoch, index = divmod(group, self.groups_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = epoch_order(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
         first = index * self.settings.gradient_accumulation
-        for indices in self._order[first : first + self.settings.gradient_accumulation]:
-            batch = collate([self.examples[i] for i in indices], self.chat.tokenizer.pad_token_id or 0)
-            yield Batch(*(t.to(self.device) for t in (batch.input_ids, batch.attention_mask, batch.labels)))
+        return self._order[first : first + self.settings.gradient_accumulation]
+
+    def _collate(self, indices: Sequence[int]) -> Batch:
+        return collate([self.examples[i] for i in indices], self.chat.tokenizer.pad_token_id or 0).to(self.device)
 
     def _depth(self) -> int:
         """How many supervision steps the optimiser step at hand runs: a function of seed and step number."""

@@ -296,7 +296,7 @@ def test_answer_positions_only_give_the_loss_of_all_positions(settings: Settings
     trainer = make_trainer(settings(autocast="off"))
     for parameter in trainer.parameters.values():
         torch.nn.init.normal_(parameter, std=0.1)
-    batch = next(trainer._batches(0))
+    batch = trainer._collate(trainer._batches(0)[0])
     whole = trainer.model(batch.input_ids, batch.attention_mask, return_all_steps=True)
     labelled = batch.labels != -100
     expected = [
