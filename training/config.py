@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
 from training.loss import StepWeights
+from training.mixing import MixDepths
 from training.optim import OptimizerName
 from training.states import CacheStates
 from trm.errors import ConfigError
@@ -60,6 +61,11 @@ class TrainSettings(Settings):
     halt_delta: float = Field(
         0.05, ge=0, description="a token may halt where no deeper step lowers its loss by more (--gradient full)"
     )
+    mix_depths: MixDepths = Field(
+        "off",
+        description="rows at depths of their own (--gradient paper): one is replaced after N_sup steps, "
+        "or as soon as its halting head is sure of all its tokens",
+    )
     train_lm_head: bool = Field(False, description="also train an untied copy of the head")
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
@@ -89,6 +95,13 @@ class TrainSettings(Settings):
                 raise ConfigError(
                     f"--step-weights {self.step_weights}: with --gradient paper each supervision step has an optimiser "
                     "step of its own; use --gradient full"
+                )
+        if self.mix_depths != "off":
+            if self.gradient != "paper":
+                raise ConfigError(f"--mix-depths {self.mix_depths}: only detached steps can mix; use --gradient paper")
+            if self.gradient_accumulation > 1:
+                raise ConfigError(
+                    f"--mix-depths {self.mix_depths}: takes no --gradient-accumulation; use a larger --batch-size"
                 )
         return self
 

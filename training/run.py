@@ -63,7 +63,7 @@ def train(settings: TrainSettings) -> Path:
     backbone = checkpoint.read_backbone(source, revision)
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
-    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **_model_settings(settings), **record)
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
     trainer.keep_states(settings.cache_dir or run_dir / "cache")
     if settings.resume is not None:
@@ -133,7 +133,8 @@ def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=absolute)
 
 
-def _model_settings(settings: TrainSettings) -> dict[str, Any]:
+def model_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The fields of TRMConfig that a run's settings decide."""
     names = (
         "n_latent",
         "n_cycles",

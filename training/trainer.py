@@ -8,9 +8,11 @@ stopped, to the bit on one CPU with the same number of threads.
 import hashlib
 import json
 import logging
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
-from training.batches import Batch, collate, epoch_order
+from training.batches import collate, epoch_order
 from training.config import TrainSettings
 from training.loss import Prepared, TokenLosses, halting_targets, prepare, step_weights, token_losses
+from training.mixing import MixedRows
 from training.optim import (
     EMA,
     learning_rate_scale,
@@ -74,6 +77,7 @@ class Trainer:
         self.group = -1  # the group of batches that `prepared` and `carry` belong to
         self.prepared: list[Prepared] = []
         self.carry: list[tuple[Tensor, Tensor]] = []
+        self.mixed = None if settings.mix_depths == "off" else MixedRows(settings.batch_size, settings.n_supervision)
 
         self._epoch, self._order = -1, [[0]]  # the epoch at hand and its batches
         self.lengths = [len(example.ids) for example in examples]
@@ -94,12 +98,17 @@ class Trainer:
         What "auto" came to is part of the settings from here on, so that a resumed run does the same.
         """
         model, examples = self.model, self.examples
-        epochs = self.total_steps / (self.groups_per_epoch * self.steps_per_group)
+        epochs = math.inf if self.mixed else self.total_steps / (self.groups_per_epoch * self.steps_per_group)
         needed = size_bytes(model, examples)
         file = file_in(directory, model, f"{self.data_fingerprint}/{self.backbone_fingerprint}", self.autocast)
         place = choose(self.settings.cache_states, needed, file, epochs)
         self.settings = self.settings.model_copy(update={"cache_states": place})
         if place == "off":
+            if self.mixed:
+                raise ConfigError(
+                    f"--mix-depths {self.settings.mix_depths}: keeps the backbone's states, {needed / 1e9:.1f} GB; "
+                    "make room, and leave out --cache-states off"
+                )
             return
         logger.info("keeping the backbone's states: %.2f GB, %s", needed / 1e9, place)
         if place == "memory":
@@ -136,7 +145,9 @@ class Trainer:
         """One optimiser step. Returns loss and token accuracy per supervision step, gradient norm, rate, labels."""
         settings = self.settings
         group, supervision_step = divmod(self.step, self.steps_per_group)
-        if group != self.group:
+        if self.mixed:
+            self._mix(self.mixed)
+        elif group != self.group:
             self._enter(group)
         depth = self._depth()
         weights = step_weights(settings.step_weights, depth)
@@ -168,11 +179,13 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if self.mixed:
+            self._advance(self.mixed, steps[0].halt)
         self.step += 1
         self.ema.update(self.step)
         return {
             "loss": float((weights * losses).sum()),
-            "supervision_step": supervision_step + 1 if settings.gradient == "paper" else None,
+            "supervision_step": supervision_step + 1 if settings.gradient == "paper" and not self.mixed else None,
             "losses": [round(v, 5) for v in losses.tolist()],
             "halting_losses": [round(v, 5) for v in halting.tolist()],
             "token_accuracies": [round(v, 5) for v in right.tolist()],
@@ -187,7 +200,9 @@ class Trainer:
         aside = checkpoint.make_aside(directory)
         checkpoint.write_into(aside, self.model.config, self.ema.average, self.model.backbone, self.chat.tokenizer)
         tensors = {f"master.{name}": p for name, p in self.parameters.items()} | optimizer_tensors(self.optimizers)
-        if self.step % self.steps_per_group:
+        if self.mixed:
+            tensors |= self.mixed.tensors()
+        elif self.step % self.steps_per_group:
             for index, (y, z) in enumerate(self.carry):
                 tensors |= {f"carry.{index}.y": y, f"carry.{index}.z": z}
         checkpoint.write_tensors(aside / STATE_TENSORS, tensors)
@@ -228,7 +243,9 @@ class Trainer:
             ) from error
         self.step = state["step"]
         group, inside = divmod(self.step, self.steps_per_group)
-        if inside:
+        if self.mixed:
+            self.mixed.restore(tensors, self.device)
+        elif inside:
             self._enter(group)
             device = self.device
             self.carry = [
@@ -239,25 +256,52 @@ class Trainer:
     def _enter(self, group: int) -> None:
         """Prepare the batches of a group and start their states at zero."""
         self.group = group
-        self.prepared = []
-        for indices in self._batches(group):
-            batch = self._collate(indices)
-            states = self.states.padded(indices, batch.input_ids.shape[1]) if self.states else None
-            with self._autocast():
-                self.prepared.append(prepare(self.model, batch, states))
+        self.prepared = [self._prepare(indices) for indices in self._batches(group)]
         self.carry = [(torch.zeros_like(p.x), torch.zeros_like(p.x)) for p in self.prepared]
+
+    def _prepare(self, indices: Sequence[int]) -> Prepared:
+        pad_id = self.chat.tokenizer.pad_token_id or 0
+        batch = collate([self.examples[i] for i in indices], pad_id).to(self.device)
+        states = self.states.padded(indices, batch.input_ids.shape[1]) if self.states else None
+        with self._autocast():
+            return prepare(self.model, batch, states)
 
     def _batches(self, group: int) -> list[list[int]]:
         """Indices of the examples of each batch of a group."""
         epoch, index = divmod(group, self.groups_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = epoch_order(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
+        self._open(epoch)
         first = index * self.settings.gradient_accumulation
         return self._order[first : first + self.settings.gradient_accumulation]
 
-    def _collate(self, indices: Sequence[int]) -> Batch:
-        return collate([self.examples[i] for i in indices], self.chat.tokenizer.pad_token_id or 0).to(self.device)
+    def _open(self, epoch: int) -> None:
+        """Make `_order` that of an epoch."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = epoch_order(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
+
+    def _mix(self, mixed: MixedRows) -> None:
+        """Replace the rows that have finished, and prepare all of them."""
+
+        def example(number: int) -> int:
+            epoch, within = divmod(number, len(self.examples))
+            self._open(epoch)
+            return list(chain.from_iterable(self._order))[within]
+
+        def fresh(index: int) -> Tensor:
+            example = self.examples[index]
+            start = example.label_start if self.settings.kv_source == "context" else 0
+            return torch.zeros(len(example.ids) - start, self.model.config.hidden_size, device=self.device)
+
+        rows = mixed.fill(example, fresh)
+        self.prepared = [self._prepare([row.index for row in rows])]
+        self.carry = [mixed.carry(self.prepared[0].x.shape[1])]
+
+    def _advance(self, mixed: MixedRows, halt: Tensor) -> None:
+        """Count the step of every row; one whose halting head is sure of every label may leave."""
+        rows = self.prepared[0].answers[:, 0]
+        least = torch.full((len(mixed.rows),), math.inf, device=self.device).scatter_reduce(0, rows, halt, "amin")
+        sure = (least > 0) & (self.settings.mix_depths == "halting")
+        mixed.advance(*self.carry[0], sure.tolist(), random.Random(f"{self.settings.seed}/explore/{self.step}"))
 
     def _depth(self) -> int:
         """How many supervision steps the optimiser step at hand runs: a function of seed and step number."""
