@@ -66,7 +66,7 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     if model.config.kv_source == "state":
         return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets)
     start, count = labelled.int().argmax(dim=1), labelled.sum(dim=1)
-    offsets = torch.arange(int(count.max()), device=x.device)
+    offsets = torch.arange(batch.num_queries, device=x.device)
     queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
     rows = torch.arange(len(x), device=x.device)[:, None]
     cos, sin = (part.expand(len(x), -1, -1)[rows, queries] for part in rope)

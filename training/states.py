@@ -8,7 +8,7 @@ Raises ConfigError where the states do not fit where they were asked to lie.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training import workers
 from training.batches import collate
 from training.loss import encode
 from trm.chat import Example
@@ -67,7 +68,7 @@ def choose(wanted: CacheStates, needed: int, file: Path, epochs: float) -> Cache
     On disk they are `file`. A run of one epoch reads each state once, so that "auto" keeps none.
     Raises ConfigError where `wanted` has no room.
     """
-    memory = psutil.virtual_memory().available
+    memory = psutil.virtual_memory().available // workers.count_here()  # every process keeps a copy
     disk = sum(f.stat().st_size for f in (file,) if f.exists()) + shutil.disk_usage(_existing(file.parent)).free
     if wanted == "auto":
         if epochs <= 1:
@@ -103,39 +104,53 @@ def on_disk(model: TRMForCausalLM, examples: Sequence[Example], autocast: bool, 
 
     Raises ConfigError where it cannot be written.
     """
-    if not path.exists():
-        aside = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                for chunk in _chunks(model, examples, autocast):
-                    file.write(chunk.contiguous().view(torch.uint8).numpy().data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except OSError as error:
-            with suppress(OSError):
-                aside.unlink()
-            raise ConfigError(f"--cache-states disk: cannot write {path}: {error.strerror}") from error
+    if workers.any_of(not path.exists(), model.device.type):
+        chunks = _chunks(model, examples, autocast)
+        if workers.is_first_here():
+            _write(chunks, path)
+        for _ in chunks:  # a process that does not write has its share to compute
+            pass
+        workers.wait()
     raw = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
     return States(raw.view(model.backbone.dtype).view(-1, model.config.hidden_size), examples)
 
 
+def _write(chunks: Iterable[Tensor], path: Path) -> None:
+    aside = path.with_name(f".{path.name}.{workers.rank()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk.contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise ConfigError(f"--cache-states disk: cannot write {path}: {error.strerror}") from error
+
+
 def _chunks(model: TRMForCausalLM, examples: Sequence[Example], autocast: bool) -> Iterator[Tensor]:
-    """x (tokens, D) of a few examples at a time, in the order of `by_length`, on the CPU."""
-    order = by_length(examples)
-    with tqdm(total=len(order), desc="backbone states", unit="problem", leave=False) as progress:
-        start = 0
+    """x (tokens, D) of a few examples at a time, in the order of `by_length`, on the CPU. Processes take turns."""
+    order, chunks, start = by_length(examples), 0, 0
+    dtype, width, device = model.backbone.dtype, model.config.hidden_size, model.device
+    with tqdm(total=len(order), desc="backbone states", unit="problem", leave=False, disable=workers.rank() > 0) as bar:
         while start < len(order):
             end = start + 1
             while end < len(order) and (end + 1 - start) * len(examples[order[end]].ids) <= CHUNK_TOKENS:
                 end += 1
             rows = [examples[i] for i in order[start:end]]
-            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-                x, _ = encode(model, collate(rows, 0).to(model.device))
-            yield torch.cat([x[row, : len(e.ids)] for row, e in enumerate(rows)]).to("cpu", model.backbone.dtype)
-            progress.update(len(rows))
-            start = end
+            turn = chunks % workers.count()
+            if turn == workers.rank():
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                    padded, _ = encode(model, collate(rows, 0).to(device))
+                x = torch.cat([padded[row, : len(e.ids)] for row, e in enumerate(rows)]).to(dtype)
+            else:
+                x = torch.empty(sum(len(e.ids) for e in rows), width, dtype=dtype, device=device)
+            yield workers.from_rank(turn, x).cpu()
+            bar.update(len(rows))
+            start, chunks = end, chunks + 1
 
 
 def _existing(directory: Path) -> Path:

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
-from training.batches import collate, epoch_order
+from training import workers
+from training.batches import collate, epoch_order, num_labels
 from training.config import TrainSettings
 from training.loss import Prepared, TokenLosses, halting_targets, prepare, step_weights, token_losses
 from training.mixing import MixedRows
@@ -75,6 +76,7 @@ class Trainer:
         self.step = 0
         self.states: States | None = None
         self.group = -1  # the group of batches that `prepared` and `carry` belong to
+        self.batches: list[list[int]] = []  # indices of their examples
         self.prepared: list[Prepared] = []
         self.carry: list[tuple[Tensor, Tensor]] = []
         self.mixed = None if settings.mix_depths == "off" else MixedRows(settings.batch_size, settings.n_supervision)
@@ -101,7 +103,7 @@ class Trainer:
         epochs = math.inf if self.mixed else self.total_steps / (self.groups_per_epoch * self.steps_per_group)
         needed = size_bytes(model, examples)
         file = file_in(directory, model, f"{self.data_fingerprint}/{self.backbone_fingerprint}", self.autocast)
-        place = choose(self.settings.cache_states, needed, file, epochs)
+        place = workers.agree(choose(self.settings.cache_states, needed, file, epochs))
         self.settings = self.settings.model_copy(update={"cache_states": place})
         if place == "off":
             if self.mixed:
@@ -151,8 +153,8 @@ class Trainer:
             self._enter(group)
         depth = self._depth()
         weights = step_weights(settings.step_weights, depth)
-        labels = sum(len(p.targets) for p in self.prepared)
-        sums = torch.zeros(3, depth)
+        labels = sum(num_labels(self.examples[i]) for indices in self.batches for i in indices)
+        sums = torch.zeros(3, depth, device=self.device)
         for index, prepared in enumerate(self.prepared):
             with self._autocast():
                 if settings.gradient == "paper":
@@ -166,7 +168,9 @@ class Trainer:
             halting = F.binary_cross_entropy_with_logits(halt, may_halt.float(), reduction="none")
             loss = (weights.to(self.device) * cross_entropy.sum(1)).sum() + halting.sum(1).mean()
             (loss / labels).backward()
-            sums += torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)]).cpu()
+            sums += torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)])
+        workers.add_gradients(self.parameters.values())
+        sums = workers.add(sums).cpu()
         losses, halting, right = sums / labels
         scale = learning_rate_scale(self.step, self.total_steps, self.warmup_steps)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
@@ -203,8 +207,9 @@ class Trainer:
         if self.mixed:
             tensors |= self.mixed.tensors()
         elif self.step % self.steps_per_group:
-            for index, (y, z) in enumerate(self.carry):
-                tensors |= {f"carry.{index}.y": y, f"carry.{index}.z": z}
+            for index, (indices, (y, z)) in enumerate(zip(self.batches, self.carry, strict=True)):
+                tensors[f"carry.{index}.y"] = workers.whole(y, len(indices))
+                tensors[f"carry.{index}.z"] = workers.whole(z, len(indices))
         checkpoint.write_tensors(aside / STATE_TENSORS, tensors)
         state = {
             "format_version": FORMAT_VERSION,
@@ -249,20 +254,23 @@ class Trainer:
             self._enter(group)
             device = self.device
             self.carry = [
-                (tensors[f"carry.{i}.y"].to(device), tensors[f"carry.{i}.z"].to(device))
+                (workers.share(tensors[f"carry.{i}.y"]).to(device), workers.share(tensors[f"carry.{i}.z"]).to(device))
                 for i in range(len(self.prepared))
             ]
 
     def _enter(self, group: int) -> None:
         """Prepare the batches of a group and start their states at zero."""
         self.group = group
-        self.prepared = [self._prepare(indices) for indices in self._batches(group)]
+        self.batches = self._batches(group)
+        self.prepared = [self._prepare(indices) for indices in self.batches]
         self.carry = [(torch.zeros_like(p.x), torch.zeros_like(p.x)) for p in self.prepared]
 
     def _prepare(self, indices: Sequence[int]) -> Prepared:
+        """This process's rows of a batch."""
         pad_id = self.chat.tokenizer.pad_token_id or 0
-        batch = collate([self.examples[i] for i in indices], pad_id).to(self.device)
-        states = self.states.padded(indices, batch.input_ids.shape[1]) if self.states else None
+        batch = collate([self.examples[i] for i in indices], pad_id).share().to(self.device)
+        own = workers.share(torch.tensor(indices)).tolist()
+        states = self.states.padded(own, batch.input_ids.shape[1]) if self.states else None
         with self._autocast():
             return prepare(self.model, batch, states)
 
@@ -293,7 +301,8 @@ class Trainer:
             return torch.zeros(len(example.ids) - start, self.model.config.hidden_size, device=self.device)
 
         rows = mixed.fill(example, fresh)
-        self.prepared = [self._prepare([row.index for row in rows])]
+        self.batches = [[row.index for row in rows]]
+        self.prepared = [self._prepare(self.batches[0])]
         self.carry = [mixed.carry(self.prepared[0].x.shape[1])]
 
     def _advance(self, mixed: MixedRows, halt: Tensor) -> None:
