@@ -5,7 +5,7 @@ N supervision steps.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,3 +111,12 @@ def step_weights(kind: StepWeights, num_steps: int) -> Tensor:
     steps = torch.arange(1, num_steps + 1)
     raw = {"uniform": torch.ones(num_steps), "linear": steps, "last": steps == num_steps}[kind].float()
     return raw / raw.sum()
+
+
+def reply_loss(model: Any, batch: Batch) -> Tensor:
+    """Mean cross-entropy of an ordinary causal language model over reply tokens; the head runs at those only."""
+    # Padding stands on the right, where no real token can see it: causal attention needs no mask.
+    hidden = model.model(input_ids=batch.input_ids, use_cache=False)
+    labelled = batch.labels != IGNORE_INDEX
+    logits = model.lm_head(hidden.last_hidden_state[labelled])
+    return F.cross_entropy(logits.float(), batch.labels[labelled])
