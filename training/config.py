@@ -25,9 +25,19 @@ class TrainSettings(Settings):
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
-        None, description="checkpoint to go on from, in its own run directory unless --output-dir is given"
+        None,
+        description="run directory (its newest whole checkpoint) or checkpoint to go on from, in its own run directory "
+        "unless --output-dir is given; settings come from there",
     )
     num_problems: int = Field(20_000, ge=1, description="how many synthetic problems to draw")
+    validation: str | None = Field(
+        None,
+        description="problems to measure the loss on, in the forms of --dataset; default the synthetic held-out split, "
+        "or rows taken out of the data",
+    )
+    validation_problems: int = Field(
+        256, ge=0, description="how many of them, at most a tenth of the rows of --dataset; 0: none, and no best"
+    )
     epochs: int = Field(1, ge=1, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
     batch_size: int = Field(4, ge=1, description="problems per batch")
@@ -52,6 +62,9 @@ class TrainSettings(Settings):
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    keep_last: int = Field(
+        3, ge=1, description="how many checkpoints to keep, beside the one of the lowest validation loss"
+    )
     seed: int = Field(0, ge=0, description="of weights, data order and synthetic problems")
     device: Device = Field("auto", description="where to train")
     autocast: Literal["auto", "on", "off"] = Field(

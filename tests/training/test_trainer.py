@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
 from training.data import encode_problems, load_problems
 from training.optim import EMA, learning_rate_scale, make_optimizers
 from training.run import train
-from training.trainer import STATE_JSON, STATE_TENSORS, Trainer
+from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
 from trm.errors import CheckpointError, ConfigError, DeviceError
@@ -138,6 +139,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(settings: Sett
 def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path, gradient: str, kv_source: str) -> None:
     # Checkpoints every two steps: with "paper" and three supervision steps they fall inside batches.
     changes = {"gradient": gradient, "kv_source": kv_source, "max_steps": 7, "save_steps": 2, "optimizer": "muon"}
+    changes["keep_last"] = 4
     straight = train(settings(**changes))
 
     for step in (2, 4):
@@ -175,7 +177,7 @@ def test_resuming_with_other_settings_or_data_is_refused(settings: Settings, jso
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format version is 99; this program reads 1"),
+        ({"format_version": 99}, "format version is 99; this program reads 2"),
         ({"step": "two"}, "step is missing or no int"),
         ({"backbone_fingerprint": "0" * 16}, "another backbone"),
         ({"settings": {"dataset": "synthetic:easy", "magic": 1}}, "settings that this program does not know"),
