@@ -17,20 +17,26 @@ T = TypeVar("T")
 
 def start(device: str) -> None:
     """Join the others, where the launcher says that there are any; gloo on CPUs, nccl with one GPU for each."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if count() > 1:
         from accelerate import PartialState  # heavy
 
         PartialState(cpu=device == "cpu")
 
 
+def leave() -> None:
+    """Take leave of the others, at the end."""
+    if count() > 1:
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """The number of this process; 0 alone writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def count() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def count_here() -> int:

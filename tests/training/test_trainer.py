@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from training.batches import collate
+from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
 from training.data import encode_problems, load_problems
 from training.optim import EMA, learning_rate_scale, make_optimizers
 from training.run import train
-from training.trainer import STATE_JSON, STATE_TENSORS, Trainer
+from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
 from trm.errors import CheckpointError, ConfigError, DeviceError
@@ -197,6 +198,7 @@ def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path,
     changes = {"gradient": gradient, "kv_source": kv_source, "max_steps": 7, "save_steps": 2, "optimizer": "muon"}
     if gradient == "full":
         changes["min_supervision"] = 1
+    changes["keep_last"] = 4
     straight = train(settings(**changes))
 
     for step in (2, 4):
@@ -234,7 +236,7 @@ def test_resuming_with_other_settings_or_data_is_refused(settings: Settings, jso
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format version is 99; this program reads 1"),
+        ({"format_version": 99}, "format version is 99; this program reads 2"),
         ({"step": "two"}, "step is missing or no int"),
         ({"backbone_fingerprint": "0" * 16}, "another backbone"),
         ({"settings": {"dataset": "synthetic:easy", "magic": 1}}, "settings that this program does not know"),
