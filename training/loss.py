@@ -39,7 +39,12 @@ class Prepared:
         """What the queries see, keys and values projected afresh, with gradient."""
         if model.config.kv_source == "state":
             return Attending(self.query_rope, self.mask, update=lambda entry, keys, values: (keys, values))
-        return Attending(self.query_rope, self.mask, model.decoder.context_keys_values(self.context, self.rope))
+        context = model.decoder.context_keys_values(self.context, self.rope)
+        if self.x.device.type == "cpu" and torch.is_autocast_enabled(
+            "cpu"
+        ):  # `attend` wants float32: once, not each call
+            context = [(keys.float(), values.float()) for keys, values in context]
+        return Attending(self.query_rope, self.mask, context)
 
 
 def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
@@ -90,11 +95,10 @@ def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> TokenL
     """Read the answer states y (B, Q, D) at the labelled positions. The halting head is a probe: it does not bend y."""
     answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
     logits = model.readout(answer).float()
-    return TokenLosses(
-        F.cross_entropy(logits, prepared.targets, reduction="none"),
-        logits.argmax(-1) == prepared.targets,
-        model.decoder.halt_logits(answer.detach()).float(),
-    )
+    halt = model.decoder.halt_logits(answer.detach()).float()
+    cross_entropy = F.cross_entropy(logits, prepared.targets, reduction="none")
+    right = logits.argmax(-1) == prepared.targets  # last: a recomputation ends before it
+    return TokenLosses(cross_entropy, right, halt)
 
 
 def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tensor:

@@ -75,13 +75,14 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
     trainer.validation = validation
+    if workers.rank() == 0:
+        checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)
     trainer.keep_states(settings.cache_dir or run_dir / "cache")
     if settings.resume is not None:
         trainer.load(settings.resume)
     if workers.rank() > 0:
         with stop_on_signals() as stop:
             return trainer.run(run_dir, stop)
-    checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)
     if settings.resume is not None:
         _warn_of_later(run_dir, trainer.step)
     summary = _summary(trainer, validation)

@@ -85,7 +85,8 @@ class Trainer:
         self.mixed = None if settings.mix_depths == "off" else MixedRows(settings.batch_size, settings.n_supervision)
 
         self._epoch, self._order = -1, [[0]]  # the epoch at hand and its batches
-        self.lengths = [len(example.ids) for example in examples]
+        # Of the recursion, by which batches are made: that is what most of the time goes into.
+        self.lengths = [num_labels(e) if settings.kv_source == "context" else len(e.ids) for e in examples]
         self.data_fingerprint = fingerprint(examples)
         self.backbone_fingerprint = checkpoint.fingerprint(model.backbone)
         batches = -(-len(examples) // settings.batch_size)
@@ -367,9 +368,7 @@ class Trainer:
             return list(chain.from_iterable(self._order))[within]
 
         def fresh(index: int) -> Tensor:
-            example = self.examples[index]
-            start = example.label_start if self.settings.kv_source == "context" else 0
-            return torch.zeros(len(example.ids) - start, self.model.config.hidden_size, device=self.device)
+            return torch.zeros(self.lengths[index], self.model.config.hidden_size, device=self.device)
 
         rows = mixed.fill(example, fresh)
         self.batches = [[row.index for row in rows]]
