@@ -9,7 +9,7 @@ Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
