@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.evaluate import evaluate_model
+from training.evaluation.run import evaluate_model
 from training.pretrain import pretrain
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
@@ -99,7 +99,9 @@ def evaluate_bundle(directory: Path) -> dict[str, Any]:
     """Reports of the model in `directory`, by the name of the data."""
     reports = {}
     for name, (dataset, limit) in EVALUATIONS.items():
-        settings = EvalSettings(model=str(directory), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128)
+        settings = EvalSettings(
+            model=str(directory), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128, baseline="backbone"
+        )
         reports[name] = evaluate_model(settings) | {"model": "bundled"}
     return reports
 
@@ -137,13 +139,12 @@ def _table(report: dict[str, Any]) -> str:
     """Accuracy per effort in Markdown, each compared with effort 0 on the same problems."""
     lines = [
         f"`{report['dataset']}`, {report['n']} problems:\n",
-        "| effort | accuracy | 95 % interval | gained, lost against effort 0 | p (exact McNemar) |",
+        "| effort | accuracy | 95 % interval | gained, lost against effort 0 | p (exact McNemar, Holm) |",
         "|---|---|---|---|---|",
     ]
     for row in report["efforts"]:
         low, high = row["interval"]
-        pair = row["against_backbone"]
-        compared = f"+{pair['wins']}, -{pair['losses']} | {pair['p']:.2g}" if row["effort"] else " | "
+        compared = f"+{row['wins']}, -{row['losses']} | {row['mcnemar_p']:.2g}" if row["effort"] else " | "
         lines.append(f"| {row['effort']} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} |")
     return "\n".join(lines)
 
