@@ -94,7 +94,7 @@ def test_report_with_baseline_control_and_votes(
         assert imread(tmp_path / "out" / f"{name}.png").std() > 0.05, name
     table = as_table(report).splitlines()
     assert [line.split("  ")[0] for line in table[3:9]] == [
-        "effort 0", "effort 1", "effort 2", "effort 3", "control: longer", "effort 3, 2 votes",
+        "effort 0 (baseline)", "effort 1", "effort 2", "effort 3", "control: longer", "effort 3, 2 votes",
     ]  # fmt: skip
 
 

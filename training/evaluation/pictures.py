@@ -40,7 +40,7 @@ def _accuracy(report: dict[str, Any]) -> Figure:
         _level(axes, baseline, GREY, "--", f"baseline: {baseline['name']}")
     for control, colour in zip(report.get("controls", []), cycle(CONTROL_COLOURS), strict=False):
         _level(axes, control, colour, ":", f"control: {control['name']}")
-    axes.axvline(report["trained_effort"], color=GREY, linewidth=0.8, label="trained effort; beyond it extrapolation")
+    _trained(axes, report)
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
     axes.set_xticks(efforts, [str(effort) for effort in efforts])
     axes.minorticks_off()
@@ -54,9 +54,8 @@ def _loss(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Figure:
     steps = [row["step"] for row in rows]
     _points(loss, steps, rows, "loss", color=BLUE, label="decoder; step 0 is the backbone")
     _points(right, steps, rows, "token_accuracy", "token_accuracy_interval", color=BLUE)
-    for axes in (loss, right):
-        axes.axvline(report["trained_effort"], color=GREY, linewidth=0.8)
-    loss.get_lines()[-1].set_label("trained effort; beyond it extrapolation")
+    _trained(loss, report)
+    _trained(right, report)
     loss.set(ylabel="loss (nats per token)", yscale="log")
     right.set(xlabel="supervision step", ylabel="tokens right")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -119,7 +118,8 @@ def _votes(report: dict[str, Any]) -> Figure:
 
 def _figure(title: str, report: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained", facecolor="white")
-    figure.suptitle(f"{title}\n{report['model']}, {report['dataset']}, {report['n']} problems", fontsize=10, wrap=True)
+    about = f"{report['model']}\n{report['dataset']}, {report['n']} problems; bars and bands are 95 % intervals"
+    figure.suptitle(f"{title}\n{about}", fontsize=9)
     return figure
 
 
@@ -143,6 +143,11 @@ def _level(axes: Axes, row: dict[str, Any], colour: str, line: str, label: str) 
     """An accuracy that has no x: a line across, with its interval as a band."""
     axes.axhline(row["accuracy"], color=colour, linestyle=line, label=label)
     axes.axhspan(*row["interval"], color=colour, alpha=0.1, linewidth=0)
+
+
+def _trained(axes: Axes, report: dict[str, Any]) -> None:
+    label = "trained effort; beyond it extrapolation"
+    axes.axvline(report["trained_effort"], color=GREY, linewidth=0.8, zorder=0, label=label)
 
 
 def _percent(axes: Axes) -> None:

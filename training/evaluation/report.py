@@ -102,7 +102,9 @@ def as_table(report: dict[str, Any]) -> str:
     trained, baseline, votes = report["trained_effort"], report["baseline"], report.get("votes")
     header = ["", "accuracy", "95 % interval", "won", "lost", "p", "tokens", "steps", "seconds"]
     rows = [_cells(f"effort {row['effort']}", row) for row in report["efforts"]]
-    if baseline and baseline["name"] != BACKBONE:
+    if baseline and baseline["name"] == BACKBONE:
+        rows[0] = _cells("effort 0 (baseline)", baseline)
+    elif baseline:
         rows.append(_cells(f"baseline: {baseline['name']}", baseline))
     rows += [_cells(f"control: {control['name']}", control) for control in report.get("controls", [])]
     if votes:
