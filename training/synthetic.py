@@ -136,7 +136,9 @@ class Draw:
         template = re.sub(r"\[([^|\]]*)\|([^\]]*)\]", lambda m: m[2 if self.past else 1], template)
         filled = template.format(**(self.words | {key: str(value) for key, value in words.items()}))
         filled = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", filled)
-        return filled if bank in text.CLAUSES else filled[0].upper() + filled[1:]
+        if bank in text.CLAUSES:
+            return filled
+        return re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda m: m[0].upper(), filled)
 
     def calculate(self, a: int, operator: str, b: int) -> int:
         """Do one step of the solution and write it down."""
