@@ -50,7 +50,8 @@ def test_train_resume_evaluate_serve(tmp_path: Path, start_server: Callable[...,
 
 def test_a_terminated_evaluation_keeps_its_answers(tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    command = [str(COMMANDS / "trm-eval"), "--dataset", "synthetic:easy", "--limit", "3000", "--report", str(tmp_path)]
+    arguments = ["--dataset", "synthetic:easy", "--limit", "1000", "--report", str(tmp_path), "--num-threads", "1"]
+    command = [str(COMMANDS / "trm-eval"), *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment()) as process:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (answers.exists() and answers.stat().st_size) and time.monotonic() < deadline:
@@ -60,7 +61,7 @@ def test_a_terminated_evaluation_keeps_its_answers(tmp_path: Path) -> None:
 
     kept = len(answers.read_text().splitlines())
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"interrupted after {kept} of 9000 answers; they are kept in {tmp_path}" in errors
+    assert f"interrupted after {kept} of 3000 answers; they are kept in {tmp_path}" in errors
     assert "Traceback" not in errors
 
 
