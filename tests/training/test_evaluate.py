@@ -68,7 +68,7 @@ def test_report_with_baseline_control_and_votes(
         assert 0 < row["tokens_per_answer"] <= 6
         assert row["seconds_per_answer"] > 0
     none, *_, trained = report["efforts"]
-    assert report["baseline"]["name"] == "backbone"
+    assert report["baseline"]["name"] == "frozen backbone"
     assert report["baseline"]["accuracy"] == none["accuracy"]
     assert (none["wins"], none["losses"], none["mcnemar_p"]) == (0, 0, 1.0)
     assert trained["wins"] - trained["losses"] == trained["correct"] - none["correct"]
@@ -161,6 +161,7 @@ def test_an_interrupted_evaluation_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr("training.evaluation.run.draw", lambda directory, report: [])  # takes seconds
     whole = evaluate_model(settings(report=tmp_path / "whole"))
     add = Answers.add
 
@@ -188,7 +189,7 @@ def test_an_interrupted_evaluation_goes_on(
     )
     assert cut == uncut  # nothing twice, nothing missing
 
-    monkeypatch.setattr(Answers, "add", add_ten)  # a finished one decodes nothing
+    monkeypatch.delattr("training.evaluation.run.answer_problems")  # a finished one decodes nothing
     assert evaluate_model(settings(report=tmp_path / "cut")) == resumed
 
 

@@ -14,7 +14,7 @@ from trm import checkpoint
 from trm.voting import VOTING_TEMPERATURE, majority
 
 CSV_FILE = "report.csv"
-BACKBONE = "backbone"  # the baseline that every model of ours brings along: itself at effort 0
+OWN_BACKBONE = "frozen backbone"  # the baseline that every model of ours brings along: itself at effort 0
 UNTESTED = {"wins": None, "losses": None, "mcnemar_p": None}
 SAME = {"wins": 0, "losses": 0, "mcnemar_p": 1.0}  # the baseline next to itself
 
@@ -33,7 +33,7 @@ def build_report(
     model = candidates[0]
     efforts = [run for run in model.runs if not run.samples]
     baselines = {candidate.runs[0]: candidate.name for candidate in candidates if candidate.role == "baseline"}
-    baselines = baselines or {run: BACKBONE for run in efforts if run.effort == 0}
+    baselines = baselines or {run: OWN_BACKBONE for run in efforts if run.effort == 0}
     report: dict[str, Any] = {"baseline": None}
     tests: dict[Run, dict[str, Any]] = {}
     for baseline, name in baselines.items():  # one, or none
@@ -102,7 +102,7 @@ def as_table(report: dict[str, Any]) -> str:
     trained, baseline, votes = report["trained_effort"], report["baseline"], report.get("votes")
     header = ["", "accuracy", "95 % interval", "won", "lost", "p", "tokens", "steps", "seconds"]
     rows = [_cells(f"effort {row['effort']}", row) for row in report["efforts"]]
-    if baseline and baseline["name"] == BACKBONE:
+    if baseline and baseline["name"] == OWN_BACKBONE:
         rows[0] = _cells("effort 0 (baseline)", baseline)
     elif baseline:
         rows.append(_cells(f"baseline: {baseline['name']}", baseline))
@@ -114,8 +114,7 @@ def as_table(report: dict[str, Any]) -> str:
     lines = ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in aligned]
     lines.insert(0, f"{report['dataset']}, seed {report['seed']}, {report['n']} problems, trained effort {trained}\n")
     if baseline:
-        name = baseline["name"]
-        lines.append(f"\nwon, lost: problems that only the effort, or only the baseline ({name}), got right")
+        lines.append("\nwon, lost: problems that only the effort, or only the baseline, got right")
     if "controls" in report:
         lines.append(f"won, lost of a control: problems that only effort {trained}, or only the control, got right")
     if baseline or "controls" in report:

@@ -16,7 +16,7 @@ from training.evaluation.answers import Answers
 from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
 from training.evaluation.decoding import answer_problems, keys
 from training.evaluation.pictures import draw
-from training.evaluation.report import BACKBONE, build_report, write_report
+from training.evaluation.report import build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
 from training.problem import Problem
 from trm import TRMConfig, bundled_model_path, checkpoint
@@ -25,6 +25,7 @@ from trm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+BACKBONE = "backbone"  # as a baseline: the model itself at effort 0
 CONTROL_DIR = "control"  # inside a model: the plain model that it ships to be compared with
 
 
