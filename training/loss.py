@@ -4,6 +4,7 @@ Legend: B rows, S positions, A answer positions of the longest row, D hidden, M 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,3 +87,12 @@ def step_loss(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> StepLoss:
         F.binary_cross_entropy_with_logits(halt, right.float(), reduction="sum"),
         right.sum(),
     )
+
+
+def reply_loss(model: Any, batch: Batch) -> Tensor:
+    """Mean cross-entropy of an ordinary causal language model over reply tokens; the head runs at those only."""
+    # Padding stands on the right, where no real token can see it: causal attention needs no mask.
+    hidden = model.model(input_ids=batch.input_ids, use_cache=False)
+    labelled = batch.labels != IGNORE_INDEX
+    logits = model.lm_head(hidden.last_hidden_state[labelled])
+    return F.cross_entropy(logits.float(), batch.labels[labelled])

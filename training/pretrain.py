@@ -15,17 +15,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from training.batches import IGNORE_INDEX, Batch, collate
+from training.batches import Batch, collate
 from training.config import PretrainSettings
 from training.data import load_problems
+from training.loss import reply_loss
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.problem import Problem
 from training.run import require_writable
-from training.synthetic import FAMILIES, MAX_NUMBER, make_problem, parse_families, problems
+from training.synthetic import MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
 from trm.answers import is_correct
 from trm.chat import ROLES, SYSTEM_PROMPT, ChatFormat, Example, solve_messages
@@ -49,7 +49,7 @@ POOL_STEPS = 8  # lengths are sorted within pools of this many steps
 NUM_EVALUATIONS = 12  # points on the curve in the record
 NUM_TEST_PROBLEMS = 300
 TOKENIZER_PROBLEMS = 20_000
-FAMILY_GROUPS = ("easy", "all")  # problems come from each in turn
+FAMILY_GROUPS = ("easy", "all", "mental")  # problems come from each in turn
 
 
 def make_backbone(settings: PretrainSettings, pad_id: int, end_id: int) -> Qwen2ForCausalLM:
@@ -114,15 +114,6 @@ class Curriculum:
             yield from (pool[i * size : (i + 1) * size] for i in order)
 
 
-def reply_loss(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over reply tokens; the head runs at labelled positions only."""
-    # Padding stands on the right, where no real token can see it: causal attention needs no mask.
-    hidden = model.model(input_ids=batch.input_ids, use_cache=False)
-    labelled = batch.labels != IGNORE_INDEX
-    logits = model.lm_head(hidden.last_hidden_state[labelled])
-    return F.cross_entropy(logits.float(), batch.labels[labelled])
-
-
 @torch.inference_mode()
 def greedy_accuracy(
     model: Any, chat: ChatFormat, tests: Sequence[Problem], batch_size: int = 128, max_tokens: int = 64
@@ -165,8 +156,10 @@ def pretrain(settings: PretrainSettings) -> None:
     chat = ChatFormat(tokenizer)
     model = make_backbone(settings, tokenizer.pad_token_id, chat.end_id).to(device)
     optimizers = make_optimizers(model.named_parameters(), "muon", settings.lr, WEIGHT_DECAY)
-    tests = list(problems(tuple(FAMILIES), "heldout", settings.seed + 1, NUM_TEST_PROBLEMS))
-    easy = list(problems(parse_families("easy"), "heldout", settings.seed + 2, NUM_TEST_PROBLEMS))
+    tests = {
+        group: list(problems(parse_families(group), "heldout", settings.seed + 1 + number, NUM_TEST_PROBLEMS))
+        for number, group in enumerate(FAMILY_GROUPS)
+    }
     record: list[dict[str, float]] = []
     started, tokens, running = time.monotonic(), 0, 0.0
 
@@ -195,9 +188,7 @@ def pretrain(settings: PretrainSettings) -> None:
                 "tokens": tokens,
                 "seconds": round(time.monotonic() - started),
                 "loss": round(running, 4),
-                "easy": greedy_accuracy(model, chat, easy),
-                "all": greedy_accuracy(model, chat, tests),
-            }
+            } | {group: greedy_accuracy(model, chat, rows) for group, rows in tests.items()}
             record.append(point)
             logger.info("%s", json.dumps(point))
             save(model, tokenizer, settings, record)

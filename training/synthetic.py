@@ -1,5 +1,8 @@
 r"""Word problems made from a seed: templated, one to four steps, with their solutions.
 
+Most solutions write each step down; those of the family `mental` are the answer alone, so that
+everything happens before the first digit is written.
+
 Two splits that never meet. `train` uses the sentences listed first in each bank and
 seven eighths of all number combinations; `heldout` uses the remaining eighth of the
 combinations, and every one of its problems holds at least one sentence that no
@@ -31,18 +34,21 @@ MAX_NUMBER = 100  # the largest operand of a sum in a question
 
 @dataclass
 class Draw:
-    """The dice and the notebook of one problem.
+    """The dice and the notebook of one problem of a family.
 
     Chooses words and numbers, and records the numbers chosen (`key`), the equations
-    done (`steps`) and whether a held-out sentence was used (`novel`).
+    done (`steps`), whether a held-out sentence was used (`novel`), and whether the
+    solution is the answer alone (`at_once`).
     """
 
     rng: random.Random
     split: Split
     max_number: int
+    family: str
     key: list[int] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
     novel: bool = False
+    at_once: bool = False
 
     def __post_init__(self) -> None:
         rng = self.rng
@@ -361,6 +367,12 @@ def ledger(draw: Draw) -> str:
     return " ".join([*told, draw.say(text.SHARE_PEOPLE, n=people), draw.say(text.ASK_SHARE, n=people)])
 
 
+def mental(draw: Draw) -> str:
+    """A problem of any other family, with the answer asked for at once: its steps are for the reader's head."""
+    draw.family, draw.at_once = draw.rng.choice(WRITTEN), True
+    return f"{FAMILIES[draw.family](draw)} {draw.say(text.AT_ONCE)}"
+
+
 Family = Callable[[Draw], str]
 EASY: dict[str, Family] = {
     "have": have,
@@ -377,7 +389,9 @@ FAMILIES: dict[str, Family] = EASY | {
     "rate": rate,
     "chain": chain,
     "ledger": ledger,
+    "mental": mental,
 }
+WRITTEN = tuple(name for name in FAMILIES if name != "mental")
 GROUPS_OF_FAMILIES = {"easy": tuple(EASY), "all": tuple(FAMILIES)}
 
 # --- problems ------------------------------------------------------------------------------------
@@ -407,11 +421,12 @@ def make_problem(families: Sequence[str], split: Split, seed: int, index: int, m
     rng = random.Random(f"{split}/{seed}/{index}/{max_number}")
     family = families[rng.randrange(len(families))]
     while True:
-        draw = Draw(rng, split, max_number)
+        draw = Draw(rng, split, max_number, family)
         question = FAMILIES[family](draw)
-        if _belongs(split, family, draw.key) and (draw.novel or split == "train"):
+        if _belongs(split, draw.family, draw.key) and (draw.novel or split == "train"):
             answer = draw.steps[-1].split("=")[1]
-            solution = "\n".join([*draw.steps, rf"\boxed{{{answer}}}"])
+            steps = () if draw.at_once else draw.steps
+            solution = "\n".join([*steps, rf"\boxed{{{answer}}}"])
             return Problem(question, solution, family)
 
 
