@@ -23,6 +23,9 @@ class TrainSettings(Settings):
         None, description="directory or hub id of a Qwen2 or Llama model; default the bundled one"
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
+    backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights; auto: bfloat16 on cuda, else float32"
+    )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
         None, description="checkpoint to go on from, in its own run directory unless --output-dir is given"

@@ -74,7 +74,8 @@ def read(model: str | Path, revision: str | None = None) -> Loaded:
     if (directory / BACKBONE_DIR).is_dir():
         backbone = read_backbone(directory / BACKBONE_DIR)
     elif config.backbone_source is not None:
-        backbone = read_backbone(config.backbone_source, config.backbone_revision)
+        rounded = config.backbone_config.dtype or torch.float32  # as in training
+        backbone = read_backbone(config.backbone_source, config.backbone_revision, rounded).float()
         if config.backbone_fingerprint not in (None, found := fingerprint(backbone)):
             raise CheckpointError(
                 f"{config.backbone_source}: the backbone's weights have fingerprint {found}, "
@@ -108,8 +109,10 @@ def read_config(directory: Path) -> TRMConfig:
         raise CheckpointError(f"{path}: not a usable configuration: {error}") from error
 
 
-def read_backbone(source: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A Qwen2- or Llama-family causal language model in float32 from a directory or hub id.
+def read_backbone(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A Qwen2- or Llama-family causal language model in `dtype` from a directory or hub id.
 
     A checkpoint of ours stands for the backbone that lies inside it.
     """
@@ -117,7 +120,7 @@ def read_backbone(source: str | Path, revision: str | None = None) -> PreTrained
     path = directory / CONFIG_FILE
     architecture = read_json(path).get("model_type")
     if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():
-        return read_backbone(directory / BACKBONE_DIR)
+        return read_backbone(directory / BACKBONE_DIR, dtype=dtype)
     if architecture not in BACKBONES:
         raise CheckpointError(
             f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
@@ -132,7 +135,7 @@ def read_backbone(source: str | Path, revision: str | None = None) -> PreTrained
         backbone, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
