@@ -320,7 +320,7 @@ def fingerprint(backbone: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
