@@ -56,7 +56,7 @@ def train(settings: TrainSettings) -> Path:
     backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
-    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **_model_settings(settings), **record)
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
     if settings.resume is not None:
         trainer.load(settings.resume)
@@ -125,7 +125,8 @@ def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=absolute)
 
 
-def _model_settings(settings: TrainSettings) -> dict[str, Any]:
+def model_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The fields of TRMConfig that a run's settings decide."""
     names = (
         "n_latent",
         "n_cycles",

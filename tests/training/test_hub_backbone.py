@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.conftest import shared_path
+from tests.conftest import randomize, shared_path
 from training.config import TrainSettings
 from training.run import train
-from training.trainer import STATE_JSON, STATE_TENSORS, Trainer
+from training.trainer import STATE_TENSORS, Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
@@ -277,17 +277,20 @@ def test_a_trained_head_is_a_copy_and_the_embedding_stays(repository: Repository
         assert (last / file).stat().st_size == pytest.approx(4 * trained * copies, rel=1e-3)
 
 
-def test_the_true_width_trains(repository: Repository, run: Any) -> None:
+def test_the_true_width_has_a_gradient_everywhere(repository: Repository) -> None:
     """One layer of hidden size 1536, 12 heads and 2 key/value heads of 128, vocabulary 151,936."""
     widths = ("hidden_size", "intermediate_size", "num_attention_heads")
     repository(**{name: CONFIG[name] for name in widths}, num_hidden_layers=1)
+    backbone = checkpoint.read_backbone(HUB_ID, None, torch.bfloat16)
+    model = randomize(TRMForCausalLM.from_backbone(backbone, n_latent=1, n_cycles=1, n_supervision=1))
 
-    last = train(run(max_steps=1, batch_size=1))
+    model(IDS, labels=IDS).loss.backward()
 
-    config = state(last)
-    assert (config["hidden_size"], config["backbone_config"]["dtype"]) == (1536, "bfloat16")
-    assert json.loads((last.parent / "run.json").read_text())["trained_parameters"] == 24_380_929
-    assert json.loads((last / STATE_JSON).read_text())["settings"]["backbone_dtype"] == "bfloat16"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == 24_380_929
+    assert model.config.head_dim == 128
+    without = {name for name, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0}
+    assert without == {"decoder.halt_head.weight", "decoder.halt_head.bias"}  # they have a loss of their own
 
 
 def test_the_documented_command(repository: Repository, hub_cache: Path, tmp_path: Path) -> None:
