@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import resource
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -80,16 +79,17 @@ def main() -> None:
         settings.model_copy(update={"gradient": g, "batch_size": b, "n_supervision": n, "epochs": 2})
         for g, b, n in product(("full", "paper"), BATCH_SIZES, DEPTHS)
     ]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        rows = list(pool.map(measure_run, cells))
+    rows = []
     print("gradient  batch  N_sup  (y, z) MB  step MB  process MB")  # noqa: T201 - the command's result
-    for row in rows:
-        megabytes = [row[name] / 1e6 for name in ("carry_bytes", "step_bytes", "peak_rss_bytes")]
-        print(  # noqa: T201
-            f"{row['gradient']:8} {row['batch_size']:6} {row['n_supervision']:6} "
-            f"{megabytes[0]:10.2f} {megabytes[1]:8.1f} {megabytes[2]:11.0f}"
-        )
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for row in pool.imap(measure_run, cells):
+            megabytes = [row[name] / 1e6 for name in ("carry_bytes", "step_bytes", "peak_rss_bytes")]
+            print(  # noqa: T201
+                f"{row['gradient']:8} {row['batch_size']:6} {row['n_supervision']:6} "
+                f"{megabytes[0]:10.2f} {megabytes[1]:8.1f} {megabytes[2]:11.0f}",
+                flush=True,
+            )
+            rows.append(row)
     print(json.dumps(rows))  # noqa: T201
 
 

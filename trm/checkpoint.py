@@ -116,22 +116,13 @@ def read_backbone(
 
     A checkpoint of ours stands for the backbone that lies inside it.
     """
-    directory = locate(source, revision)
-    path = directory / CONFIG_FILE
-    architecture = read_json(path).get("model_type")
-    if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():
-        return read_backbone(directory / BACKBONE_DIR, dtype=dtype)
-    if architecture not in BACKBONES:
-        raise CheckpointError(
-            f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
-        )
+    directory, config = _locate_backbone(source, revision)
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{directory}: no *.safetensors file; only safetensors weights are read")
     for shard in shards:
         _open(shard)
     try:
-        config = AutoConfig.from_pretrained(directory)
         backbone, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -146,6 +137,28 @@ def read_backbone(
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
     return backbone.eval()
+
+
+def read_backbone_config(source: str | Path, revision: str | None = None) -> Any:
+    """The configuration of what `read_backbone` reads, without its weights."""
+    return _locate_backbone(source, revision)[1]
+
+
+def _locate_backbone(source: str | Path, revision: str | None) -> tuple[Path, Any]:
+    """Directory and configuration of a backbone."""
+    directory = locate(source, revision)
+    path = directory / CONFIG_FILE
+    architecture = read_json(path).get("model_type")
+    if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():
+        return _locate_backbone(directory / BACKBONE_DIR, None)
+    if architecture not in BACKBONES:
+        raise CheckpointError(
+            f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
+        )
+    try:
+        return directory, AutoConfig.from_pretrained(directory)
+    except Exception as error:  # the library validates with many kinds of error
+        raise CheckpointError(f"{directory}: the backbone does not load: {error}") from error
 
 
 def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
