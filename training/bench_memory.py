@@ -33,7 +33,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
@@ -59,16 +59,22 @@ def measure_run(settings: TrainSettings) -> dict[str, Any]:
     backbone = checkpoint.read_backbone(source, settings.backbone_revision, dtype)
     problems = load_problems(settings.dataset or "synthetic", split="train", seed=0, num_problems=settings.batch_size)
     examples = encode_problems(problems[: settings.batch_size], chat, settings.max_length)
-    model = TRMForCausalLM.from_backbone(backbone, **model_settings(settings))
-    trainer = Trainer(settings, model, chat, examples, "cpu")
-    step_bytes = measure_passes(trainer)
+
+    def fresh() -> Trainer:
+        model = TRMForCausalLM.from_backbone(backbone, **model_settings(settings))
+        return Trainer(settings, model, chat, examples, "cpu")
+
+    trainer = fresh()
+    for _ in range(2 * trainer.steps_per_group):
+        trainer.train_step()
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before counting, which takes memory
     return {
         "gradient": settings.gradient,
         "batch_size": len(examples),
         "n_supervision": settings.n_supervision,
         "carry_bytes": 2 * trainer.prepared[0].x.numel() * 4,
-        "step_bytes": step_bytes,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "step_bytes": measure_passes(fresh()),
+        "peak_rss_bytes": peak_rss_bytes,
     }
 
 

@@ -27,11 +27,11 @@ def train(settings: TrainSettings) -> Path:
     settings = _with_absolute_paths(settings)
     if settings.resume is not None:
         settings = resumed_settings(settings, settings.resume)
-    if settings.dataset is None:
-        raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     device = use_device(settings.device, settings.num_threads)
     if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
         settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})
+    if settings.dataset is None:
+        raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     run_dir = settings.output_dir
     if settings.resume is None and ((run_dir / "run.json").exists() or any(run_dir.glob("checkpoint-*"))):
         raise ConfigError(
