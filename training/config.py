@@ -1,12 +1,14 @@
 """Settings of the training commands, with their defaults. One frozen class per command."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
+from training.loss import StepWeights
 from training.optim import OptimizerName
+from trm.errors import ConfigError
 from trm.settings import Settings
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -23,6 +25,9 @@ class TrainSettings(Settings):
         None, description="directory or hub id of a Qwen2 or Llama model; default the bundled one"
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
+    backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights; auto: bfloat16 on cuda, else float32"
+    )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
         None, description="checkpoint to go on from, in its own run directory unless --output-dir is given"
@@ -48,6 +53,15 @@ class TrainSettings(Settings):
     gradient: Literal["full", "paper"] = Field(
         "full", description="through the whole recursion, or the last cycle of each step"
     )
+    min_supervision: int | None = Field(
+        None, ge=1, description="draw each batch's supervision steps from here to N_sup; default always N_sup"
+    )
+    step_weights: StepWeights = Field(
+        "uniform", description="of the supervision steps' losses: equal, rising, last only"
+    )
+    halt_delta: float = Field(
+        0.05, ge=0, description="a token may halt where no deeper step lowers its loss by more (--gradient full)"
+    )
     train_lm_head: bool = Field(False, description="also train an untied copy of the head")
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
@@ -58,6 +72,23 @@ class TrainSettings(Settings):
         "auto", description="bfloat16 matrix products; auto: where the device has them"
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        minimum = self.min_supervision
+        if minimum is not None and minimum > self.n_supervision:
+            raise ConfigError(f"--min-supervision {minimum}: must be at most --n-supervision {self.n_supervision}")
+        if self.gradient == "paper":
+            if minimum not in (None, self.n_supervision):
+                raise ConfigError(
+                    f"--min-supervision {minimum}: --gradient paper runs every supervision step; use --gradient full"
+                )
+            if self.step_weights != "uniform":
+                raise ConfigError(
+                    f"--step-weights {self.step_weights}: with --gradient paper each supervision step has an optimiser "
+                    "step of its own; use --gradient full"
+                )
+        return self
 
 
 class EvalSettings(Settings):

@@ -1,10 +1,11 @@
 """What one batch costs: the recursion over answer positions, and its loss per supervision step.
 
-Legend: B rows, S positions, A answer positions of the longest row, D hidden, M labels in the batch.
+Legend: B rows, S positions, A answer positions of the longest row, D hidden, M labels in the batch,
+N supervision steps.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from training.batches import IGNORE_INDEX, Batch
 from trm.layers import Attending, Rope, causal_mask
 from trm.model import TRMForCausalLM
+
+StepWeights = Literal["uniform", "linear", "last"]
 
 
 @dataclass(frozen=True)
@@ -63,29 +66,22 @@ def prepare(model: TRMForCausalLM, batch: Batch) -> Prepared:
     return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """Sums over a batch's labels after one supervision step; `right` counts the labels that the argmax hits."""
+class TokenLosses(NamedTuple):
+    """Each label after one supervision step, (M,): its cross-entropy, whether the argmax hits it, the halting score."""
 
     cross_entropy: Tensor
-    halting: Tensor
     right: Tensor
+    halt: Tensor
 
 
-def step_loss(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> StepLoss:
-    """What one supervision step costs.
-
-    The halting head learns "this step's argmax is right" by binary cross-entropy. It is a probe:
-    it reads y and does not bend it.
-    """
+def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> TokenLosses:
+    """Read the answer states y (B, Q, D) at the labelled positions. The halting head is a probe: it does not bend y."""
     answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
     logits = model.readout(answer).float()
-    right = logits.argmax(-1) == prepared.targets
-    halt = model.decoder.halt_logits(answer.detach()).float()
-    return StepLoss(
-        F.cross_entropy(logits, prepared.targets, reduction="sum"),
-        F.binary_cross_entropy_with_logits(halt, right.float(), reduction="sum"),
-        right.sum(),
+    return TokenLosses(
+        F.cross_entropy(logits, prepared.targets, reduction="none"),
+        logits.argmax(-1) == prepared.targets,
+        model.decoder.halt_logits(answer.detach()).float(),
     )
 
 
@@ -96,3 +92,19 @@ def reply_loss(model: Any, batch: Batch) -> Tensor:
     labelled = batch.labels != IGNORE_INDEX
     logits = model.lm_head(hidden.last_hidden_state[labelled])
     return F.cross_entropy(logits.float(), batch.labels[labelled])
+
+
+def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tensor:
+    """Where a token may halt, (N, M), from all N steps of a batch, both (N, M).
+
+    It may where this step's argmax is right, or where no deeper step lowers its cross-entropy by more than `delta`.
+    """
+    best_from_here = cross_entropy.flip(0).cummin(0).values.flip(0)
+    return right | (best_from_here >= cross_entropy - delta)
+
+
+def step_weights(kind: StepWeights, num_steps: int) -> Tensor:
+    """Weights (N,) of the supervision steps' losses; their sum is 1."""
+    steps = torch.arange(1, num_steps + 1)
+    raw = {"uniform": torch.ones(num_steps), "linear": steps, "last": steps == num_steps}[kind].float()
+    return raw / raw.sum()

@@ -27,9 +27,11 @@ def train(settings: TrainSettings) -> Path:
     settings = _with_absolute_paths(settings)
     if settings.resume is not None:
         settings = resumed_settings(settings, settings.resume)
+    device = use_device(settings.device, settings.num_threads)
+    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
+        settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})
     if settings.dataset is None:
         raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
-    device = use_device(settings.device, settings.num_threads)
     run_dir = settings.output_dir
     if settings.resume is None and ((run_dir / "run.json").exists() or any(run_dir.glob("checkpoint-*"))):
         raise ConfigError(
@@ -38,8 +40,10 @@ def train(settings: TrainSettings) -> Path:
     require_writable(run_dir)
 
     source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
-    if settings.resume is not None and (settings.resume / checkpoint.BACKBONE_DIR).is_dir():
-        source, revision = str(settings.resume), None  # the copy that the run has used all along
+    if settings.resume is not None:  # what the run has used all along: a copy, or one commit of the hub
+        copied = (settings.resume / checkpoint.BACKBONE_DIR).is_dir()
+        revision = None if copied else checkpoint.read_config(settings.resume).backbone_revision
+        source = str(settings.resume) if copied else source
     chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
     problems = load_problems(
         settings.dataset,
@@ -49,10 +53,10 @@ def train(settings: TrainSettings) -> Path:
         keep_annotations=settings.keep_annotations,
     )
     examples = encode_problems(problems, chat, settings.max_length)
-    backbone = checkpoint.read_backbone(source, revision)
+    backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
-    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **_model_settings(settings), **record)
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
     if settings.resume is not None:
         trainer.load(settings.resume)
@@ -121,7 +125,8 @@ def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=absolute)
 
 
-def _model_settings(settings: TrainSettings) -> dict[str, Any]:
+def model_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The fields of TRMConfig that a run's settings decide."""
     names = (
         "n_latent",
         "n_cycles",

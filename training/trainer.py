@@ -8,6 +8,7 @@ stopped, to the bit on one CPU with the same number of threads.
 import hashlib
 import json
 import logging
+import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
 from training.batches import Batch, collate, epoch_order
 from training.config import TrainSettings
-from training.loss import Prepared, prepare, step_loss
+from training.loss import Prepared, TokenLosses, halting_targets, prepare, step_weights, token_losses
 from training.optim import (
     EMA,
     learning_rate_scale,
@@ -115,19 +117,24 @@ class Trainer:
         group, supervision_step = divmod(self.step, self.steps_per_group)
         if group != self.group:
             self._enter(group)
+        depth = self._depth()
+        weights = step_weights(settings.step_weights, depth)
         labels = sum(len(p.targets) for p in self.prepared)
-        sums = torch.zeros(3, 1 if settings.gradient == "paper" else settings.n_supervision)
+        sums = torch.zeros(3, depth)
         for index, prepared in enumerate(self.prepared):
             with self._autocast():
                 if settings.gradient == "paper":
-                    answers = [self._paper_step(index, prepared)]
+                    steps = [self._paper_step(index, prepared)]
                 else:
-                    answers = list(self._full_steps(prepared))
-                steps = [step_loss(self.model, y, prepared) for y in answers]
-                loss = torch.stack([step.cross_entropy + step.halting for step in steps]).sum() / (labels * len(steps))
-            loss.backward()
-            parts = [[s.cross_entropy for s in steps], [s.halting for s in steps], [s.right for s in steps]]
-            sums += torch.stack([torch.stack(part).detach().float() for part in parts]).cpu()
+                    steps = list(self._full_steps(prepared, depth))
+            cross_entropy, right, halt = (torch.stack(part) for part in zip(*steps, strict=True))  # each (N, M)
+            may_halt = right
+            if settings.gradient == "full":
+                may_halt = halting_targets(cross_entropy.detach(), right, settings.halt_delta)
+            halting = F.binary_cross_entropy_with_logits(halt, may_halt.float(), reduction="none")
+            loss = (weights.to(self.device) * cross_entropy.sum(1)).sum() + halting.sum(1).mean()
+            (loss / labels).backward()
+            sums += torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)]).cpu()
         losses, halting, right = sums / labels
         scale = learning_rate_scale(self.step, self.total_steps, self.warmup_steps)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
@@ -143,7 +150,7 @@ class Trainer:
         self.step += 1
         self.ema.update(self.step)
         return {
-            "loss": float(losses.mean()),
+            "loss": float((weights * losses).sum()),
             "supervision_step": supervision_step + 1 if settings.gradient == "paper" else None,
             "losses": [round(v, 5) for v in losses.tolist()],
             "halting_losses": [round(v, 5) for v in halting.tolist()],
@@ -227,20 +234,35 @@ class Trainer:
             batch = collate([self.examples[i] for i in indices], self.chat.tokenizer.pad_token_id or 0)
             yield Batch(*(t.to(self.device) for t in (batch.input_ids, batch.attention_mask, batch.labels)))
 
-    def _paper_step(self, index: int, prepared: Prepared) -> Tensor:
+    def _depth(self) -> int:
+        """How many supervision steps the optimiser step at hand runs: a function of seed and step number."""
+        if self.settings.gradient == "paper":
+            return 1
+        deepest = self.settings.n_supervision
+        rng = random.Random(f"{self.settings.seed}/depth/{self.step}")
+        return rng.randint(self.settings.min_supervision or deepest, deepest)
+
+    def _paper_step(self, index: int, prepared: Prepared) -> TokenLosses:
         """One supervision step from the carried states; gradient through the last cycle only."""
-        y: Tensor
         y, z = self.model.decoder.step(prepared.x, *self.carry[index], prepared.attending(self.model), grad_cycles=1)
         self.carry[index] = (y.detach(), z.detach())
-        return y
+        return token_losses(self.model, y, prepared)
 
-    def _full_steps(self, prepared: Prepared) -> Iterator[Tensor]:
-        """Every supervision step with gradient through all of them; activations are recomputed in the backward pass."""
-        y = z = torch.zeros_like(prepared.x)
+    def _full_steps(self, prepared: Prepared, depth: int) -> Iterator[TokenLosses]:
+        """`depth` supervision steps with gradient through all of them.
+
+        Activations and logits are recomputed in the backward pass: only the states and the losses of a step are kept.
+        """
         attending = prepared.attending(self.model)
-        for _ in range(self.settings.n_supervision):
-            y, z = recompute_in_backward(self.model.decoder.step, prepared.x, y, z, attending, use_reentrant=False)
-            yield y
+
+        def step(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
+            y, z = self.model.decoder.step(prepared.x, y, z, attending)
+            return y, z, token_losses(self.model, y, prepared)
+
+        y = z = torch.zeros_like(prepared.x)
+        for _ in range(depth):
+            y, z, losses = recompute_in_backward(step, y, z, use_reentrant=False)
+            yield losses
 
     def _autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where that is fast."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,11 +134,66 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(settings: Sett
     assert small == pytest.approx(large, rel=1e-4)
 
 
+def test_the_depth_of_a_batch_is_drawn_between_its_bounds(settings: Settings) -> None:
+    trainer = make_trainer(settings(min_supervision=2, n_supervision=4, max_steps=6))
+
+    depths = [len(trainer.train_step()["losses"]) for _ in range(6)]
+
+    assert set(depths) == {2, 3, 4}
+
+
+def test_step_weights_scale_the_losses_of_the_steps(settings: Settings) -> None:
+    reports = {}
+    for kind in ("uniform", "linear", "last"):
+        trainer = make_trainer(settings(step_weights=kind))
+        for _ in range(2):  # at the first the steps are equal
+            reports[kind] = trainer.train_step()
+
+    for kind, weights in {"uniform": (1 / 3, 1 / 3, 1 / 3), "linear": (1 / 6, 2 / 6, 3 / 6), "last": (0, 0, 1)}.items():
+        losses = reports[kind]["losses"]
+        assert reports[kind]["loss"] == pytest.approx(
+            sum(w * v for w, v in zip(weights, losses, strict=True)), abs=1e-4
+        )
+    assert len({report["grad_norm"] for report in reports.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_supervision": 4}, "--min-supervision 4: must be at most --n-supervision 3"),
+        ({"min_supervision": 2, "gradient": "paper"}, "--min-supervision 2: --gradient paper runs every"),
+        ({"step_weights": "last", "gradient": "paper"}, "--step-weights last: with --gradient paper"),
+    ],
+    ids=str,
+)
+def test_objectives_that_do_not_fit_together_are_refused(
+    settings: Settings, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+
+
+def test_no_logits_are_kept_for_the_backward_pass(settings: Settings) -> None:
+    # With a vocabulary of 151,936 they are by far the largest tensors.
+    trainer = make_trainer(settings())
+    trainer._enter(0)
+    kept: list[torch.Tensor] = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        steps = list(trainer._full_steps(trainer.prepared[0], 3))
+
+    assert steps[0].cross_entropy.requires_grad
+    assert kept
+    assert not [t.shape for t in kept if t.ndim and t.shape[-1] == trainer.model.config.vocab_size]
+
+
 @pytest.mark.parametrize("kv_source", ["context", "state"])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path, gradient: str, kv_source: str) -> None:
     # Checkpoints every two steps: with "paper" and three supervision steps they fall inside batches.
     changes = {"gradient": gradient, "kv_source": kv_source, "max_steps": 7, "save_steps": 2, "optimizer": "muon"}
+    if gradient == "full":
+        changes["min_supervision"] = 1
     straight = train(settings(**changes))
 
     for step in (2, 4):
