@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training import workers
 from trm.chat import Example
 
 IGNORE_INDEX = -100  # a position that carries no label
@@ -23,16 +24,34 @@ class Batch:
     """B examples padded on the right to S positions.
 
     `input_ids`, `attention_mask` (B, S); `labels` (B, S): the id that *follows* each
-    position where that is part of a reply, else IGNORE_INDEX.
+    position where that is part of a reply, else IGNORE_INDEX. `num_queries` is the number of labels
+    of the row that has most.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    num_queries: int
 
     @property
     def num_labels(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        ids, mask, labels = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
+        return Batch(ids, mask, labels, self.num_queries)
+
+    def share(self) -> "Batch":
+        """The rows of this process, as wide as all of them; with fewer rows than processes maybe one without labels."""
+        ids, mask, labels = (workers.share(t) for t in (self.input_ids, self.attention_mask, self.labels))
+        if workers.rank() >= len(self.input_ids):
+            labels = torch.full_like(labels, IGNORE_INDEX)
+        return Batch(ids, mask, labels, self.num_queries)
+
+
+def num_labels(example: Example) -> int:
+    """How many of its tokens are to be predicted."""
+    return len(example.ids) - example.label_start
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -46,7 +65,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
         labels[row, example.label_start - 1 : len(ids) - 1] = ids[example.label_start :]
-    return Batch(input_ids, attention_mask, labels)
+    return Batch(input_ids, attention_mask, labels, max(map(num_labels, examples)))
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

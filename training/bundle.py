@@ -173,8 +173,9 @@ def _table(report: dict[str, Any]) -> str:
         "| | accuracy | 95 % interval | gained, lost | p |",
         "|---|---|---|---|---|",
     ]
+    names: dict[str, str] = {**NAMES}
     rows = [(f"effort {row['effort']}", row) for row in report["efforts"]]
-    rows += [(NAMES[row["name"]], row) for row in report["controls"]]
+    rows += [(names[row["name"]], row) for row in report["controls"]]
     for label, row in rows:
         low, high = row["interval"]
         compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"

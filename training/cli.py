@@ -24,10 +24,14 @@ def pretrain() -> None:
 
 def _train() -> None:
     settings = TrainSettings.from_command_line()
-    configure_logging()
+    from training import workers
     from training.run import train as run
 
-    print(run(settings))  # noqa: T201 - the command's result
+    configure_logging("INFO" if workers.rank() == 0 else "WARNING")
+    last = run(settings)
+    if workers.rank() == 0:
+        print(last)  # noqa: T201 - the command's result
+    workers.leave()
 
 
 def _evaluate() -> None:

@@ -1,5 +1,6 @@
 """Settings of the training commands, with their defaults. One frozen class per command."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -7,7 +8,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
 from training.loss import StepWeights
+from training.mixing import MixDepths
 from training.optim import OptimizerName
+from training.states import CacheStates
 from trm.errors import ConfigError
 from trm.settings import Settings
 
@@ -16,9 +19,53 @@ DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY,…] or a JSON-lines file
 
 
 class TrainSettings(Settings):
-    """Train a recursive decoder on a frozen backbone and write servable checkpoints."""
+    """Train a recursive decoder on a frozen backbone and write servable checkpoints.
+
+    trm-train --dataset my.jsonl --output-dir runs/mine    lines of {"question": …, "answer": "… #### 72"}
+    trm-train --resume runs/mine                           goes on, after Ctrl-C, a crash or a reboot
+    trm-serve --model runs/mine/checkpoint-1000            serves the result
+    """
 
     command: ClassVar[str] = "trm-train"
+    groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "data": (
+            "dataset",
+            "num_problems",
+            "max_length",
+            "keep_annotations",
+            "normalize_text",
+            "validation",
+            "validation_problems",
+        ),
+        "the run and its directory": ("output_dir", "resume", "save_steps", "keep_last"),
+        "how long, how fast": (
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "optimizer",
+            "lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
+        ),
+        "the model (fixed for the life of a decoder)": (
+            "backbone",
+            "backbone_revision",
+            "n_latent",
+            "n_cycles",
+            "n_supervision",
+            "n_layers",
+            "expansion",
+            "max_supervision",
+            "kv_source",
+            "gradient",
+            "train_lm_head",
+        ),
+        "the objective": ("min_supervision", "step_weights", "halt_delta", "mix_depths"),
+        "the machine": ("cache_states", "cache_dir", "device", "autocast", "num_threads"),
+    }
 
     dataset: str | None = Field(None, description=DATASET_HELP)
     backbone: str | None = Field(
@@ -30,14 +77,26 @@ class TrainSettings(Settings):
     )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
-        None, description="checkpoint to go on from, in its own run directory unless --output-dir is given"
+        None,
+        description="run directory (its newest whole checkpoint) or checkpoint to go on from, in its own run directory "
+        "unless --output-dir is given; settings come from there",
     )
     num_problems: int = Field(20_000, ge=1, description="how many synthetic problems to draw")
+    validation: str | None = Field(
+        None,
+        description="problems to measure the loss on, in the forms of --dataset; default the synthetic held-out split, "
+        "or rows taken out of the data",
+    )
+    validation_problems: int = Field(
+        256,
+        ge=0,
+        description="how many of them; of rows taken out of the data at most a tenth; 0: none, and no best checkpoint",
+    )
     epochs: int = Field(1, ge=1, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
     batch_size: int = Field(4, ge=1, description="problems per batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
-    max_length: int = Field(1024, ge=2, description="longer problems, in tokens, are dropped")
+    max_length: int = Field(1024, ge=2, description="longer problems, in tokens with their solutions, are dropped")
     optimizer: OptimizerName = Field("adamw", description="adamw, or muon for the block's matrices")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay on matrices")
@@ -45,13 +104,18 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     n_latent: int = Field(6, ge=1, description="latent updates per cycle (the paper's n)")
     n_cycles: int = Field(3, ge=1, description="cycles per supervision step (T)")
-    n_supervision: int = Field(16, ge=1, description="supervision steps (N_sup)")
-    n_layers: int = Field(1, ge=1, description="layers of the shared block (L)")
-    expansion: float = Field(4.0, gt=0, description="feed-forward expansion")
-    max_supervision: int | None = Field(None, ge=1, description="deepest effort to allow when serving")
-    kv_source: Literal["context", "state"] = Field("context", description="where keys and values come from")
+    n_supervision: int = Field(16, ge=1, description="supervision steps: the trained depth (N_sup)")
+    n_layers: int = Field(1, ge=1, description="layers of the block that is applied over and over (L)")
+    expansion: float = Field(4.0, gt=0, description="width of its feed-forward part, in hidden sizes times 2/3")
+    max_supervision: int | None = Field(
+        None, ge=1, description="deepest effort to allow when serving; default 4 N_sup, at least 16"
+    )
+    kv_source: Literal["context", "state"] = Field(
+        "context", description="keys and values from the backbone's states, or from the recursion's own as in the paper"
+    )
     gradient: Literal["full", "paper"] = Field(
-        "full", description="through the whole recursion, or the last cycle of each step"
+        "full",
+        description="through the whole recursion, or (paper) the last cycle of each supervision step",
     )
     min_supervision: int | None = Field(
         None, ge=1, description="draw each batch's supervision steps from here to N_sup; default always N_sup"
@@ -62,10 +126,22 @@ class TrainSettings(Settings):
     halt_delta: float = Field(
         0.05, ge=0, description="a token may halt where no deeper step lowers its loss by more (--gradient full)"
     )
-    train_lm_head: bool = Field(False, description="also train an untied copy of the head")
+    mix_depths: MixDepths = Field(
+        "off",
+        description="rows at depths of their own (--gradient paper): one is replaced after N_sup steps, "
+        "or as soon as its halting head is sure of all its tokens",
+    )
+    train_lm_head: bool = Field(False, description="also train an untied copy of the output head")
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
+    cache_states: CacheStates = Field(
+        "auto", description="where backbone states are kept between epochs; auto: the best place with room"
+    )
+    cache_dir: Path | None = Field(None, description="for --cache-states disk; default cache in the run directory")
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    keep_last: int = Field(
+        3, ge=1, description="how many checkpoints to keep, beside the one of the lowest validation loss"
+    )
     seed: int = Field(0, ge=0, description="of weights, data order and synthetic problems")
     device: Device = Field("auto", description="where to train")
     autocast: Literal["auto", "on", "off"] = Field(
@@ -87,6 +163,13 @@ class TrainSettings(Settings):
                 raise ConfigError(
                     f"--step-weights {self.step_weights}: with --gradient paper each supervision step has an optimiser "
                     "step of its own; use --gradient full"
+                )
+        if self.mix_depths != "off":
+            if self.gradient != "paper":
+                raise ConfigError(f"--mix-depths {self.mix_depths}: only detached steps can mix; use --gradient paper")
+            if self.gradient_accumulation > 1:
+                raise ConfigError(
+                    f"--mix-depths {self.mix_depths}: takes no --gradient-accumulation; use a larger --batch-size"
                 )
         return self
 

@@ -8,6 +8,7 @@ line, counted and left out; a source with no good row raises ConfigError.
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,24 @@ MAX_REPORTED_ROWS = 10  # bad rows named one by one; the rest are only counted
 
 
 def load_problems(
-    dataset: str, *, split: Split, seed: int, num_problems: int = 20_000, keep_annotations: bool = False
+    dataset: str,
+    *,
+    split: Split,
+    seed: int,
+    num_problems: int = 20_000,
+    keep_annotations: bool = False,
+    flag: str = "--dataset",
 ) -> list[Problem]:
     """Problems of `gsm8k`, `numina`, `math`, `synthetic[:FAMILY,…]` or a JSON-lines file.
 
     `num_problems` and `seed` say how many synthetic problems to draw and which; `keep_annotations`
-    leaves GSM8K's `<<48/2=24>>` in the solutions. Raises ConfigError for an unknown name, a missing
-    file, or a source without one good row.
+    leaves GSM8K's `<<48/2=24>>` in the solutions; errors name `flag`. Raises ConfigError for an unknown
+    name, a missing file, or a source without one good row.
     """
     name, _, families = dataset.partition(":")
     if name == "synthetic":
         return list(problems(parse_families(families), split, seed, num_problems))
-    rows = _hub_rows(name, split) if dataset in HUB_DATASETS else _file_rows(Path(dataset))
+    rows = _hub_rows(name, split, flag) if dataset in HUB_DATASETS else _file_rows(Path(dataset), flag)
     good: list[Problem] = []
     bad = 0
     for source, row in rows:
@@ -52,7 +59,7 @@ def load_problems(
     if bad:
         logger.warning("%s: %d of %d rows left out", dataset, bad, bad + len(good))
     if not good:
-        raise ConfigError(f"--dataset {dataset}: no usable row; expected question and answer, or problem and solution")
+        raise ConfigError(f"{flag} {dataset}: no usable row; expected question and answer, or problem and solution")
     return good
 
 
@@ -61,7 +68,7 @@ def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) 
 
     Raises ConfigError where nothing is left.
     """
-    encoded = [chat.encode_example(p.question, p.solution) for p in rows]
+    encoded = [replace(chat.encode_example(p.question, p.solution), source=p.source) for p in rows]
     kept = [example for example in encoded if len(example.ids) <= max_length]
     if len(kept) < len(encoded):
         logger.warning(
@@ -76,27 +83,27 @@ def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) 
     return kept
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         known = ", ".join((*HUB_DATASETS, "synthetic"))
-        raise ConfigError(f"--dataset {path}: no such file, and not one of {known}")
+        raise ConfigError(f"{flag} {path}: no such file, and not one of {known}")
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}:{number}", line
     except OSError as error:
-        raise ConfigError(f"--dataset {path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{flag} {path}: cannot be read: {error.strerror}") from error
 
 
-def _hub_rows(name: str, split: Split) -> Iterable[tuple[str, Any]]:
+def _hub_rows(name: str, split: Split, flag: str) -> Iterable[tuple[str, Any]]:
     from datasets import load_dataset  # heavy, and needed for hub datasets only
 
     repository, configuration, splits = HUB_DATASETS[name]
     try:
         table = load_dataset(repository, configuration, split=splits[split])
     except Exception as error:  # the library raises many kinds: network, missing files, its own
-        raise ConfigError(f"--dataset {name}: cannot load {repository}: {error}") from error
+        raise ConfigError(f"{flag} {name}: cannot load {repository}: {error}") from error
     return ((f"{repository}:{number}", row) for number, row in enumerate(table, start=1))
 
 

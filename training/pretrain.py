@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from training.batches import Batch, collate
+from training.batches import collate
 from training.config import PretrainSettings
 from training.data import load_problems
 from training.loss import reply_loss
@@ -169,7 +169,7 @@ def pretrain(settings: PretrainSettings) -> None:
     )
     for step, examples in enumerate(progress, start=1):
         batch = collate(examples, tokenizer.pad_token_id)
-        batch = Batch(*(t.to(device) for t in (batch.input_ids, batch.attention_mask, batch.labels)))
+        batch = batch.to(device)
         set_learning_rate(optimizers, learning_rate_scale(step - 1, settings.max_steps, WARMUP_STEPS))
         with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss = reply_loss(model, batch)

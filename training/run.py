@@ -1,6 +1,8 @@
 """Build a training run from its settings and carry it through: data, backbone, model, trainer."""
 
 import logging
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,13 @@ import transformers
 from pydantic import ValidationError
 
 import trm
+from training import checkpoints, workers
+from training.checkpoints import FREE_ON_RESUME, RUN_JSON, STATE_JSON
 from training.config import TrainSettings
 from training.data import encode_problems, load_problems
-from training.trainer import STATE_JSON, Trainer, read_state
+from training.stopping import stop_on_signals
+from training.trainer import Trainer, fingerprint
+from training.validation import split_problems
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat
 from trm.device import use_device
@@ -19,67 +25,90 @@ from trm.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-FREE_ON_RESUME = {"output_dir", "max_steps", "epochs", "save_steps", "lr", "max_grad_norm", "device", "num_threads"}
+MOVABLE = ("dataset", "validation", "backbone")  # settings that may name a file or directory
 
 
 def train(settings: TrainSettings) -> Path:
-    """Train, or go on training, to the end; returns the last checkpoint."""
+    """Train, or go on training, to the end or to SIGTERM or Ctrl-C; returns the last checkpoint."""
     settings = _with_absolute_paths(settings)
+    given = settings.model_fields_set
     if settings.resume is not None:
-        settings = resumed_settings(settings, settings.resume)
-    device = use_device(settings.device, settings.num_threads)
-    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
-        settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})
+        settings = resumed_settings(settings, checkpoints.find(settings.resume))
     if settings.dataset is None:
         raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     run_dir = settings.output_dir
-    if settings.resume is None and ((run_dir / "run.json").exists() or any(run_dir.glob("checkpoint-*"))):
-        raise ConfigError(
-            f"--output-dir {run_dir}: holds a run already; --resume one of its checkpoints, or choose another"
-        )
+    if settings.resume is None and checkpoints.checkpoints(run_dir):
+        raise ConfigError(f"--output-dir {run_dir}: holds a run already; --resume {run_dir}, or choose another")
+    device = use_device(settings.device, settings.num_threads)
+    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
+        settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})
+    workers.start(device)
+    if workers.rank() > 0:
+        return _train(settings, given, device)
     require_writable(run_dir)
+    with checkpoints.claim(run_dir):
+        checkpoints.clear_leftovers(run_dir)
+        return _train(settings, given, device)
 
+
+def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path:
+    """The run itself, in a directory that is ours; `given` names the settings that this start was given."""
+    run_dir = settings.output_dir
     source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
     if settings.resume is not None:  # what the run has used all along: a copy, or one commit of the hub
         copied = (settings.resume / checkpoint.BACKBONE_DIR).is_dir()
-        revision = None if copied else checkpoint.read_config(settings.resume).backbone_revision
-        source = str(settings.resume) if copied else source
+        if copied and "backbone" not in given:
+            source, revision = str(settings.resume), None
+        elif not copied:
+            revision = checkpoint.read_config(settings.resume).backbone_revision
+        _require_files(settings, [name for name in MOVABLE if name != "backbone" or not copied])
+    trainer = build_trainer(settings, source, revision, device)
+    trainer.keep_states(settings.cache_dir or run_dir / "cache")
+    if settings.resume is not None:
+        trainer.load(settings.resume)
+    if workers.rank() > 0:
+        with stop_on_signals() as stop:
+            return trainer.run(run_dir, stop)
+    checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)
+    if settings.resume is not None:
+        _warn_of_later(run_dir, trainer.step)
+    summary = _summary(trainer)
+    logger.info("%s", ", ".join(f"{name} {value}" for name, value in summary.items() if name != "settings"))
+    logger.info("on %s, bfloat16 products %s", device, "on" if trainer.autocast else "off")
+    before = checkpoint.read_json(run_dir / RUN_JSON) if settings.resume and (run_dir / RUN_JSON).exists() else {}
+    checkpoint.write_json(run_dir / RUN_JSON, before | summary)
+    try:
+        with stop_on_signals() as stop:
+            last = trainer.run(run_dir, stop)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or run_dir}: cannot be written: {error.strerror}; checkpoints are unharmed: "
+            f"make room, then go on with trm-train --resume {run_dir}"
+        ) from error
+    _report_end(trainer, checkpoint.read_json(run_dir / RUN_JSON), run_dir)
+    return last
+
+
+def build_trainer(settings: TrainSettings, source: str, revision: str | None, device: str) -> Trainer:
+    """A trainer at step 0, with the data that the settings name, on the backbone of `source`."""
     chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
     problems = load_problems(
-        settings.dataset,
+        str(settings.dataset),
         split="train",
         seed=settings.seed,
         num_problems=settings.num_problems,
         keep_annotations=settings.keep_annotations,
     )
+    problems, held_out = split_problems(settings, problems)
     examples = encode_problems(problems, chat, settings.max_length)
+    validation = encode_problems(held_out, chat, settings.max_length) if held_out else []
     backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
     model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
     trainer = Trainer(settings, model, chat, examples, device)
-    if settings.resume is not None:
-        trainer.load(settings.resume)
-    trained = sum(p.numel() for p in trainer.parameters.values())
-    logger.info(
-        "%d examples, %d optimiser steps, %.2fM trained parameters, on %s, bfloat16 products %s",
-        len(examples),
-        trainer.total_steps,
-        trained / 1e6,
-        device,
-        "on" if trainer.autocast else "off",
-    )
-    versions = {"qwen-trm": trm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    run_record = {
-        "settings": settings.model_dump(mode="json", exclude={"config", "resume"}),
-        "versions": versions,
-        "num_examples": len(examples),
-        "data_fingerprint": trainer.data_fingerprint,
-        "total_steps": trainer.total_steps,
-        "trained_parameters": trained,
-    }
-    checkpoint.write_json(run_dir / "run.json", run_record)
-    return trainer.run(run_dir)
+    trainer.validation = validation
+    return trainer
 
 
 def resumed_settings(settings: TrainSettings, checkpoint_dir: Path) -> TrainSettings:
@@ -88,7 +117,7 @@ def resumed_settings(settings: TrainSettings, checkpoint_dir: Path) -> TrainSett
     The run goes on in the checkpoint's own run directory unless another is asked for.
     Raises ConfigError for a setting given now that contradicts the run.
     """
-    stored = read_state(checkpoint_dir)["settings"]
+    stored = checkpoints.read_state(checkpoint_dir)["settings"]
     now = settings.model_dump(mode="json", exclude={"config", "resume"})
     given = {name: value for name, value in now.items() if name in settings.model_fields_set}
     for name, value in given.items():
@@ -120,9 +149,66 @@ def require_writable(directory: Path, flag: str = "--output-dir") -> None:
 
 def _with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Data and backbone named so that a resumed run finds them from any directory."""
-    given = {"dataset": settings.dataset, "backbone": settings.backbone}
+    given = {name: getattr(settings, name) for name in MOVABLE}
     absolute = {name: str(Path(value).resolve()) for name, value in given.items() if value and Path(value).exists()}
     return settings.model_copy(update=absolute)
+
+
+def _require_files(settings: TrainSettings, names: Collection[str]) -> None:
+    """Raise ConfigError for a file of the run to resume that is gone."""
+    for name in names:
+        value = getattr(settings, name)
+        if value and Path(value).is_absolute() and not Path(value).exists():
+            raise ConfigError(
+                f"--{name} {value}: the run to resume was started with it, and it is gone; "
+                f"say with --{name} where it is now"
+            )
+
+
+def _warn_of_later(run_dir: Path, step: int) -> None:
+    later = [path.name for path in checkpoints.checkpoints(run_dir) if checkpoints.step_of(path) > step]
+    if later:
+        logger.warning(
+            "going on from step %d, but %s is there already: it stays until this run gets there, "
+            "and --resume %s would take it",
+            step,
+            later[-1],
+            run_dir,
+        )
+
+
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    """What run.json says of a run before its first step."""
+    versions = {"qwen-trm": trm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "settings": trainer.settings.model_dump(mode="json", exclude={"config", "resume"}),
+        "versions": versions,
+        "num_examples": len(trainer.examples),
+        "num_labels": sum(len(example.ids) - example.label_start for example in trainer.examples),
+        "num_validation_examples": len(trainer.validation),
+        "data_fingerprint": trainer.data_fingerprint,
+        "validation_fingerprint": fingerprint(trainer.validation),
+        "backbone_fingerprint": trainer.backbone_fingerprint,
+        "total_steps": trainer.total_steps,
+        "trained_parameters": sum(p.numel() for p in trainer.parameters.values()),
+    }
+
+
+def _report_end(trainer: Trainer, record: dict[str, Any], run_dir: Path) -> None:
+    """The last lines of a run's log; the whole summary is in run.json."""
+    logger.info(
+        "%s at step %d of %d after %s: loss %s, on validation problems %s, best %s",
+        "finished" if trainer.step == trainer.total_steps else "stopped",
+        trainer.step,
+        trainer.total_steps,
+        time.strftime("%H:%M:%S", time.gmtime(record["wall_s"])),
+        record["last"].get("loss"),
+        (record["validation"] or {}).get("loss"),
+        record["best"],
+    )
+    if trainer.step < trainer.total_steps:
+        logger.info("go on with: trm-train --resume %s", run_dir)
+    logger.info("summary: %s; curves: tensorboard --logdir %s", run_dir / RUN_JSON, run_dir.parent)
 
 
 def model_settings(settings: TrainSettings) -> dict[str, Any]:

@@ -6,11 +6,15 @@ stopped, to the bit on one CPU with the same number of threads.
 """
 
 import hashlib
-import json
 import logging
+import math
 import random
+import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from tqdm import tqdm
 
-from training.batches import Batch, collate, epoch_order
+from training import checkpoints, workers
+from training.batches import collate, epoch_order, num_labels
+from training.checkpoints import STATE_TENSORS, read_state
 from training.config import TrainSettings
 from training.loss import Prepared, TokenLosses, halting_targets, prepare, step_weights, token_losses
+from training.mixing import MixedRows
 from training.optim import (
     EMA,
     learning_rate_scale,
@@ -32,6 +38,9 @@ from training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from training.run_log import RunLog
+from training.states import States, choose, file_in, in_memory, on_disk, size_bytes
+from training.validation import Validation, averaged, measure
 from trm import checkpoint
 from trm.chat import ChatFormat, Example
 from trm.device import has_fast_bfloat16
@@ -40,10 +49,7 @@ from trm.model import TRMForCausalLM
 
 logger = logging.getLogger(__name__)
 
-STATE_TENSORS = "training_state.safetensors"
-STATE_JSON = "training_state.json"
-FORMAT_VERSION = 1
-LOG_EVERY = 10  # optimiser steps between lines of log.jsonl
+MAX_NAMED_ROWS = 8  # of a batch that an error names
 
 
 class Trainer:
@@ -69,9 +75,14 @@ class Trainer:
         )
         self.ema = EMA(self.parameters)
         self.step = 0
+        self.states: States | None = None
+        self.wall_s = 0.0  # spent in `run` up to the last checkpoint
+        self.validation: Sequence[Example] = ()
         self.group = -1  # the group of batches that `prepared` and `carry` belong to
+        self.batches: list[list[int]] = []  # indices of their examples
         self.prepared: list[Prepared] = []
         self.carry: list[tuple[Tensor, Tensor]] = []
+        self.mixed = None if settings.mix_depths == "off" else MixedRows(settings.batch_size, settings.n_supervision)
 
         self._epoch, self._order = -1, [[0]]  # the epoch at hand and its batches
         self.lengths = [len(example.ids) for example in examples]
@@ -86,41 +97,74 @@ class Trainer:
             min(2000, self.total_steps // 10) if settings.warmup_steps is None else settings.warmup_steps
         )
 
-    def run(self, run_dir: Path) -> Path:
-        """Train to the end; returns the last checkpoint. Raises DeviceError where a loss is not finite."""
-        started, tokens = time.monotonic(), 0
+    def keep_states(self, directory: Path) -> None:
+        """Compute the backbone's states now and keep them, if the settings want that; files go to `directory`.
+
+        What "auto" came to is part of the settings from here on, so that a resumed run does the same.
+        """
+        model, examples = self.model, self.examples
+        if self.mixed and workers.count() > 1:
+            raise ConfigError(f"--mix-depths {self.settings.mix_depths}: takes one process; leave it out, or torchrun")
+        epochs = math.inf if self.mixed else self.total_steps / (self.groups_per_epoch * self.steps_per_group)
+        needed = size_bytes(model, examples)
+        file = file_in(directory, model, f"{self.data_fingerprint}/{self.backbone_fingerprint}", self.autocast)
+        place = workers.agree(choose(self.settings.cache_states, needed, file, epochs))
+        self.settings = self.settings.model_copy(update={"cache_states": place})
+        if place == "off":
+            if self.mixed:
+                raise ConfigError(
+                    f"--mix-depths {self.settings.mix_depths}: keeps the backbone's states, {needed / 1e9:.1f} GB; "
+                    "make room, and leave out --cache-states off"
+                )
+            return
+        logger.info("keeping the backbone's states: %.2f GB, %s", needed / 1e9, place)
+        if place == "memory":
+            self.states = in_memory(model, examples, self.autocast)
+        else:
+            self.states = on_disk(model, examples, self.autocast, file)
+
+    def run(self, run_dir: Path, stop: threading.Event | None = None) -> Path:
+        """Train to the end, or until `stop` is set; returns the last checkpoint.
+
+        Raises DeviceError where a loss is not finite, after saving the state before that step, and
+        CheckpointError where a checkpoint cannot be written.
+        """
         if self.step >= self.total_steps:
             raise ConfigError(
                 f"the run is at step {self.step} of {self.total_steps} already; raise --max-steps or --epochs"
             )
-        last = run_dir / f"checkpoint-{self.step}"
-        with (
-            (run_dir / "log.jsonl").open("a") as log,
-            tqdm(total=self.total_steps, initial=self.step, unit="step") as progress,
-        ):
-            while self.step < self.total_steps:
-                report = self.train_step()
-                tokens += report["tokens"]
-                progress.update()
-                progress.set_postfix(loss=f"{report['loss']:.4f}", refresh=False)
-                if self.step % LOG_EVERY == 0 or self.step == self.total_steps:
-                    report |= {"step": self.step, "tokens_per_s": round(tokens / (time.monotonic() - started), 1)}
-                    log.write(json.dumps(report) + "\n")
-                    log.flush()
-                if self.step % self.settings.save_steps == 0 or self.step == self.total_steps:
-                    last = self.save(run_dir)
-        return last
+        started = time.monotonic() - self.wall_s
+        log = RunLog(run_dir, self.step, self.total_steps, self.settings.n_supervision) if workers.rank() == 0 else None
+        with log or nullcontext():
+            while True:
+                carry = list(self.carry)
+                try:
+                    report = self.train_step()
+                except DeviceError as error:
+                    self.carry = carry  # of before the step, like the weights
+                    last = self._save_and_prune(run_dir, log, started)
+                    raise DeviceError(f"{error}; the state before that step is saved: {last}") from error
+                stopped = workers.any_of(stop is not None and stop.is_set(), self.device)
+                ends = stopped or self.step == self.total_steps
+                if log:
+                    log.training(self.step, report, ends)
+                if ends or self.step % self.settings.save_steps == 0:
+                    last = self._save_and_prune(run_dir, log, started)
+                if ends:
+                    return last
 
     def train_step(self) -> dict[str, Any]:
         """One optimiser step. Returns loss and token accuracy per supervision step, gradient norm, rate, labels."""
         settings = self.settings
         group, supervision_step = divmod(self.step, self.steps_per_group)
-        if group != self.group:
+        if self.mixed:
+            self._mix(self.mixed)
+        elif group != self.group:
             self._enter(group)
         depth = self._depth()
         weights = step_weights(settings.step_weights, depth)
-        labels = sum(len(p.targets) for p in self.prepared)
-        sums = torch.zeros(3, depth)
+        labels = sum(num_labels(self.examples[i]) for indices in self.batches for i in indices)
+        sums = torch.zeros(3, depth, device=self.device)
         for index, prepared in enumerate(self.prepared):
             with self._autocast():
                 if settings.gradient == "paper":
@@ -134,24 +178,28 @@ class Trainer:
             halting = F.binary_cross_entropy_with_logits(halt, may_halt.float(), reduction="none")
             loss = (weights.to(self.device) * cross_entropy.sum(1)).sum() + halting.sum(1).mean()
             (loss / labels).backward()
-            sums += torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)]).cpu()
+            sums += torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)])
+        workers.add_gradients(self.parameters.values())
+        sums = workers.add(sums).cpu()
         losses, halting, right = sums / labels
         scale = learning_rate_scale(self.step, self.total_steps, self.warmup_steps)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         if not torch.isfinite(norm) or not torch.isfinite(sums).all():
             raise DeviceError(
                 f"step {self.step + 1}: loss {losses.tolist()} or gradient norm {float(norm)} is not finite "
-                f"(batch group {group}); resume from the last checkpoint with a lower --lr"
+                f"(batch group {group}: {self._rows()}); go on with a lower --lr, or look at these rows"
             )
         set_learning_rate(self.optimizers, scale)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if self.mixed:
+            self._advance(self.mixed, steps[0].halt)
         self.step += 1
         self.ema.update(self.step)
         return {
             "loss": float((weights * losses).sum()),
-            "supervision_step": supervision_step + 1 if settings.gradient == "paper" else None,
+            "supervision_step": supervision_step + 1 if settings.gradient == "paper" and not self.mixed else None,
             "losses": [round(v, 5) for v in losses.tolist()],
             "halting_losses": [round(v, 5) for v in halting.tolist()],
             "token_accuracies": [round(v, 5) for v in right.tolist()],
@@ -160,26 +208,82 @@ class Trainer:
             "tokens": labels,
         }
 
-    def save(self, run_dir: Path) -> Path:
-        """Write `checkpoint-<step>`: servable EMA weights, and what resuming needs. Written aside, then renamed."""
+    def save(self, run_dir: Path, validation: Validation | None = None) -> Path:
+        """Write `checkpoint-<step>`: servable EMA weights, and what resuming needs. Written aside, then renamed.
+
+        Of several processes the first writes. Raises CheckpointError, and leaves nothing behind, where it cannot.
+        """
         directory = run_dir / f"checkpoint-{self.step}"
+        tensors = self._tensors()
+        if workers.rank() > 0:
+            return directory
         aside = checkpoint.make_aside(directory)
-        checkpoint.write_into(aside, self.model.config, self.ema.average, self.model.backbone, self.chat.tokenizer)
+        try:
+            checkpoint.write_into(aside, self.model.config, self.ema.average, self.model.backbone, self.chat.tokenizer)
+            checkpoint.write_tensors(aside / STATE_TENSORS, tensors)
+            checkpoints.put_in_place(aside, directory, self.state(validation))
+        except Exception as error:  # each library has its own for a full disk
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"{directory}: cannot be saved: {error}; older checkpoints are unharmed: "
+                f"make room, then go on with trm-train --resume {run_dir}"
+            ) from error
+        logger.info("saved %s", directory)
+        return directory
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What resuming needs beside the averages: masters, optimiser, and states in the middle of a batch."""
         tensors = {f"master.{name}": p for name, p in self.parameters.items()} | optimizer_tensors(self.optimizers)
+        if self.mixed:
+            return tensors | self.mixed.tensors()
         if self.step % self.steps_per_group:
-            for index, (y, z) in enumerate(self.carry):
-                tensors |= {f"carry.{index}.y": y, f"carry.{index}.z": z}
-        checkpoint.write_tensors(aside / STATE_TENSORS, tensors)
-        state = {
-            "format_version": FORMAT_VERSION,
+            for index, (indices, (y, z)) in enumerate(zip(self.batches, self.carry, strict=True)):
+                tensors[f"carry.{index}.y"] = workers.whole(y, len(indices))
+                tensors[f"carry.{index}.z"] = workers.whole(z, len(indices))
+        return tensors
+
+    def state(self, validation: Validation | None = None) -> checkpoints.State:
+        """What a checkpoint says of the run that it belongs to, and of where in it it stands."""
+        return {
             "step": self.step,
+            "wall_s": round(self.wall_s, 1),
             "data_fingerprint": self.data_fingerprint,
             "backbone_fingerprint": self.backbone_fingerprint,
+            "validation_fingerprint": fingerprint(self.validation),
+            "validation": validation and {"loss": validation.losses[-1], "losses": validation.losses},
             "settings": self.settings.model_dump(mode="json", exclude={"config", "resume"}),
         }
-        checkpoint.write_json(aside / STATE_JSON, state)
-        checkpoint.replace_directory(aside, directory)
-        logger.info("saved %s", directory)
+
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: averages, masters, two moments, states in the middle of a batch, backbone."""
+        trained = 4 * sum(p.nbytes for p in self.parameters.values())
+        positions = self.settings.batch_size * self.settings.gradient_accumulation * max(self.lengths)
+        carried = 2 * 4 * positions * self.model.config.hidden_size if self.steps_per_group > 1 else 0
+        is_copied = self.model.config.backbone_source is None
+        copied = sum(p.nbytes for p in self.model.backbone.parameters()) if is_copied else 0
+        return int(trained + carried + copied)
+
+    def validate(self) -> Validation | None:
+        """Losses of the averaged weights on the validation problems; None without any."""
+        if not self.validation:
+            return None
+        with averaged(self.ema), self._autocast():
+            return measure(self.model, self.validation, self.settings.batch_size, self.chat.tokenizer.pad_token_id or 0)
+
+    def _save_and_prune(self, run_dir: Path, log: RunLog | None, started: float) -> Path:
+        """A checkpoint, with its validation loss, in the place of one that is no longer needed."""
+        if log is None:
+            return self.save(run_dir)
+        validation = self.validate()
+        if validation is not None:
+            log.validation(self.step, validation)
+        log.flush()
+        self.wall_s = time.monotonic() - started
+        directory = self.save(run_dir, validation)
+        state = self.state(validation)
+        checkpoints.prune(run_dir, state, self.settings.keep_last)
+        checkpoints.record_progress(run_dir, state, log.last)
+        log.pause()
         return directory
 
     def load(self, directory: Path) -> None:
@@ -190,6 +294,8 @@ class Trainer:
             raise CheckpointError(f"{directory}: was trained on other data than --dataset gives now")
         if state["backbone_fingerprint"] != self.backbone_fingerprint:
             raise CheckpointError(f"{directory}: was trained on another backbone than --backbone gives now")
+        if state["validation_fingerprint"] != fingerprint(self.validation):
+            raise CheckpointError(f"{directory}: was validated on other problems than --validation gives now")
         masters = {name.removeprefix("master."): t for name, t in tensors.items() if name.startswith("master.")}
         checkpoint.check_tensors(
             masters, {name: p.shape for name, p in self.parameters.items()}, str(directory / STATE_TENSORS)
@@ -205,34 +311,77 @@ class Trainer:
             raise CheckpointError(
                 f"{directory / STATE_TENSORS}: the optimiser's state does not fit: {error}"
             ) from error
-        self.step = state["step"]
+        self.step, self.wall_s = state["step"], state["wall_s"]
         group, inside = divmod(self.step, self.steps_per_group)
-        if inside:
+        if self.mixed:
+            self.mixed.restore(tensors, self.device)
+        elif inside:
             self._enter(group)
             device = self.device
             self.carry = [
-                (tensors[f"carry.{i}.y"].to(device), tensors[f"carry.{i}.z"].to(device))
+                (workers.share(tensors[f"carry.{i}.y"]).to(device), workers.share(tensors[f"carry.{i}.z"]).to(device))
                 for i in range(len(self.prepared))
             ]
 
     def _enter(self, group: int) -> None:
-        """Encode the batches of a group and start their states at zero."""
+        """Prepare the batches of a group and start their states at zero."""
         self.group = group
-        self.prepared = []
-        for batch in self._batches(group):
-            with self._autocast():
-                self.prepared.append(prepare(self.model, batch))
+        self.batches = self._batches(group)
+        self.prepared = [self._prepare(indices) for indices in self.batches]
         self.carry = [(torch.zeros_like(p.x), torch.zeros_like(p.x)) for p in self.prepared]
 
-    def _batches(self, group: int) -> Iterator[Batch]:
+    def _prepare(self, indices: Sequence[int]) -> Prepared:
+        """This process's rows of a batch."""
+        pad_id = self.chat.tokenizer.pad_token_id or 0
+        batch = collate([self.examples[i] for i in indices], pad_id).share().to(self.device)
+        own = workers.share(torch.tensor(indices)).tolist()
+        states = self.states.padded(own, batch.input_ids.shape[1]) if self.states else None
+        with self._autocast():
+            return prepare(self.model, batch, states)
+
+    def _batches(self, group: int) -> list[list[int]]:
+        """Indices of the examples of each batch of a group."""
         epoch, index = divmod(group, self.groups_per_epoch)
+        self._open(epoch)
+        first = index * self.settings.gradient_accumulation
+        return self._order[first : first + self.settings.gradient_accumulation]
+
+    def _open(self, epoch: int) -> None:
+        """Make `_order` that of an epoch."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = epoch_order(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
-        first = index * self.settings.gradient_accumulation
-        for indices in self._order[first : first + self.settings.gradient_accumulation]:
-            batch = collate([self.examples[i] for i in indices], self.chat.tokenizer.pad_token_id or 0)
-            yield Batch(*(t.to(self.device) for t in (batch.input_ids, batch.attention_mask, batch.labels)))
+
+    def _rows(self) -> str:
+        """The rows of the group at hand: where each came from, and its number among the examples."""
+        names = [f"{self.examples[i].source} (number {i})" for indices in self.batches for i in indices]
+        more = f" and {len(names) - MAX_NAMED_ROWS} more" if len(names) > MAX_NAMED_ROWS else ""
+        return ", ".join(names[:MAX_NAMED_ROWS]) + more
+
+    def _mix(self, mixed: MixedRows) -> None:
+        """Replace the rows that have finished, and prepare all of them."""
+
+        def example(number: int) -> int:
+            epoch, within = divmod(number, len(self.examples))
+            self._open(epoch)
+            return list(chain.from_iterable(self._order))[within]
+
+        def fresh(index: int) -> Tensor:
+            example = self.examples[index]
+            start = example.label_start if self.settings.kv_source == "context" else 0
+            return torch.zeros(len(example.ids) - start, self.model.config.hidden_size, device=self.device)
+
+        rows = mixed.fill(example, fresh)
+        self.batches = [[row.index for row in rows]]
+        self.prepared = [self._prepare(self.batches[0])]
+        self.carry = [mixed.carry(self.prepared[0].x.shape[1])]
+
+    def _advance(self, mixed: MixedRows, halt: Tensor) -> None:
+        """Count the step of every row; one whose halting head is sure of every label may leave."""
+        rows = self.prepared[0].answers[:, 0]
+        least = torch.full((len(mixed.rows),), math.inf, device=self.device).scatter_reduce(0, rows, halt, "amin")
+        sure = (least > 0) & (self.settings.mix_depths == "halting")
+        mixed.advance(*self.carry[0], sure.tolist(), random.Random(f"{self.settings.seed}/explore/{self.step}"))
 
     def _depth(self) -> int:
         """How many supervision steps the optimiser step at hand runs: a function of seed and step number."""
@@ -267,21 +416,6 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where that is fast."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.autocast)
-
-
-def read_state(directory: Path) -> dict[str, Any]:
-    """The JSON half of a training state. Raises CheckpointError where it is foreign or of another version."""
-    path = directory / STATE_JSON
-    state = checkpoint.read_json(path)
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version is {state.get('format_version')}; this program reads {FORMAT_VERSION}"
-        )
-    kinds = {"step": int, "data_fingerprint": str, "backbone_fingerprint": str, "settings": dict}
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind):
-            raise CheckpointError(f"{path}: {name} is missing or no {kind.__name__}")
-    return state
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

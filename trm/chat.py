@@ -10,7 +10,7 @@ that have no rendering and ConfigError for a tokenizer that cannot be used.
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trm.errors import BadRequest, ConfigError
@@ -78,11 +78,12 @@ class Example:
     """One training conversation. Labels are `ids[label_start:]`, the reply and its end token.
 
     `ids` ends with the end token: the newline that ChatML adds after it is no label and
-    nothing follows it, so it is dropped.
+    nothing follows it, so it is dropped. `source` says where the row came from.
     """
 
     ids: tuple[int, ...]
     label_start: int
+    source: str = field(default="", compare=False)
 
 
 class ChatFormat:

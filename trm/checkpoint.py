@@ -275,9 +275,11 @@ def write_backbone(directory: Path, backbone: PreTrainedModel) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, written aside and renamed."""
     aside = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"}
-    )
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(content, aside, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
     _let_others_read(aside)
     os.replace(aside, path)
 

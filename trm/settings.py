@@ -6,10 +6,11 @@ file with the same keys. An unknown flag or key, or a value out of range, ends t
 command with one line and status 2.
 """
 
+import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -30,9 +31,13 @@ ENV_PREFIX = "TRM_"
 
 
 class Settings(BaseSettings):
-    """Base of the commands' settings. Subclasses name their command in `command`."""
+    """Base of the commands' settings. Subclasses name their command in `command`.
+
+    `groups` puts fields under headings of `--help`; those that it does not name stand under "options".
+    """
 
     command: ClassVar[str]
+    groups: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
@@ -68,6 +73,7 @@ class Settings(BaseSettings):
             cli_implicit_flags=True,
             cli_hide_none_type=True,
             cli_avoid_json=True,
+            add_argument_method=_Help(cls.groups),
         )
         given = flags()
         try:
@@ -76,6 +82,21 @@ class Settings(BaseSettings):
             raise ConfigError(str(error)) from None
         except ValidationError as error:
             raise ConfigError("; ".join(_describe(cls, problem) for problem in error.errors())) from None
+
+
+class _Help:
+    """Adds each argument to the heading that its field belongs to; a default of None goes without saying."""
+
+    def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
+        self.groups = groups
+        self.heading = {name: heading for heading, names in groups.items() for name in names}
+        self.sections: dict[str, Any] = {}
+
+    def __call__(self, parser: Any, *flags: str, **details: Any) -> Any:
+        self.sections = self.sections or {heading: parser.add_argument_group(heading) for heading in self.groups}
+        section = self.sections.get(self.heading.get(details.get("dest", ""), ""), parser)
+        details["help"] = details["help"].removesuffix(" (default: None)")
+        return argparse.ArgumentParser.add_argument(section, *flags, **details)
 
 
 def _describe(cls: type[Settings], problem: Any) -> str:

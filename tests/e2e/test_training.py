@@ -10,6 +10,9 @@ from pathlib import Path
 import httpx
 
 from tests.e2e.conftest import COMMANDS, START_TIMEOUT_S, ServerProcess, clean_environment, run_command
+from tests.training.comparing import differing_tensors
+from training.config import TrainSettings
+from training.run import train
 
 ROWS = [
     {
@@ -79,3 +82,45 @@ def test_bad_training_input_is_one_line(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert message in done.stderr.strip().splitlines()[-1]
         assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_stopped_killed_and_resumed_by_its_directory(tmp_path: Path) -> None:
+    """The real command, on the bundled backbone: SIGTERM, then SIGKILL while it saves, then to the end."""
+    small = ("--n-latent", "1", "--n-cycles", "1", "--n-supervision", "2", "--gradient", "paper", "--num-threads", "1")
+    small += ("--dataset", "synthetic:easy", "--num-problems", "80", "--validation-problems", "4", "--batch-size", "2")
+    small += ("--max-steps", "60", "--save-steps", "5")
+    straight = train(TrainSettings.from_command_line((*small, "--output-dir", str(tmp_path / "straight"))))
+    run = tmp_path / "run"
+
+    first = start_command("trm-train", *small, "--output-dir", str(run))
+    assert wait_until(lambda: (run / "checkpoint-5").exists(), first)
+    first.terminate()
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 0, said
+    assert f"go on with: trm-train --resume {run}" in said
+    second = start_command("trm-train", "--resume", str(run))
+    assert wait_until(lambda: list(run.glob(".checkpoint-*.partial")), second)
+    second.kill()
+    second.communicate(timeout=60)
+    assert list(run.glob(".checkpoint-*.partial"))
+    third = run_command("trm-train", "--resume", str(run))
+
+    assert third.returncode == 0, third.stderr
+    assert third.stdout.strip() == str(run / straight.name)
+    assert differing_tensors(run / straight.name, straight) == []
+
+
+def start_command(name: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [str(COMMANDS / name), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment())
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> bool:
+    """Whether the condition came true while the process was running, within two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.001)
+    return False

@@ -52,6 +52,7 @@ def settings(backbone_dir: Path, tmp_path: Path) -> Callable[..., TrainSettings]
             "n_supervision": 3,
             "lr": 1e-2,
             "save_steps": 1000,
+            "validation_problems": 4,
             "num_threads": 1,
         }
         return TrainSettings(**(small | changes))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from training.batches import Batch, collate
+from training.batches import collate
 from training.evaluation.statistics import ratio_interval, wilson_interval
 from training.loss import prepare
 from trm import TRMConfig, TRMForCausalLM
@@ -54,8 +54,7 @@ def measure(model: TRMForCausalLM, chat: ChatFormat, examples: Sequence[Example]
     for start in tqdm(range(0, len(order), size), desc="teacher-forced", unit="batch"):
         chosen = order[start : start + size]
         batch = collate([examples[i] for i in chosen], chat.tokenizer.pad_token_id or 0)
-        tensors = (batch.input_ids, batch.attention_mask, batch.labels)
-        prepared = prepare(model, Batch(*(tensor.to(model.device) for tensor in tensors)))
+        prepared = prepare(model, batch.to(model.device))
         attending = prepared.attending(model)
         rows, places = prepared.answers.unbind(1)
         y = z = torch.zeros_like(prepared.x)

@@ -1,0 +1,82 @@
+"""Two processes over gloo against one: the same losses and weights, and either goes on where the other stopped."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.checkpoints import STATE_TENSORS
+from training.config import TrainSettings
+from training.run import train
+
+Settings = Callable[..., TrainSettings]
+TIMEOUT_S = 240
+
+
+def train_in_two_processes(*flags: str) -> None:
+    """`trm-train` as torchrun would start it twice on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "training", *flags],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=TIMEOUT_S)
+            assert worker.returncode == 0, errors
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    a, b = load_file(ours / STATE_TENSORS), load_file(theirs / STATE_TENSORS)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def logged_losses(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path) -> None:
+    # 21 problems in batches of 4: the last batch has a row for one process only.
+    small = settings(num_problems=21, epochs=2, autocast="off", cache_states="disk", min_supervision=2, lr=1e-3)
+    alone = train(small)
+
+    values = small.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    values["output_dir"] = str(tmp_path / "two")
+    train_in_two_processes(*(f"--{name.replace('_', '-')}={value}" for name, value in values.items()))
+
+    losses = logged_losses(alone.parent)
+    assert len(losses) == 2
+    assert logged_losses(tmp_path / "two") == pytest.approx(losses, rel=1e-4)
+    assert_same_weights(tmp_path / "two" / alone.name, alone)
+
+
+def test_two_processes_go_on_in_the_middle_of_a_batch_of_one(settings: Settings, tmp_path: Path) -> None:
+    straight = train(settings(gradient="paper", autocast="off", max_steps=8, save_steps=4, batch_size=5, lr=1e-3))
+
+    train_in_two_processes("--resume", str(straight.parent / "checkpoint-4"), "--output-dir", str(tmp_path / "two"))
+
+    assert_same_weights(tmp_path / "two" / straight.name, straight)

@@ -1,0 +1,95 @@
+"""Problems that a run never trains on, and what its averaged weights lose on them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from training.batches import collate
+from training.config import TrainSettings
+from training.data import load_problems
+from training.loss import prepare, token_losses
+from training.optim import EMA
+from training.problem import Problem
+from trm.chat import Example
+from trm.model import TRMForCausalLM
+
+MAX_SHARE = 10  # at most one row in this many is taken out of the training data
+SEED_OFFSET = 2**32  # synthetic problems unlike those that trm-eval draws with the same seed
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss and token accuracy per label after each supervision step."""
+
+    losses: list[float]
+    token_accuracies: list[float]
+
+
+def split_problems(settings: TrainSettings, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """Training and validation problems: the latter from `--validation`, the synthetic held-out split, or the data."""
+    count = settings.validation_problems
+    is_synthetic = str(settings.dataset).partition(":")[0] == "synthetic"
+    if not count:
+        return list(problems), []
+    if settings.validation is None and not is_synthetic:
+        return hold_out(problems, count, settings.seed)
+    rows = load_problems(
+        settings.validation or str(settings.dataset),
+        split="heldout",
+        seed=settings.seed + SEED_OFFSET,
+        num_problems=count,
+        keep_annotations=settings.keep_annotations,
+        flag="--validation",
+    )
+    return list(problems), _sample(rows, count, settings.seed)
+
+
+def hold_out(problems: Sequence[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Take `count` problems out, at most a tenth of them, and every other row with one of their questions."""
+    chosen = _sample(problems, min(count, len(problems) // MAX_SHARE), seed)
+    questions = {problem.question for problem in chosen}
+    kept = [problem for problem in problems if problem.question not in questions]
+    return (kept, chosen) if kept else (list(problems), [])
+
+
+@torch.no_grad()
+def measure(model: TRMForCausalLM, examples: Sequence[Example], batch_size: int, pad_id: int) -> Validation:
+    """Losses of the model as it stands, in batches of similar length, on its own device."""
+    steps = model.config.n_supervision
+    sums, labels = torch.zeros(2, steps, dtype=torch.float64), 0
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    for start in range(0, len(by_length), batch_size):
+        batch = collate(by_length[start : start + batch_size], pad_id)
+        prepared = prepare(model, batch.to(model.device))
+        y = z = torch.zeros_like(prepared.x)
+        attending = prepared.attending(model)
+        for step in range(steps):
+            y, z = model.decoder.step(prepared.x, y, z, attending)
+            tokens = token_losses(model, y, prepared)
+            sums[:, step] += torch.stack([tokens.cross_entropy.double().sum(), tokens.right.sum()]).cpu()
+        labels += len(prepared.targets)
+    losses, right = (sums / labels).tolist()
+    return Validation(losses, right)
+
+
+@contextmanager
+def averaged(ema: EMA) -> Iterator[None]:
+    """Within the block the parameters hold their averages; nothing is copied, so nothing is rounded."""
+
+    def swap() -> None:
+        for name, parameter in ema.parameters.items():
+            parameter.data, ema.average[name] = ema.average[name], parameter.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def _sample(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
+    chosen = random.Random(f"{seed}/validation").sample(range(len(problems)), min(count, len(problems)))
+    return [problems[index] for index in sorted(chosen)]
