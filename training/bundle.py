@@ -8,12 +8,12 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.controls import CONTROL_JSON, NAMES, ControlSettings, train_control
+from training.controls import CONTROL_JSON, NAMES, ControlSettings, Kind, train_control
 from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
 from training.run import train
@@ -90,7 +90,7 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
         pretrain(pretraining)
     settings = TrainSettings(**DECODER, backbone=str(backbone), output_dir=decoder, num_threads=1)
     last = train(settings.model_copy(update={"resume": decoder}) if (decoder / "run.json").exists() else settings)
-    for kind in NAMES:
+    for kind in get_args(Kind):
         directory = work / "controls" / kind
         if not (directory / CONTROL_JSON).exists():
             train_control(ControlSettings(kind=kind, run=decoder, output_dir=directory, num_threads=1))
@@ -173,9 +173,8 @@ def _table(report: dict[str, Any]) -> str:
         "| | accuracy | 95 % interval | gained, lost | p |",
         "|---|---|---|---|---|",
     ]
-    names: dict[str, str] = {**NAMES}
     rows = [(f"effort {row['effort']}", row) for row in report["efforts"]]
-    rows += [(names[row["name"]], row) for row in report["controls"]]
+    rows += [(NAMES[row["name"]], row) for row in report["controls"]]
     for label, row in rows:
         low, high = row["interval"]
         compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"

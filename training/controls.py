@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["continued", "layer", "lora"]
 COUNTED_STEPS = 8  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
-NAMES: dict[Kind, str] = {
+NAMES: dict[str, str] = {
     "continued": "backbone trained on",
     "layer": "one ordinary layer more",
     "lora": "LoRA on the backbone",
