@@ -1,6 +1,5 @@
 """POST /solve: questions in, answers out, by a majority vote over the boxes of n replies."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from fastapi import APIRouter
@@ -9,14 +8,13 @@ from server.decoding import engine_requests, num_samples, sampling_params, usage
 from server.schemas import Outcome, SolveRequest, SolveResult, SolveResults
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
-from trm.answers import canonical, find_boxed
+from trm.answers import find_boxed
 from trm.chat import solve_messages
 from trm.engine.request import Reply
 from trm.errors import BadRequest
+from trm.voting import VOTING_TEMPERATURE, majority
 
 router = APIRouter(route_class=StrictRoute)
-
-VOTING_TEMPERATURE = 0.7  # where several samples are asked for and none is given
 
 
 @router.post("/solve")
@@ -41,25 +39,23 @@ async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> Solve
 
 
 def vote(replies: Sequence[Reply]) -> SolveResult:
-    r"""The answer that most samples of one question box; of equally many, the earliest.
+    """The answer of the majority, told by the first sample that has it.
 
-    Only boxed samples vote, keyed by the canonical answer. Without any box the first sample
-    speaks: "truncated" if it was cut off, by max_tokens or inside a box, else "missing".
+    Without any box the first sample speaks: "truncated" if it was cut off, by max_tokens or inside a box, else
+    "missing".
     """
-    boxes = [find_boxed(reply.text) for reply in replies]
-    keys = [None if box.value is None else canonical(box.value) for box in boxes]
-    votes = Counter(key for key in keys if key is not None).most_common()  # ties keep their order
-    answer, count = votes[0] if votes else (None, 0)
-    speaker = keys.index(answer) if votes else 0
-    reply, box = replies[speaker], boxes[speaker]
-    outcome: Outcome = "truncated" if not votes and reply.finish_reason == "length" else box.outcome
+    winner = majority([reply.text for reply in replies])
+    reply = replies[winner.speaker]
+    box = find_boxed(reply.text)
+    cut_off = winner.answer is None and reply.finish_reason == "length"
+    outcome: Outcome = "truncated" if cut_off else box.outcome
     return SolveResult(
-        answer=answer,
+        answer=winner.answer,
         outcome=outcome,
         boxed=None if box.value is None else rf"\boxed{{{box.value}}}",
         solution=reply.text,
-        votes=dict(votes),
-        agreement=count / len(replies),
+        votes=winner.votes,
+        agreement=winner.agreement,
         finish_reason=reply.finish_reason,
         usage=usage_body(reply.usage for reply in replies),
     )

@@ -1,90 +1,109 @@
-"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, evaluation, model card.
+"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, controls, evaluation, model card.
 
-`make model` runs this. The recipe is the code below; what it measured stands in the card and
-in `report.json` beside the weights.
+`make model` runs this. The recipe is the code below; what it measured stands in the card and in `report.json` beside
+the weights. A stage that an interrupted build has finished is not done again.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.evaluate import evaluate_model
+from training.controls import CONTROL_JSON, NAMES, ControlSettings, Kind, train_control
+from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.settings import configure_logging
 
-NUM_PROBLEMS = 38_400
-MAX_SUPERVISION = 16
-EVALUATIONS = {"easy": ("synthetic:easy", 1000), "all": ("synthetic", 500)}
+DECODER: dict[str, Any] = {
+    "dataset": "synthetic:easy,all,mental",
+    "num_problems": 96_000,
+    "batch_size": 64,
+    "n_latent": 2,
+    "n_cycles": 1,
+    "n_supervision": 4,
+    "max_supervision": 16,
+    "kv_source": "context",
+    "gradient": "full",
+    "optimizer": "muon",
+    "lr": 2e-3,
+}
+EVALUATIONS = {"all": ("synthetic", 2000), "easy": ("synthetic:easy", 1000), "mental": ("synthetic:mental", 1000)}
 EFFORTS = [0, 1, 2, 4, 8, 16]
+SHIPPED_CONTROL = "continued"
+PICTURES = ("accuracy.png", "halting.png")
 
 # ruff: noqa: E501 - table rows of the card stay on one line
 CARD = r"""# The bundled model
 
 A small recursive reasoning model, so that the server, the trainer and the tests have something real to run. It
 solves one- and two-step word problems in plain wording: having, buying, giving away, losing, groups of equal size,
-sharing equally, prices. It does **not** solve GSM8K, and it knows nothing but such problems.
+sharing equally, prices; and, asked for the answer at once, some of them without writing a step down. It does **not** solve
+GSM8K, and it knows nothing but such problems.
 
 | | |
 |---|---|
 | backbone | Qwen2 architecture, {backbone_size:.1f}M parameters, {layers} layers, width {hidden}, {positions} positions, frozen |
 | decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from the context, gradient through the whole recursion |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
-| data | generated word problems (`training/synthetic.py`), for the backbone new ones in every batch{text} |
-| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems; CPU, two threads and one |
+| data | generated word problems (`training/synthetic.py`), new ones in every batch; for the backbone{text} |
+| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems; one CPU thread |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
-with 95 % intervals; effort 0 is the frozen backbone alone, {n_supervision} is the trained effort, more is extrapolation:
+with 95 % intervals; effort 0 is the frozen backbone alone, {n_supervision} is the trained effort, more is extrapolation.
+Gained and lost are problems that only the effort, or only the backbone, got right; p is the exact McNemar test, corrected
+for the number of efforts (Holm). The controls spent the decoder's training operations on the backbone in an ordinary way, on the
+same problems in the same order; theirs are the problems that only effort {n_supervision}, or only the control, got right.
 
 {tables}
 
+| control | trained weights | steps | operations |
+|---|---|---|---|
+{controls}
+
+![Accuracy against effort](accuracy.png)
+
+![What halting would cost](halting.png)
+
+The backbone's own curve, on 300 held-out problems of each kind while it was trained:
+
+{curve}
+
 Limits: whole numbers up to about a hundred in the question, one to four steps, wording close to the templates of the
 generator. Unknown names and nouns are fine; unknown verbs are guesses. `make model` rebuilds everything from
-nothing; `trm-eval --dataset synthetic:easy` repeats the measurement.
+nothing; `trm-eval --dataset synthetic --limit 2000 --baseline backbone` repeats the first table, with the control that
+lies in `control/` ({shipped}).
 """
 
 
-def build(work: Path, text_file: Path | None, target: Path) -> None:
-    """Train everything under `work`, then put the model, its report and its card into `target`."""
-    backbone = work / "backbone"
-    pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=2)
+def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) -> None:
+    """Train everything under `work`, then put the model, a control, its reports and its card into `target`."""
+    backbone, decoder = work / "backbone", work / "decoder"
+    pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=1)
     if not _is_finished(backbone, pretraining.max_steps):
         pretrain(pretraining)
-    shutil.rmtree(work / "decoder", ignore_errors=True)
-    last = train(
-        TrainSettings(
-            dataset="synthetic:easy,all",  # easy problems twice as often
-            num_problems=NUM_PROBLEMS,
-            backbone=str(backbone),
-            output_dir=work / "decoder",
-            epochs=2,
-            batch_size=64,
-            n_latent=2,
-            n_cycles=1,
-            n_supervision=4,
-            max_supervision=MAX_SUPERVISION,
-            kv_source="context",
-            gradient="full",
-            optimizer="muon",
-            lr=2e-3,
-            num_threads=1,
-        )
-    )
+    settings = TrainSettings(**DECODER, backbone=str(backbone), output_dir=decoder, num_threads=1)
+    last = train(settings.model_copy(update={"resume": decoder}) if (decoder / "run.json").exists() else settings)
+    for kind in get_args(Kind):
+        directory = work / "controls" / kind
+        if not (directory / CONTROL_JSON).exists():
+            train_control(ControlSettings(kind=kind, run=decoder, output_dir=directory, num_threads=1))
+
     aside = checkpoint.make_aside(target)
     export(last, aside)
-    reports = evaluate_bundle(aside)
+    shutil.copytree(work / "controls" / SHIPPED_CONTROL, aside / CONTROL_DIR)
+    reports = evaluate_bundle(aside, work, gsm8k)
     checkpoint.write_json(aside / "report.json", reports)
-    shutil.copy(backbone / "pretrain.json", aside / "pretrain.json")
-    (aside / "README.md").write_text(
-        render_card(aside, reports, json.loads((work / "decoder" / "run.json").read_text()))
-    )
+    for picture in PICTURES:
+        shutil.copy(work / "reports" / "all" / picture, aside)
+    shutil.copy(backbone / "pretrain.json", aside)
+    (aside / "README.md").write_text(render_card(aside, work, reports))
     checkpoint.replace_directory(aside, target)
 
 
@@ -95,20 +114,31 @@ def export(source: Path, target: Path) -> None:
     checkpoint.write_into(target, model.config, weights, model.backbone, checkpoint.read_tokenizer(source))
 
 
-def evaluate_bundle(directory: Path) -> dict[str, Any]:
-    """Reports of the model in `directory`, by the name of the data."""
+def evaluate_bundle(directory: Path, work: Path, gsm8k: Path | None) -> dict[str, Any]:
+    """Reports of the model in `directory`, by the name of the data; GSM8K's validation rows where they are at hand."""
+    data = EVALUATIONS | ({"gsm8k": (str(gsm8k), 500)} if gsm8k else {})
     reports = {}
-    for name, (dataset, limit) in EVALUATIONS.items():
-        settings = EvalSettings(model=str(directory), dataset=dataset, effort=EFFORTS, limit=limit, max_tokens=128)
-        reports[name] = evaluate_model(settings) | {"model": "bundled"}
+    for name, (dataset, limit) in data.items():
+        settings = EvalSettings(
+            model=str(directory),
+            dataset=dataset,
+            effort=EFFORTS,
+            limit=limit,
+            max_tokens=256 if name == "gsm8k" else 128,
+            baseline="backbone",
+            control=[str(work / "controls" / kind) for kind in NAMES],
+            report=work / "reports" / name,
+        )
+        report = evaluate_model(settings)
+        reports[name] = report | {"model": "bundled", "dataset": "GSM8K, validation" if name == "gsm8k" else dataset}
     return reports
 
 
-def render_card(directory: Path, reports: dict[str, Any], run: dict[str, Any]) -> str:
+def render_card(directory: Path, work: Path, reports: dict[str, Any]) -> str:
     """The model card, filled in from the model, its reports and the records of its training."""
     model = TRMForCausalLM.from_pretrained(directory)
     config, record = model.config, _pretrain_record(directory)
-    tables = "\n\n".join(_table(report) for report in reports.values())
+    run = checkpoint.read_json(work / "decoder" / "run.json")
     return CARD.format(
         backbone_size=sum(p.numel() for p in model.backbone.parameters()) / 1e6,
         layers=config.backbone_config.num_hidden_layers,
@@ -120,31 +150,49 @@ def render_card(directory: Path, reports: dict[str, Any], run: dict[str, Any]) -
         n_supervision=config.n_supervision,
         n_layers=config.n_layers,
         vocab=config.vocab_size,
-        text=", and GSM8K's training set as 2 % of the rows in the last two fifths of it"
+        text=", GSM8K's training set as 2 % of the rows in the last two fifths"
         if record["settings"]["text_file"]
-        else "",
+        else " too",
         pretrain_steps=record["curve"][-1]["step"],
         pretrain_tokens=record["curve"][-1]["tokens"] / 1e6,
         pretrain_minutes=record["curve"][-1]["seconds"] / 60,
         train_steps=run["total_steps"],
         problems=run["num_examples"],
         megabytes=sum(file.stat().st_size for file in directory.rglob("*.safetensors")) / 1e6,
-        tables=tables,
+        tables="\n\n".join(_table(report) for report in reports.values()),
+        controls="\n".join(_control_row(work / "controls" / kind) for kind in NAMES),
+        curve=_curve(record["curve"]),
+        shipped=NAMES[SHIPPED_CONTROL],
     )
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Accuracy per effort in Markdown, each compared with effort 0 on the same problems."""
+    """Accuracy per effort and of the controls in Markdown."""
     lines = [
         f"`{report['dataset']}`, {report['n']} problems:\n",
-        "| effort | accuracy | 95 % interval | gained, lost against effort 0 | p (exact McNemar) |",
+        "| | accuracy | 95 % interval | gained, lost | p |",
         "|---|---|---|---|---|",
     ]
-    for row in report["efforts"]:
+    rows = [(f"effort {row['effort']}", row) for row in report["efforts"]]
+    rows += [(NAMES[row["name"]], row) for row in report["controls"]]
+    for label, row in rows:
         low, high = row["interval"]
-        pair = row["against_backbone"]
-        compared = f"+{pair['wins']}, -{pair['losses']} | {pair['p']:.2g}" if row["effort"] else " | "
-        lines.append(f"| {row['effort']} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} |")
+        compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"
+        p = "" if label == "effort 0" else f"{row['mcnemar_p']:.2g}"
+        lines.append(f"| {label} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} | {p} |")
+    return "\n".join(lines)
+
+
+def _control_row(directory: Path) -> str:
+    record = checkpoint.read_json(directory / CONTROL_JSON)
+    weights = record["trained_parameters"] / 1e6
+    return f"| {record['name']} | {weights:.2f}M | {record['steps']} | {record['compute']} |"
+
+
+def _curve(points: list[dict[str, Any]]) -> str:
+    groups = [name for name in points[0] if name not in ("step", "tokens", "seconds", "loss")]
+    lines = [f"| tokens | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+    lines += [f"| {p['tokens'] / 1e6:.1f}M | {' | '.join(f'{p[name]:.1%}' for name in groups)} |" for p in points]
     return "\n".join(lines)
 
 
@@ -163,10 +211,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the bundled model from nothing.")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/bundled"))
     parser.add_argument("--text-file", type=Path, help="GSM8K's training set, where it is at hand")
+    parser.add_argument("--gsm8k-validation", type=Path, help="GSM8K rows to evaluate on, where they are at hand")
     arguments = parser.parse_args()
     configure_logging()
-    text_file = arguments.text_file
-    build(arguments.work_dir, text_file, bundled_model_path())
+    build(arguments.work_dir, arguments.text_file, arguments.gsm8k_validation, bundled_model_path())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The training commands: parse, build, call. Nothing runs at import."""
 
-import json
-from typing import Any
+import signal
+import sys
 
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from trm.settings import configure_logging, run_command
@@ -37,18 +37,11 @@ def _train() -> None:
 def _evaluate() -> None:
     settings = EvalSettings.from_command_line()
     configure_logging()
-    from training.evaluate import evaluate_model
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is finished is kept, as at Ctrl-C
+    from training.evaluation.report import as_table
+    from training.evaluation.run import evaluate_model
 
-    report = evaluate_model(settings)
-    print(f"{report['dataset']}, {report['n']} problems, trained effort {report['trained_effort']}")  # noqa: T201
-    print("effort  accuracy  95 % interval    tokens  seconds  against effort 0")  # noqa: T201
-    for row in report["efforts"]:
-        low, high = row["interval"]
-        print(  # noqa: T201
-            f"{row['effort']:6} {row['accuracy']:9.1%}  {low:6.1%} - {high:6.1%} "
-            f"{row['tokens_per_answer']:8.1f} {row['seconds_per_answer']:8.3f}  {_against(row)}"
-        )
-    print(json.dumps(report))  # noqa: T201 - the command's result, for machines
+    print(as_table(evaluate_model(settings)))  # noqa: T201 - the command's result
 
 
 def _pretrain() -> None:
@@ -57,8 +50,3 @@ def _pretrain() -> None:
     from training.pretrain import pretrain as run
 
     run(settings)
-
-
-def _against(row: dict[str, Any]) -> str:
-    pair = row.get("against_backbone")
-    return f"+{pair['wins']} -{pair['losses']}, p = {pair['p']:.2g}" if pair else ""

@@ -72,6 +72,9 @@ class TrainSettings(Settings):
         None, description="directory or hub id of a Qwen2 or Llama model; default the bundled one"
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
+    backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights; auto: bfloat16 on cuda, else float32"
+    )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
         None,
@@ -172,7 +175,7 @@ class TrainSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Measure greedy accuracy per effort, with 95 % intervals."""
+    """Measure greedy accuracy per effort, next to the frozen backbone and to controls on the same problems."""
 
     command: ClassVar[str] = "trm-eval"
 
@@ -181,15 +184,27 @@ class EvalSettings(Settings):
     effort: Annotated[CliVariadicArg[list[int]], NoDecode] = Field(
         [], description="supervision steps to try; default 0, 1 and the trained number"
     )
-    limit: int = Field(500, ge=1, description="number of problems")
-    seed: int = Field(0, ge=0, description="of the synthetic problems")
+    limit: int = Field(500, ge=1, description="number of problems, or all where there are fewer")
+    seed: int = Field(0, ge=0, description="of the synthetic problems and of samples")
+    baseline: str | None = Field(
+        None,
+        description="what every effort is compared with: backbone (effort 0), or the directory or hub id of another "
+        "model, ours or a plain one, at effort 0; default effort 0 where it is among the efforts",
+    )
+    control: Annotated[CliVariadicArg[list[str]], NoDecode] = Field(
+        [],
+        description="plain models to compare the trained effort with; default with --baseline: MODEL/control, if any",
+    )
+    samples: int = Field(1, ge=1, description="above 1, also this many sampled replies per problem, with a vote")
     max_tokens: int = Field(512, ge=1, description="longest reply")
     max_rows: int = Field(32, ge=1, description="problems decoded together")
-    report: Path | None = Field(None, description="directory for report.json")
+    report: Path | None = Field(
+        None, description="directory for report.json, tables, answers and pictures; the same command goes on in it"
+    )
     device: Device = Field("auto", description="where to run")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
 
-    @field_validator("effort", mode="before")
+    @field_validator("effort", "control", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return (

@@ -9,21 +9,21 @@ Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training.batches import IGNORE_INDEX, Batch, collate, epoch_order
+from training.batches import Batch, collate, epoch_order
 from training.config import TrainSettings
+from training.loss import reply_loss
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.run import build_trainer
 from training.trainer import Trainer
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["continued", "layer", "lora"]
 COUNTED_STEPS = 8  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
-NAMES: dict[Kind, str] = {
+NAMES: dict[str, str] = {
     "continued": "backbone trained on",
     "layer": "one ordinary layer more",
     "lora": "LoRA on the backbone",
@@ -73,7 +73,7 @@ def train_control(settings: ControlSettings) -> Path:
     device = use_device("auto", settings.num_threads)
     stored = checkpoint.read_json(settings.run / "run.json")["settings"]
     run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
-    trainer = build_trainer(run, device)
+    trainer = build_trainer(run, str(run.backbone), run.backbone_revision, device)
     decoder_weights = sum(p.numel() for p in trainer.parameters.values())
     torch.manual_seed(run.seed)
     model = trainer.model.backbone
@@ -139,15 +139,6 @@ def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dic
         for module in linears:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, max(1, rank)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def reply_loss(model: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy over reply tokens; the head runs at labelled positions only."""
-    # Padding stands on the right, where no real token can see it: causal attention needs no mask.
-    hidden = model.model(input_ids=batch.input_ids, use_cache=False)
-    labelled = batch.labels != IGNORE_INDEX
-    logits = model.lm_head(hidden.last_hidden_state[labelled])
-    return F.cross_entropy(logits.float(), batch.labels[labelled])
 
 
 def _batches(trainer: Trainer, run: TrainSettings) -> Iterator[Batch]:

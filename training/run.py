@@ -19,7 +19,7 @@ from training.stopping import stop_on_signals
 from training.trainer import Trainer, fingerprint
 from training.validation import split_problems
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
-from trm.chat import ChatFormat, Example
+from trm.chat import ChatFormat
 from trm.device import use_device
 from trm.errors import CheckpointError, ConfigError
 
@@ -40,6 +40,8 @@ def train(settings: TrainSettings) -> Path:
     if settings.resume is None and checkpoints.checkpoints(run_dir):
         raise ConfigError(f"--output-dir {run_dir}: holds a run already; --resume {run_dir}, or choose another")
     device = use_device(settings.device, settings.num_threads)
+    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
+        settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})
     workers.start(device)
     if workers.rank() > 0:
         return _train(settings, given, device)
@@ -53,28 +55,14 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     """The run itself, in a directory that is ours; `given` names the settings that this start was given."""
     run_dir = settings.output_dir
     source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
-    if settings.resume is not None:
-        has_copy = (settings.resume / checkpoint.BACKBONE_DIR).is_dir()
-        if has_copy and "backbone" not in given:
-            source, revision = str(settings.resume), None  # the copy that the run has used all along
-        _require_files(settings, [name for name in MOVABLE if name != "backbone" or not has_copy])
-    chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
-    problems = load_problems(
-        str(settings.dataset),
-        split="train",
-        seed=settings.seed,
-        num_problems=settings.num_problems,
-        keep_annotations=settings.keep_annotations,
-    )
-    problems, held_out = split_problems(settings, problems)
-    examples = encode_problems(problems, chat, settings.max_length)
-    validation = encode_problems(held_out, chat, settings.max_length) if held_out else []
-    backbone = checkpoint.read_backbone(source, revision)
-    record = checkpoint.backbone_record(source, revision, backbone)
-    torch.manual_seed(settings.seed)
-    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
-    trainer = Trainer(settings, model, chat, examples, device)
-    trainer.validation = validation
+    if settings.resume is not None:  # what the run has used all along: a copy, or one commit of the hub
+        copied = (settings.resume / checkpoint.BACKBONE_DIR).is_dir()
+        if copied and "backbone" not in given:
+            source, revision = str(settings.resume), None
+        elif not copied:
+            revision = checkpoint.read_config(settings.resume).backbone_revision
+        _require_files(settings, [name for name in MOVABLE if name != "backbone" or not copied])
+    trainer = build_trainer(settings, source, revision, device)
     if workers.rank() == 0:
         checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)
     trainer.keep_states(settings.cache_dir or run_dir / "cache")
@@ -85,7 +73,7 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
             return trainer.run(run_dir, stop)
     if settings.resume is not None:
         _warn_of_later(run_dir, trainer.step)
-    summary = _summary(trainer, validation)
+    summary = _summary(trainer)
     logger.info("%s", ", ".join(f"{name} {value}" for name, value in summary.items() if name != "settings"))
     logger.info("on %s, bfloat16 products %s", device, "on" if trainer.autocast else "off")
     before = checkpoint.read_json(run_dir / RUN_JSON) if settings.resume and (run_dir / RUN_JSON).exists() else {}
@@ -100,6 +88,28 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
         ) from error
     _report_end(trainer, checkpoint.read_json(run_dir / RUN_JSON), run_dir)
     return last
+
+
+def build_trainer(settings: TrainSettings, source: str, revision: str | None, device: str) -> Trainer:
+    """A trainer at step 0, with the data that the settings name, on the backbone of `source`."""
+    chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
+    problems = load_problems(
+        str(settings.dataset),
+        split="train",
+        seed=settings.seed,
+        num_problems=settings.num_problems,
+        keep_annotations=settings.keep_annotations,
+    )
+    problems, held_out = split_problems(settings, problems)
+    examples = encode_problems(problems, chat, settings.max_length)
+    validation = encode_problems(held_out, chat, settings.max_length) if held_out else []
+    backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
+    record = checkpoint.backbone_record(source, revision, backbone)
+    torch.manual_seed(settings.seed)
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
+    trainer = Trainer(settings, model, chat, examples, device)
+    trainer.validation = validation
+    return trainer
 
 
 def resumed_settings(settings: TrainSettings, checkpoint_dir: Path) -> TrainSettings:
@@ -168,7 +178,7 @@ def _warn_of_later(run_dir: Path, step: int) -> None:
         )
 
 
-def _summary(trainer: Trainer, validation: list[Example]) -> dict[str, Any]:
+def _summary(trainer: Trainer) -> dict[str, Any]:
     """What run.json says of a run before its first step."""
     versions = {"qwen-trm": trm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
@@ -176,9 +186,9 @@ def _summary(trainer: Trainer, validation: list[Example]) -> dict[str, Any]:
         "versions": versions,
         "num_examples": len(trainer.examples),
         "num_labels": sum(len(example.ids) - example.label_start for example in trainer.examples),
-        "num_validation_examples": len(validation),
+        "num_validation_examples": len(trainer.validation),
         "data_fingerprint": trainer.data_fingerprint,
-        "validation_fingerprint": fingerprint(validation),
+        "validation_fingerprint": fingerprint(trainer.validation),
         "backbone_fingerprint": trainer.backbone_fingerprint,
         "total_steps": trainer.total_steps,
         "trained_parameters": sum(p.numel() for p in trainer.parameters.values()),

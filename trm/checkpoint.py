@@ -74,7 +74,8 @@ def read(model: str | Path, revision: str | None = None) -> Loaded:
     if (directory / BACKBONE_DIR).is_dir():
         backbone = read_backbone(directory / BACKBONE_DIR)
     elif config.backbone_source is not None:
-        backbone = read_backbone(config.backbone_source, config.backbone_revision)
+        rounded = config.backbone_config.dtype or torch.float32  # as in training
+        backbone = read_backbone(config.backbone_source, config.backbone_revision, rounded).float()
         if config.backbone_fingerprint not in (None, found := fingerprint(backbone)):
             raise CheckpointError(
                 f"{config.backbone_source}: the backbone's weights have fingerprint {found}, "
@@ -108,31 +109,24 @@ def read_config(directory: Path) -> TRMConfig:
         raise CheckpointError(f"{path}: not a usable configuration: {error}") from error
 
 
-def read_backbone(source: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A Qwen2- or Llama-family causal language model in float32 from a directory or hub id.
+def read_backbone(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A Qwen2- or Llama-family causal language model in `dtype` from a directory or hub id.
 
     A checkpoint of ours stands for the backbone that lies inside it.
     """
-    directory = locate(source, revision)
-    path = directory / CONFIG_FILE
-    architecture = read_json(path).get("model_type")
-    if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():
-        return read_backbone(directory / BACKBONE_DIR)
-    if architecture not in BACKBONES:
-        raise CheckpointError(
-            f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
-        )
+    directory, config = _locate_backbone(source, revision)
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{directory}: no *.safetensors file; only safetensors weights are read")
     for shard in shards:
         _open(shard)
     try:
-        config = AutoConfig.from_pretrained(directory)
         backbone, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -143,6 +137,28 @@ def read_backbone(source: str | Path, revision: str | None = None) -> PreTrained
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
     return backbone.eval()
+
+
+def read_backbone_config(source: str | Path, revision: str | None = None) -> Any:
+    """The configuration of what `read_backbone` reads, without its weights."""
+    return _locate_backbone(source, revision)[1]
+
+
+def _locate_backbone(source: str | Path, revision: str | None) -> tuple[Path, Any]:
+    """Directory and configuration of a backbone."""
+    directory = locate(source, revision)
+    path = directory / CONFIG_FILE
+    architecture = read_json(path).get("model_type")
+    if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():
+        return _locate_backbone(directory / BACKBONE_DIR, None)
+    if architecture not in BACKBONES:
+        raise CheckpointError(
+            f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
+        )
+    try:
+        return directory, AutoConfig.from_pretrained(directory)
+    except Exception as error:  # the library validates with many kinds of error
+        raise CheckpointError(f"{directory}: the backbone does not load: {error}") from error
 
 
 def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
@@ -319,7 +335,7 @@ def fingerprint(backbone: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 

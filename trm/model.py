@@ -289,19 +289,20 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         The backbone's layers are called one by one, because r is its residual stream *before* the final norm.
         """
         base = self.backbone.model
+        dtype = self.decoder.halt_head.weight.dtype
         r = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cos, sin = base.rotary_emb(r, position_ids)
+        cos, sin = base.rotary_emb(r.new_empty(0, dtype=dtype), position_ids)  # no rounding to a backbone's bfloat16
         for layer in base.layers:
             r = layer(
                 r,
                 attention_mask=mask,
-                position_embeddings=(cos, sin),
+                position_embeddings=(cos.to(r.dtype), sin.to(r.dtype)),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
         wide = r if r.dtype == torch.float64 else r.float()
-        return rms(wide).to(self.decoder.halt_head.weight.dtype), signed(cos, sin)
+        return rms(wide).to(dtype), signed(cos, sin)
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""

@@ -1,6 +1,7 @@
 """From rows on disk to a served checkpoint, through the commands that the README names."""
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment, run_command
+from tests.e2e.conftest import COMMANDS, START_TIMEOUT_S, ServerProcess, clean_environment, run_command
 from tests.training.comparing import differing_tensors
 from training.config import TrainSettings
 from training.run import train
@@ -38,15 +39,33 @@ def test_train_resume_evaluate_serve(tmp_path: Path, start_server: Callable[...,
 
     evaluated = run_command(
         "trm-eval", "--model", str(run / "checkpoint-4"), "--dataset", str(rows), "--limit", "8", "--effort", "0", "2",
-        "--max-tokens", "32",
+        "--max-tokens", "32", "--report", str(tmp_path / "report"),
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
-    report = json.loads(evaluated.stdout.splitlines()[-1])
+    assert "effort 0 (baseline)" in evaluated.stdout
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [row["effort"] for row in report["efforts"]] == [0, 2]
 
     server = start_server("--model", str(run / "checkpoint-4"))
     answer = httpx.post(f"{server.url}/solve", json={"question": ROWS[0]["question"]}, timeout=60)
     assert answer.status_code == 200
+
+
+def test_a_terminated_evaluation_keeps_its_answers(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    arguments = ["--dataset", "synthetic:easy", "--limit", "1000", "--report", str(tmp_path), "--num-threads", "1"]
+    command = [str(COMMANDS / "trm-eval"), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment()) as process:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (answers.exists() and answers.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+
+    kept = len(answers.read_text().splitlines())
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"interrupted after {kept} of 3000 answers; they are kept in {tmp_path}" in errors
+    assert "Traceback" not in errors
 
 
 def test_bad_training_input_is_one_line(tmp_path: Path) -> None:

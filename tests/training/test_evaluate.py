@@ -1,54 +1,218 @@
-"""Evaluation: explicit effort, honest intervals, the numbers that the report claims."""
+"""Evaluation: exact limits, paired tests against baseline and control, and reports that go on where they stopped."""
 
+import csv
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 
+from tests.conftest import randomize
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.evaluate import evaluate_model, paired, wilson_interval
+from training.evaluation.answers import Answers
+from training.evaluation.report import as_table
+from training.evaluation.run import evaluate_model
+from training.evaluation.statistics import Paired
 from training.pretrain import pretrain
 from training.run import train
-from trm import checkpoint
+from trm import TRMForCausalLM, checkpoint
 from trm.errors import ConfigError
 
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (450, 500, 0.8706, 0.9233)],
-)
-def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+PICTURES = ("accuracy", "loss", "calibration", "halting", "votes")
+TIMINGS = ("seconds_per_answer", "elapsed_s")
 
 
-def test_paired_comparison() -> None:
-    ours, theirs = [True] * 9 + [False] * 3, [True] * 3 + [False] * 8 + [True]
+@pytest.fixture(scope="module")
+def model_dir(backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A checkpoint whose decoder disagrees with its backbone, trained effort 3."""
+    directory = tmp_path_factory.mktemp("model") / "checkpoint"
+    backbone = checkpoint.read_backbone(backbone_dir)
+    model = TRMForCausalLM.from_backbone(backbone, n_latent=1, n_cycles=1, n_supervision=3)
+    randomize(model).save_pretrained(directory, tokenizer)
+    return directory
 
-    assert paired(ours, theirs) == {"wins": 6, "losses": 1, "p": pytest.approx(2 * 8 / 128)}
-    assert paired(theirs, ours)["p"] == paired(ours, theirs)["p"]
-    assert paired(ours, ours) == {"wins": 0, "losses": 0, "p": 1.0}
+
+@pytest.fixture
+def settings(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EvalSettings]:
+    """Settings of an evaluation that takes a second. A random model is never right: here, every other reply is."""
+    monkeypatch.setattr("training.evaluation.decoding.is_correct", lambda reply, gold: sum(map(ord, reply)) % 2 == 0)
+
+    def make(**changes: Any) -> EvalSettings:
+        small: dict[str, Any] = {"model": str(model_dir), "dataset": "synthetic:easy", "limit": 7, "max_tokens": 6}
+        return EvalSettings(num_threads=1, **(small | changes))
+
+    return make
 
 
-def test_report(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
-    model = str(train(settings(max_steps=1)))
-    arguments = {"model": model, "dataset": "synthetic:easy", "limit": 7, "max_tokens": 6, "num_threads": 1}
+def test_report_with_baseline_control_and_votes(
+    settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path
+) -> None:
+    control = tmp_path / "longer"
+    control.symlink_to(backbone_dir)
+    asked = settings(
+        baseline="backbone", control=[str(control)], effort=[1, 2], samples=2, limit=9, report=tmp_path / "out"
+    )
 
-    report = evaluate_model(EvalSettings(**arguments, report=tmp_path / "out"))
+    report = evaluate_model(asked)
 
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    assert report["n"] == 7
-    assert [row["effort"] for row in report["efforts"]] == [0, 1, 3]  # the baseline, one step, the trained depth
-    assert report["trained_effort"] == 3
-    for row in report["efforts"]:
-        assert row["accuracy"] == row["correct"] / 7
+    assert (report["n"], report["trained_effort"]) == (9, 3)
+    assert [row["effort"] for row in report["efforts"]] == [0, 1, 2, 3]  # the baseline's, and the control's opponent
+    for row in (*report["efforts"], report["control"]):
+        assert row["accuracy"] == row["correct"] / 9
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
-    assert report["efforts"][0]["against_backbone"] == {"wins": 0, "losses": 0, "p": 1.0}
+        assert 0 < row["tokens_per_answer"] <= 6
+        assert row["seconds_per_answer"] > 0
+    none, *_, trained = report["efforts"]
+    assert report["baseline"]["name"] == "frozen backbone"
+    assert report["baseline"]["accuracy"] == none["accuracy"]
+    assert (none["wins"], none["losses"], none["mcnemar_p"]) == (0, 0, 1.0)
+    assert trained["wins"] - trained["losses"] == trained["correct"] - none["correct"]
+    assert trained["wins"] + trained["losses"] > 0  # or the tests below could not fail
+    assert trained["mean_steps"] == 3
+    # The control is the backbone itself: the same problems are won and lost as against effort 0, in one comparison.
+    assert report["controls"] == [report["control"]]
+    assert (report["control"]["name"], report["control"]["compute"]) == ("longer", None)
+    assert [report["control"][name] for name in ("correct", "wins", "losses")] == [
+        none["correct"], trained["wins"], trained["losses"],
+    ]  # fmt: skip
+    assert report["control"]["mcnemar_p"] == Paired(trained["wins"], trained["losses"]).p
+    smallest = min(Paired(row["wins"], row["losses"]).p for row in report["efforts"][1:])
+    assert min(row["mcnemar_p"] for row in report["efforts"][1:]) == min(1, 3 * smallest)
+    assert sum(row["problems"] for row in report["votes"]["bins"]) == 9
+
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 9 * (4 + 1 + 2)
+    assert {"source", "question", "expected", "reply", "right"} <= answers[0].keys()
+    with (tmp_path / "out" / "report.csv").open() as file:
+        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [r["accuracy"] for r in report["efforts"]]
+    for name in PICTURES:
+        assert imread(tmp_path / "out" / f"{name}.png").std() > 0.05, name
+    table = as_table(report).splitlines()
+    assert [line.split("  ")[0] for line in table[3:9]] == [
+        "effort 0 (baseline)", "effort 1", "effort 2", "effort 3", "control: longer", "effort 3, 2 votes",
+    ]  # fmt: skip
+
+
+def test_another_baseline_and_the_control_that_a_model_ships(
+    settings: Callable[..., EvalSettings], model_dir: Path, backbone_dir: Path, tmp_path: Path
+) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    for file in model_dir.iterdir():
+        (shipped / file.name).symlink_to(file)
+    (shipped / "control").mkdir()
+    for file in backbone_dir.iterdir():
+        (shipped / "control" / file.name).symlink_to(file)
+    (shipped / "control" / "control.json").write_text('{"compute": "equal CPU seconds"}')
+
+    report = evaluate_model(settings(model=str(shipped), baseline=str(model_dir), effort=[0]))
+
+    assert report["baseline"]["name"] == "checkpoint"
+    effort_0 = report["efforts"][0]
+    assert (effort_0["effort"], effort_0["wins"], effort_0["losses"]) == (0, 0, 0)  # the same backbone
+    assert (report["control"]["name"], report["control"]["compute"]) == ("control", "equal CPU seconds")
+    assert "control" not in evaluate_model(settings(model=str(shipped), effort=[0]))  # asked for nothing to compare
+    alone = evaluate_model(settings(effort=[1]))
+    assert alone["baseline"] is None
+    assert alone["efforts"][0]["mcnemar_p"] is None
+
+
+def test_the_limit_is_exact(
+    settings: Callable[..., EvalSettings], jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = jsonl(*({"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(5)))
+    caplog.set_level(logging.INFO)
+
+    assert evaluate_model(settings(dataset=str(rows), limit=3, effort=[0]))["n"] == 3
+    assert "takes all" not in caplog.text
+    assert evaluate_model(settings(dataset=str(rows), limit=6, effort=[0]))["n"] == 5
+    assert "has 5 problems; --limit 6 takes all" in caplog.text
+
+
+def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path) -> None:
+    twins = []
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "twin").symlink_to(backbone_dir)
+        twins.append(str(tmp_path / parent / "twin"))
+
     with pytest.raises(ConfigError, match="--effort 17: this model takes 0 to 16"):
-        evaluate_model(EvalSettings(**arguments, effort=[17]))
+        evaluate_model(settings(effort=[17]))
     with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
-        evaluate_model(EvalSettings(**(arguments | {"max_tokens": 1024})))
+        evaluate_model(settings(max_tokens=1024))
+    with pytest.raises(ConfigError, match="a twin already"):
+        evaluate_model(settings(control=twins))
+
+
+def without_timings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_timings(inside) for name, inside in value.items() if name not in TIMINGS}
+    return [without_timings(inside) for inside in value] if isinstance(value, list) else value
+
+
+def test_an_interrupted_evaluation_goes_on(
+    settings: Callable[..., EvalSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("training.evaluation.run.draw", lambda directory, report: [])  # takes seconds
+    whole = evaluate_model(settings(report=tmp_path / "whole"))
+    add = Answers.add
+
+    def add_ten(self: Answers, answer: Any) -> None:
+        if len(self.by_key) == 10:
+            raise KeyboardInterrupt
+        add(self, answer)
+
+    monkeypatch.setattr(Answers, "add", add_ten)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(settings(report=tmp_path / "cut"))
+    assert "interrupted after 10 of 21 answers; they are kept in" in caplog.text
+    with (tmp_path / "cut" / "answers.jsonl").open("a") as file:
+        file.write('{"candidate": "mod')  # as a power cut leaves it
+    monkeypatch.setattr(Answers, "add", add)
+    resumed = evaluate_model(settings(report=tmp_path / "cut"))
+
+    assert without_timings(resumed) == without_timings(whole)
+    cut, uncut = (
+        sorted(
+            json.dumps(without_timings(json.loads(line)))
+            for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()
+        )
+        for name in ("cut", "whole")
+    )
+    assert cut == uncut  # nothing twice, nothing missing
+
+    monkeypatch.delattr("training.evaluation.run.answer_problems")  # a finished one decodes nothing
+    assert evaluate_model(settings(report=tmp_path / "cut")) == resumed
+
+
+def test_a_report_directory_of_another_evaluation_is_refused(
+    settings: Callable[..., EvalSettings], jsonl: Callable[..., Path], model_dir: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    report = tmp_path / "out"
+    evaluate_model(settings(report=report, effort=[0], limit=2))
+    other = TRMForCausalLM.from_pretrained(model_dir)
+    randomize(other, seed=1).save_pretrained(tmp_path / "other", tokenizer)
+    rows = jsonl({"question": "1 and 1?", "answer": "#### 2"})
+    before = (report / "answers.jsonl").read_bytes()
+
+    for name, value in {
+        "seed": 1, "limit": 3, "effort": [1], "max_tokens": 7, "samples": 2, "dataset": str(rows),
+        "model": str(tmp_path / "other"), "control": [str(model_dir)],
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=f"with another .*--{name.replace('_', '-')} "):
+            evaluate_model(settings(**({"report": report, "effort": [0], "limit": 2} | {name: value})))
+    assert (report / "answers.jsonl").read_bytes() == before
+    (report / "settings.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds another report\.json"):
+        evaluate_model(settings(report=report))
 
 
 def test_pretraining_writes_a_backbone_that_trains_and_evaluates(

@@ -10,6 +10,7 @@ from training.sentences import Bank
 from training.synthetic import (
     FAMILIES,
     GROUPS_OF_FAMILIES,
+    WRITTEN,
     _belongs,
     make_problem,
     parse_families,
@@ -21,7 +22,7 @@ EVERYTHING = tuple(FAMILIES)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("family", EVERYTHING)
+@pytest.mark.parametrize("family", WRITTEN)
 def test_every_line_of_a_solution_is_true(family: str, split: synthetic.Split) -> None:
     for problem in problems([family], split, seed=3, count=60):
         *steps, boxed = problem.solution.split("\n")
@@ -36,6 +37,32 @@ def test_every_line_of_a_solution_is_true(family: str, split: synthetic.Split) -
         assert not re.search(r"[{}\[\]|#]", problem.question), "markup is left over"
         assert "  " not in problem.question
         assert problem.question[0].isupper()
+
+
+def test_mental_problems_hide_the_steps_and_keep_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[int] = []
+    original = synthetic.Draw.calculate
+
+    def calculate(draw: synthetic.Draw, a: int, operator: str, b: int) -> int:
+        results.append(original(draw, a, operator, b))
+        return results[-1]
+
+    monkeypatch.setattr(synthetic.Draw, "calculate", calculate)
+    for index in range(60):
+        problem = make_problem(["mental"], "heldout", 3, index)
+        assert problem.solution == rf"\boxed{{{results[-1]}}}"
+        assert problem.question.endswith(sentences.AT_ONCE.seen)
+
+
+def test_mental_problems_share_the_numbers_of_their_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held out with its steps written is not trained on without them."""
+    asked: list[str] = []
+    monkeypatch.setattr(synthetic, "_belongs", lambda split, family, key: not asked.append(family))
+    for index in range(40):
+        make_problem(["mental"], "train", 3, index)
+
+    assert len(asked) == 40
+    assert set(asked) <= set(WRITTEN)
 
 
 def test_the_same_arguments_give_the_same_problem_and_others_another() -> None:

@@ -1,0 +1,64 @@
+"""What is evaluated: the model, and what it is measured against. Loads them for decoding and knows them again."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trm import TRMConfig, TRMForCausalLM, checkpoint
+from trm.chat import ChatFormat
+from trm.device import lay_out_for_decoding
+
+Role = Literal["model", "baseline", "control"]
+MODEL_NAME = "model"
+CONTROL_FILE = "control.json"
+DECIDING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of answering every problem: greedily, or with `samples` replies that vote."""
+
+    candidate: str
+    effort: int
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model directory and the runs to make with it. The model goes by MODEL_NAME, others by their directory's."""
+
+    role: Role
+    name: str
+    directory: Path
+    runs: tuple[Run, ...]
+
+    @property
+    def compute(self) -> Any:
+        """What `control.json` says it cost to make, if there is one."""
+        path = self.directory / CONTROL_FILE
+        return checkpoint.read_json(path).get("compute") if path.is_file() else None
+
+
+def load(directory: Path, device: str) -> tuple[TRMForCausalLM, ChatFormat]:
+    """A checkpoint of ours, or a plain causal model, which at effort 0 answers as itself."""
+    tokenizer = checkpoint.read_tokenizer(directory)
+    if checkpoint.read_json(directory / checkpoint.CONFIG_FILE).get("model_type") == TRMConfig.model_type:
+        model = TRMForCausalLM.from_pretrained(directory)
+    else:
+        small = {"n_latent": 1, "n_cycles": 1, "n_supervision": 1}
+        model = TRMForCausalLM.from_backbone(checkpoint.read_backbone(directory), **small)
+    model.to(device)
+    lay_out_for_decoding(model)
+    return model, ChatFormat(tokenizer, model.config.normalize_text)
+
+
+def fingerprint(directory: Path) -> str:
+    """First 16 hex digits of a SHA-256 over the files that decide what a model answers."""
+    digest = hashlib.sha256()
+    for part in (directory, directory / checkpoint.BACKBONE_DIR):
+        for file in sorted(file for pattern in DECIDING_FILES for file in part.glob(pattern)):
+            with file.open("rb") as content:
+                digest.update(f"{file.relative_to(directory)}:".encode())
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,113 @@
+"""Let a candidate answer the problems through the engine, many at once: what is measured is what is served."""
+
+import time
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from training.evaluation.answers import Answer, Answers, Key
+from training.evaluation.candidates import Candidate, Run
+from training.problem import Problem
+from trm import TRMForCausalLM
+from trm.answers import is_correct
+from trm.chat import ChatFormat, solve_messages
+from trm.engine import Engine, EngineConfig, Request, SamplingParams
+from trm.engine.request import Event
+from trm.errors import ConfigError
+from trm.voting import VOTING_TEMPERATURE
+
+
+def keys(run: Run, num_problems: int) -> list[Key]:
+    """All answers of a run. Samples of one problem are neighbours, so that they share its prefill."""
+    samples = range(run.samples) if run.samples else [None]
+    return [Key(run.candidate, run.effort, problem, sample) for problem in range(num_problems) for sample in samples]
+
+
+def answer_problems(
+    candidate: Candidate,
+    model: TRMForCausalLM,
+    chat: ChatFormat,
+    problems: Sequence[Problem],
+    answers: Answers,
+    progress: "tqdm[NoReturn]",
+    *,
+    seed: int,
+    max_tokens: int,
+    max_rows: int,
+) -> None:
+    """Add the answers of the candidate's runs that are not there yet.
+
+    Raises ConfigError for an effort that the model does not take, or a prompt that does not fit.
+    """
+    prompts = [tuple(chat.encode(solve_messages(problem.question))) for problem in problems]
+    longest = max(map(len, prompts)) + max_tokens
+    if longest > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"{candidate.name}: the longest prompt and --max-tokens need {longest} positions; "
+            f"the model has {model.config.max_position_embeddings}"
+        )
+    most = max(len(keys(run, len(problems))) for run in candidate.runs)
+    engine = Engine(model, chat, EngineConfig(max_rows=max_rows, max_model_len=longest, max_queue=most))
+    for run in candidate.runs:
+        if not 0 <= run.effort <= engine.max_supervision:
+            raise ConfigError(f"--effort {run.effort}: this model takes 0 to {engine.max_supervision}")
+    engine.start()
+    try:
+        for run in candidate.runs:
+            wanted = keys(run, len(problems))
+            missing = [key for key in wanted if key not in answers.by_key]
+            requests = [Request(prompts[key.problem], _params(key, seed, max_tokens)) for key in missing]
+            right = sum(answers.by_key[key].right for key in wanted if key in answers.by_key)
+            progress.set_description(f"{candidate.name}, effort {run.effort}{', votes' if run.samples else ''}")
+            last = time.monotonic()
+            for finished, (index, text, event) in enumerate(_replies(engine, requests), len(wanted) - len(missing) + 1):
+                key = missing[index]
+                answer = _answer(key, problems[key.problem], text, event, time.monotonic() - last)
+                last = time.monotonic()
+                answers.add(answer)
+                right += answer.right
+                progress.update()
+                progress.set_postfix(accuracy=f"{right / finished:.1%}", refresh=False)
+    finally:
+        engine.close()
+
+
+def _replies(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, str, Event]]:
+    """Index, text and last event of each reply as it is finished. Raises a request's error where it failed."""
+    news: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+    engine.submit(requests, lambda index, event: news.put((index, event)))
+    texts = [""] * len(requests)
+    unfinished = len(requests)
+    while unfinished:
+        index, event = news.get()
+        texts[index] += event.text
+        if event.error is not None:
+            raise event.error
+        if event.finish_reason is not None:
+            unfinished -= 1
+            yield index, texts[index], event
+
+
+def _params(key: Key, seed: int, max_tokens: int) -> SamplingParams:
+    sampling: dict[str, Any] = {}
+    if key.sample is not None:  # one noise per problem: the same for all would make them fail together
+        sampling = {"temperature": VOTING_TEMPERATURE, "seed": seed + key.problem, "sample_index": key.sample}
+    return SamplingParams(max_tokens=max_tokens, n_supervision=key.effort, **sampling)
+
+
+def _answer(key: Key, problem: Problem, text: str, last: Event, elapsed_s: float) -> Answer:
+    assert last.usage is not None, "a final event has its usage"
+    return Answer(
+        *key,
+        source=problem.source,
+        question=problem.question,
+        expected=problem.answer,
+        reply=text,
+        right=is_correct(text, problem.answer),
+        finish_reason=str(last.finish_reason),
+        tokens=last.usage.completion_tokens,
+        steps=last.usage.supervision_steps,
+        elapsed_s=round(elapsed_s, 6),
+    )

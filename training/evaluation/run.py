@@ -1,0 +1,137 @@
+"""Carry an evaluation through: problems, candidates, answers, report."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from training.config import EvalSettings
+from training.data import load_problems
+from training.evaluation.answers import Answers
+from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
+from training.evaluation.decoding import answer_problems, keys
+from training.evaluation.pictures import draw
+from training.evaluation.report import build_report, write_report
+from training.evaluation.teacher_forced import measure, summarize
+from training.problem import Problem
+from trm import TRMConfig, bundled_model_path, checkpoint
+from trm.device import use_device
+from trm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BACKBONE = "backbone"  # as a baseline: the model itself at effort 0
+CONTROL_DIR = "control"  # inside a model: the plain model that it ships to be compared with
+
+
+def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
+    """The report. With `settings.report` it also lies there, with a table, every answer and pictures.
+
+    The teacher-forced part is measured only where there is a report directory. An evaluation that is interrupted
+    says what it has kept there, and goes on when it is run again. Raises ConfigError for settings that do not fit.
+    """
+    device = use_device(settings.device, settings.num_threads)
+    directory = checkpoint.locate(settings.model or bundled_model_path())
+    config = checkpoint.read_config(directory)
+    problems = load_problems(settings.dataset, split="heldout", seed=settings.seed, num_problems=settings.limit)
+    problems = problems[: settings.limit]
+    if len(problems) < settings.limit:
+        logger.info("%s has %d problems; --limit %d takes all", settings.dataset, len(problems), settings.limit)
+    candidates = choose_candidates(settings, directory, config)
+    wanted = [key for candidate in candidates for run in candidate.runs for key in keys(run, len(problems))]
+
+    with Answers(settings.report, _asked(settings, candidates, problems)) as answers:
+        if answers.by_key:
+            logger.info("%d of %d answers are there already", len(answers.by_key), len(wanted))
+        try:
+            progress: tqdm[NoReturn]
+            with tqdm(total=len(wanted), initial=len(answers.by_key), unit="answer") as progress:
+                for candidate in candidates:
+                    if all(key in answers.by_key for run in candidate.runs for key in keys(run, len(problems))):
+                        continue
+                    model, chat = load(candidate.directory, device)
+                    answer_problems(
+                        candidate,
+                        model,
+                        chat,
+                        problems,
+                        answers,
+                        progress,
+                        seed=settings.seed,
+                        max_tokens=settings.max_tokens,
+                        max_rows=settings.max_rows,
+                    )
+            solutions = None if settings.report is None else _read_solutions(directory, device, problems)
+        except (KeyboardInterrupt, SystemExit):
+            kept = "none is kept without --report"
+            if settings.report is not None:
+                kept = f"they are kept in {settings.report}, and the same command goes on from there"
+            logger.warning("interrupted after %d of %d answers; %s", len(answers.by_key), len(wanted), kept)
+            raise
+    about = {
+        "model": settings.model or "bundled",
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "n": len(problems),
+        "trained_effort": config.n_supervision,
+    }
+    report = about | build_report(candidates, answers.by_key, len(problems), config.n_supervision) | (solutions or {})
+    if settings.report is not None:
+        write_report(settings.report, report)
+        draw(settings.report, report)
+    return report
+
+
+def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig) -> list[Candidate]:
+    """Who answers, at which efforts: the model first, then another baseline if there is one, then the controls."""
+    trained = config.n_supervision
+    efforts = set(settings.effort or (0, 1, trained))
+    controls = list(settings.control)
+    if settings.baseline and not controls and (directory / CONTROL_DIR).is_dir():
+        controls = [str(directory / CONTROL_DIR)]
+    if settings.baseline == BACKBONE:
+        efforts.add(0)
+    if controls:
+        efforts.add(trained)
+    runs = [Run(MODEL_NAME, effort) for effort in sorted(efforts)]
+    if settings.samples > 1:
+        runs.append(Run(MODEL_NAME, trained, settings.samples))
+    candidates = [Candidate("model", MODEL_NAME, directory, tuple(runs))]
+    others: list[tuple[Role, str]] = [("control", control) for control in controls]
+    if settings.baseline not in (None, BACKBONE):
+        others.insert(0, ("baseline", settings.baseline))
+    for role, source in others:
+        name = os.path.basename(os.path.abspath(source))
+        if name in {candidate.name for candidate in candidates}:
+            raise ConfigError(f"--{role} {source}: goes by its directory's name, and there is a {name} already")
+        candidates.append(Candidate(role, name, checkpoint.locate(source), (Run(name, 0),)))
+    return candidates
+
+
+def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Sequence[Problem]) -> dict[str, Any]:
+    """Everything that decides the answers, by the name of its setting; models and data by what they hold."""
+    rows = json.dumps([(problem.question, problem.solution) for problem in problems])
+    weights = {
+        role: ", ".join(f"{c.name} {fingerprint(c.directory)}" for c in candidates if c.role == role) or "none"
+        for role in ("model", "baseline", "control")
+    }
+    return weights | {
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "effort": [run.effort for run in candidates[0].runs if not run.samples],
+        "samples": settings.samples,
+        "max_tokens": settings.max_tokens,
+        "dataset": hashlib.sha256(rows.encode()).hexdigest()[:16],
+    }
+
+
+def _read_solutions(directory: Path, device: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The teacher-forced part of the report."""
+    model, chat = load(directory, device)
+    examples = [chat.encode_example(problem.question, problem.solution) for problem in problems]
+    return summarize(measure(model, chat, examples, model.config.max_supervision), model.config)
