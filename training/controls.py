@@ -75,15 +75,15 @@ def train_control(settings: ControlSettings) -> Path:
     run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
     trainer = build_trainer(run, str(run.backbone), run.backbone_revision, device)
     decoder_weights = sum(p.numel() for p in trainer.parameters.values())
+    with FlopCounterMode(display=False) as counted:
+        for _ in range(COUNTED_STEPS):
+            trainer.train_step()
+    decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
     torch.manual_seed(run.seed)
     model = trainer.model.backbone
     trained = add_weights(model, settings.kind, decoder_weights)
     model.set_attn_implementation("eager")  # faster in training on a CPU
 
-    with FlopCounterMode(display=False) as counted:
-        for _ in range(COUNTED_STEPS):
-            trainer.train_step()
-    decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
     batches = _batches(trainer, run)
     with FlopCounterMode(display=False) as counted:
         for batch in itertools.islice(_batches(trainer, run), COUNTED_STEPS):
@@ -110,6 +110,8 @@ def train_control(settings: ControlSettings) -> Path:
         "name": NAMES[settings.kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "steps": steps,
+        "tflop": steps * flops_per_step / 1e12,
+        "decoder_tflop": decoder_flops / 1e12,
         "compute": f"{steps * flops_per_step / 1e12:.0f} TFLOP; the decoder took {decoder_flops / 1e12:.0f}",
     })  # fmt: skip
 
@@ -123,16 +125,16 @@ def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dic
     layers = model.model.layers
     if kind == "layer":
         config = model.config
-        layer = type(layers[0])(config, len(layers))
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):  # starts as the identity
-            nn.init.zeros_(projection.weight)
-        layers.append(layer)
-        config.num_hidden_layers += 1
         if getattr(config, "layer_types", None):
             config.layer_types = [*config.layer_types, config.layer_types[-1]]
+        config.num_hidden_layers += 1
+        layer = type(layers[0])(config, len(layers))
+        for name, parameter in layer.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # the layer starts as the identity
+                nn.init.zeros_(parameter)
+            elif name.endswith("proj.weight"):
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+        layers.append(layer)
     if kind == "lora":
         linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
         rank = round(decoder_weights / sum(sum(module.weight.shape) for module in linears))
