@@ -1,7 +1,7 @@
 """Controls: what the decoder's training compute buys when it is spent on the backbone in an ordinary way.
 
-Three of them, each trained on the decoder's own problems, in its order, with its optimiser and at least its
-floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
+Three of them, each trained on the decoder's own problems, in its order, with its optimiser, averaging and at least
+its floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
 and low-rank updates (LoRA) of the backbone's matrices with as many weights as the decoder has. Each ends as a plain
 Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what it cost.
 """
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from training.batches import Batch, collate, epoch_order
 from training.config import TrainSettings
 from training.loss import reply_loss
-from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
+from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate
 from training.run import build_trainer
 from training.trainer import Trainer
 from trm import checkpoint
@@ -35,7 +35,7 @@ from trm.settings import Settings, configure_logging, run_command
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
-COUNTED_STEPS = 8  # optimiser steps over which operations are counted, of the decoder and of the control
+COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
 NAMES: dict[str, str] = {
     "continued": "backbone trained on",
@@ -94,6 +94,7 @@ def train_control(settings: ControlSettings) -> Path:
     logger.info("%s: %d steps, the decoder took %d", NAMES[settings.kind], steps, trainer.total_steps)
 
     optimizers = make_optimizers(trained.items(), run.optimizer, settings.lr or run.lr, run.weight_decay)
+    ema = EMA(trained)
     warmup = min(2000, steps // 10) if run.warmup_steps is None else run.warmup_steps
     model.train()
     for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=settings.kind, unit="step")):
@@ -106,6 +107,10 @@ def train_control(settings: ControlSettings) -> Path:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        ema.update(step + 1)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(ema.average[name])
     return _write(settings, model, trainer, {
         "name": NAMES[settings.kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
