@@ -1,7 +1,7 @@
 # Everything a person runs. Each target installs what it needs into .venv, once.
 
 PYTHON ?= python3
-GSM8K ?= ../shared/gsm8k/train.jsonl
+GSM8K ?= ../shared/gsm8k
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
@@ -24,7 +24,7 @@ lint: $(VENV)/installed-dev
 # gives large tensors back to the system after every use, which takes a third of the time.
 model: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
-	$(VENV)/bin/python -m training.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K))
+	$(VENV)/bin/python -m training.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 
+from training import checkpoints
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.controls import CONTROL_JSON, NAMES, ControlSettings, Kind, train_control
 from training.evaluation.run import CONTROL_DIR, evaluate_model
@@ -21,12 +22,13 @@ from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.settings import configure_logging
 
 DECODER: dict[str, Any] = {
-    "dataset": "synthetic:easy,all,mental",
-    "num_problems": 96_000,
+    "dataset": "synthetic:easy,all" + ",mental" * 9,  # a third is mental
+    "num_problems": 76_800,
     "batch_size": 64,
     "n_latent": 2,
     "n_cycles": 1,
-    "n_supervision": 4,
+    "n_supervision": 8,
+    "min_supervision": 1,
     "max_supervision": 16,
     "kv_source": "context",
     "gradient": "full",
@@ -49,7 +51,7 @@ GSM8K, and it knows nothing but such problems.
 | | |
 |---|---|
 | backbone | Qwen2 architecture, {backbone_size:.1f}M parameters, {layers} layers, width {hidden}, {positions} positions, frozen |
-| decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from the context, gradient through the whole recursion |
+| decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision} (in training 1 to {n_supervision}, drawn per batch), L = {n_layers}, keys and values from the context, gradient through the whole recursion |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
 | data | generated word problems (`training/synthetic.py`), new ones in every batch; for the backbone{text} |
 | training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems; one CPU thread |
@@ -89,7 +91,7 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
     if not _is_finished(backbone, pretraining.max_steps):
         pretrain(pretraining)
     settings = TrainSettings(**DECODER, backbone=str(backbone), output_dir=decoder, num_threads=1)
-    last = train(settings.model_copy(update={"resume": decoder}) if (decoder / "run.json").exists() else settings)
+    last = _last(decoder) or train(settings)
     for kind in get_args(Kind):
         directory = work / "controls" / kind
         if not (directory / CONTROL_JSON).exists():
@@ -194,6 +196,16 @@ def _curve(points: list[dict[str, Any]]) -> str:
     lines = [f"| tokens | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
     lines += [f"| {p['tokens'] / 1e6:.1f}M | {' | '.join(f'{p[name]:.1%}' for name in groups)} |" for p in points]
     return "\n".join(lines)
+
+
+def _last(run_dir: Path) -> Path | None:
+    """The last checkpoint of a run that is finished; one that was cut is carried to its end. None for no run."""
+    if not checkpoints.checkpoints(run_dir):
+        return None
+    newest = checkpoints.find(run_dir)
+    if checkpoints.step_of(newest) == checkpoint.read_json(run_dir / "run.json")["total_steps"]:
+        return newest
+    return train(TrainSettings(resume=run_dir))
 
 
 def _is_finished(backbone: Path, steps: int) -> bool:

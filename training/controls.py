@@ -1,7 +1,7 @@
 """Controls: what the decoder's training compute buys when it is spent on the backbone in an ordinary way.
 
-Three of them, each trained on the decoder's own problems, in its order, with its optimiser and at least its
-floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
+Three of them, each trained on the decoder's own problems, in its order, with its optimiser, averaging and at least
+its floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
 and low-rank updates (LoRA) of the backbone's matrices with as many weights as the decoder has. Each ends as a plain
 Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what it cost.
 """
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from training.batches import Batch, collate, epoch_order
 from training.config import TrainSettings
 from training.loss import reply_loss
-from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
+from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate
 from training.run import build_trainer
 from training.trainer import Trainer
 from trm import checkpoint
@@ -35,7 +35,7 @@ from trm.settings import Settings, configure_logging, run_command
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
-COUNTED_STEPS = 8  # optimiser steps over which operations are counted, of the decoder and of the control
+COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
 NAMES: dict[str, str] = {
     "continued": "backbone trained on",
@@ -75,15 +75,15 @@ def train_control(settings: ControlSettings) -> Path:
     run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
     trainer = build_trainer(run, str(run.backbone), run.backbone_revision, device)
     decoder_weights = sum(p.numel() for p in trainer.parameters.values())
+    with FlopCounterMode(display=False) as counted:
+        for _ in range(COUNTED_STEPS):
+            trainer.train_step()
+    decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
     torch.manual_seed(run.seed)
     model = trainer.model.backbone
     trained = add_weights(model, settings.kind, decoder_weights)
     model.set_attn_implementation("eager")  # faster in training on a CPU
 
-    with FlopCounterMode(display=False) as counted:
-        for _ in range(COUNTED_STEPS):
-            trainer.train_step()
-    decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
     batches = _batches(trainer, run)
     with FlopCounterMode(display=False) as counted:
         for batch in itertools.islice(_batches(trainer, run), COUNTED_STEPS):
@@ -94,6 +94,7 @@ def train_control(settings: ControlSettings) -> Path:
     logger.info("%s: %d steps, the decoder took %d", NAMES[settings.kind], steps, trainer.total_steps)
 
     optimizers = make_optimizers(trained.items(), run.optimizer, settings.lr or run.lr, run.weight_decay)
+    ema = EMA(trained)
     warmup = min(2000, steps // 10) if run.warmup_steps is None else run.warmup_steps
     model.train()
     for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=settings.kind, unit="step")):
@@ -106,10 +107,16 @@ def train_control(settings: ControlSettings) -> Path:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        ema.update(step + 1)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(ema.average[name])
     return _write(settings, model, trainer, {
         "name": NAMES[settings.kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "steps": steps,
+        "tflop": steps * flops_per_step / 1e12,
+        "decoder_tflop": decoder_flops / 1e12,
         "compute": f"{steps * flops_per_step / 1e12:.0f} TFLOP; the decoder took {decoder_flops / 1e12:.0f}",
     })  # fmt: skip
 
@@ -123,16 +130,16 @@ def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dic
     layers = model.model.layers
     if kind == "layer":
         config = model.config
-        layer = type(layers[0])(config, len(layers))
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):  # starts as the identity
-            nn.init.zeros_(projection.weight)
-        layers.append(layer)
-        config.num_hidden_layers += 1
         if getattr(config, "layer_types", None):
             config.layer_types = [*config.layer_types, config.layer_types[-1]]
+        config.num_hidden_layers += 1
+        layer = type(layers[0])(config, len(layers))
+        for name, parameter in layer.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # the layer starts as the identity
+                nn.init.zeros_(parameter)
+            elif name.endswith("proj.weight"):
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+        layers.append(layer)
     if kind == "lora":
         linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
         rank = round(decoder_weights / sum(sum(module.weight.shape) for module in linears))

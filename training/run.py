@@ -1,8 +1,8 @@
 """Build a training run from its settings and carry it through: data, backbone, model, trainer."""
 
 import logging
-import time
 from collections.abc import Collection
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,17 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     if settings.resume is not None:
         _warn_of_later(run_dir, trainer.step)
     summary = _summary(trainer)
-    logger.info("%s", ", ".join(f"{name} {value}" for name, value in summary.items() if name != "settings"))
-    logger.info("on %s, bfloat16 products %s", device, "on" if trainer.autocast else "off")
+    logger.info(
+        "%d examples (%d labels), %d for validation, %d optimiser steps, %.2fM trained parameters, "
+        "on %s, bfloat16 products %s",
+        summary["num_examples"],
+        summary["num_labels"],
+        summary["num_validation_examples"],
+        trainer.total_steps,
+        summary["trained_parameters"] / 1e6,
+        device,
+        "on" if trainer.autocast else "off",
+    )
     before = checkpoint.read_json(run_dir / RUN_JSON) if settings.resume and (run_dir / RUN_JSON).exists() else {}
     checkpoint.write_json(run_dir / RUN_JSON, before | summary)
     try:
@@ -196,20 +205,14 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
 
 
 def _report_end(trainer: Trainer, record: dict[str, Any], run_dir: Path) -> None:
-    """The last lines of a run's log; the whole summary is in run.json."""
-    logger.info(
-        "%s at step %d of %d after %s: loss %s, on validation problems %s, best %s",
-        "finished" if trainer.step == trainer.total_steps else "stopped",
-        trainer.step,
-        trainer.total_steps,
-        time.strftime("%H:%M:%S", time.gmtime(record["wall_s"])),
-        record["last"].get("loss"),
-        (record["validation"] or {}).get("loss"),
-        record["best"],
-    )
-    if trainer.step < trainer.total_steps:
+    """The summary that is in run.json, and how to go on."""
+    logger.info("%s:\n%s", run_dir / RUN_JSON, "\n".join(f"  {name}: {value}" for name, value in record.items()))
+    duration = timedelta(seconds=round(record["wall_s"]))
+    if trainer.step == trainer.total_steps:
+        logger.info("finished at step %d after %s", trainer.step, duration)
+    else:
+        logger.info("stopped at step %d of %d after %s", trainer.step, trainer.total_steps, duration)
         logger.info("go on with: trm-train --resume %s", run_dir)
-    logger.info("summary: %s; curves: tensorboard --logdir %s", run_dir / RUN_JSON, run_dir.parent)
 
 
 def model_settings(settings: TrainSettings) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class RunLog:
         self._draw(step, {"training/tokens_per_s": line["tokens_per_s"]})
         for name, tag in PER_STEP.items():
             self._draw(step, _by_supervision_step(tag, line[name]))
-        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s")
+        self._bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['tokens_per_s']:,.0f} tokens/s")
         if self._bar.disable and now - self._told > REPORT_EVERY_S:
             self._tell(step, line, now)
         self._reports, self._since, self.last = [], now, line
@@ -77,7 +77,7 @@ class RunLog:
         self._draw(step, {"validation/loss": measured.losses[-1]})
         self._draw(step, _by_supervision_step("validation_loss", measured.losses))
         self._draw(step, _by_supervision_step("validation_token_accuracy", measured.token_accuracies))
-        logger.info("step %d: validation loss %.4f", step, measured.losses[-1])
+        logger.info("step %d: validation loss %.4g", step, measured.losses[-1])
 
     def flush(self) -> None:
         """Everything said so far is on its way to the disk: called before a checkpoint is in place."""
@@ -100,7 +100,7 @@ class RunLog:
     def _tell(self, step: int, line: dict[str, Any], now: float) -> None:
         left = (now - self._started) / (step - self.step) * (self.total_steps - step)
         logger.info(
-            "step %d of %d, loss %.4f, %.0f tokens/s, %s left",
+            "step %d of %d, loss %.4g, %.0f tokens/s, %s left",
             step,
             self.total_steps,
             line["loss"],
@@ -132,7 +132,7 @@ def summarise(reports: list[dict[str, Any]], n_supervision: int) -> dict[str, An
 
 
 def _mean(values: list[float]) -> float:
-    return round(sum(values) / len(values), 6)
+    return float(f"{sum(values) / len(values):.6g}")
 
 
 def _by_supervision_step(tag: str, values: Sequence[float | None]) -> dict[str, float]:

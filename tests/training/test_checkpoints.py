@@ -186,3 +186,12 @@ def test_moved_data_is_asked_for_and_taken(settings: Settings, jsonl: Callable[.
         train(TrainSettings(resume=run, max_steps=2))
 
     assert train(TrainSettings(resume=run, max_steps=2, dataset=str(moved))) == run / "checkpoint-2"
+
+
+def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".checkpoint-9.partial", ".checkpoint-3.old", ".checkpoint-mine.partial", "checkpoint-3", ".old"):
+        (tmp_path / name).mkdir()
+
+    checkpoints.clear_leftovers(tmp_path)
+
+    assert {path.name for path in tmp_path.iterdir()} == {".checkpoint-mine.partial", "checkpoint-3", ".old"}

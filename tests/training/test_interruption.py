@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,21 @@ TIMEOUT_S = 60
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Starts processes that have imported everything already."""
+@pytest.fixture
+def start() -> Iterator[Callable[[TrainSettings], Any]]:
+    """Start a run in a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.run"])
-    return context
+    started: list[Any] = []
+
+    def start(settings: TrainSettings) -> Any:
+        started.append(context.Process(target=train, args=(settings,)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 def wait_for(condition: Callable[[], Any], process: Any) -> Any:
@@ -47,7 +56,7 @@ def partial(run: Path) -> set[str]:
 
 @pytest.mark.parametrize("gradient", ["full", "paper"])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
-    settings: Settings, tmp_path: Path, processes: Any, gradient: str
+    settings: Settings, tmp_path: Path, start: Callable[[TrainSettings], Any], gradient: str
 ) -> None:
     changes = {"gradient": gradient, "max_steps": STEPS, "epochs": 10, "save_steps": 2, "keep_last": 2}
     straight = train(settings(**changes))
@@ -55,9 +64,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
     moments = random.Random(gradient)
     torn = 0
     for attempt in range(4):
-        start = TrainSettings(resume=run) if checkpoints(run) else settings(**changes, output_dir=run)
-        process = processes.Process(target=train, args=(start,))
-        process.start()
+        process = start(TrainSettings(resume=run) if checkpoints(run) else settings(**changes, output_dir=run))
         for _ in range(1 + attempt % 2):  # saves begun
             before = partial(run)
             wait_for(lambda seen=before: partial(run) - seen, process)
@@ -81,11 +88,10 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_exits_0(
-    settings: Settings, tmp_path: Path, processes: Any, number: int
+    settings: Settings, tmp_path: Path, start: Callable[[TrainSettings], Any], number: int
 ) -> None:
     run = tmp_path / "run"
-    process = processes.Process(target=train, args=(settings(max_steps=100_000, epochs=100_000, save_steps=7),))
-    process.start()
+    process = start(settings(max_steps=100_000, epochs=100_000, save_steps=7))
     assert wait_for(lambda: checkpoints(run), process)
     with pytest.raises(ConfigError, match="another trm-train is at work there"):
         train(TrainSettings(resume=run))

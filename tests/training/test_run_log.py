@@ -1,6 +1,8 @@
 """Curves that tell the truth: one point per step, whatever was cut and resumed."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.training.comparing import differing_tensors
 from training.config import TrainSettings
 from training.run import train
-from training.run_log import summarise
-from trm.errors import DeviceError
+from training.run_log import RunLog, summarise
+from trm.errors import CheckpointError, DeviceError
 
 Settings = Callable[..., TrainSettings]
 
@@ -92,3 +94,15 @@ def test_run_json_sums_the_run_up(settings: Settings) -> None:
     assert record["step"] == record["total_steps"] == 3
     assert record["wall_s"] > 0
     assert len(record["last"]["losses"]) == len(record["validation"]["losses"]) == 3
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_the_reason(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.jsonl")
+
+    monkeypatch.setattr(RunLog, "_write", no_space)
+
+    with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written: No space left on device; .* --resume "):
+        train(settings(max_steps=1))
