@@ -20,7 +20,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Rebuilds trm/bundled from nothing: about an hour and a half on two cores. Without the two variables glibc
+# Rebuilds trm/bundled from nothing: about two hours on two cores. Without the two variables glibc
 # gives large tensors back to the system after every use, which takes a third of the time.
 model: $(VENV)/installed
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \

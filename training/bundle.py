@@ -124,7 +124,7 @@ def evaluate_bundle(directory: Path, work: Path, gsm8k: Path | None) -> dict[str
         settings = EvalSettings(
             model=str(directory),
             dataset=dataset,
-            effort=EFFORTS,
+            effort=[0, DECODER["n_supervision"]] if name == "gsm8k" else EFFORTS,
             limit=limit,
             max_tokens=256 if name == "gsm8k" else 128,
             baseline="backbone",
