@@ -1,4 +1,4 @@
-"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, controls, evaluation, model card.
+"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, control, evaluation, model card.
 
 `make model` runs this. The recipe is the code below; what it measured stands in the card and in `report.json` beside
 the weights. A stage that an interrupted build has finished is not done again.
@@ -8,13 +8,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from training import checkpoints
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.controls import CONTROL_JSON, NAMES, ControlSettings, Kind, train_control
+from training.controls import CONTROL_JSON, ControlSettings, train_control
 from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
 from training.run import train
@@ -37,7 +37,6 @@ DECODER: dict[str, Any] = {
 }
 EVALUATIONS = {"all": ("synthetic", 2000), "easy": ("synthetic:easy", 1000), "mental": ("synthetic:mental", 1000)}
 EFFORTS = [0, 1, 2, 4, 8, 16]
-SHIPPED_CONTROL = "continued"
 PICTURES = ("accuracy.png", "halting.png")
 
 # ruff: noqa: E501 - table rows of the card stay on one line
@@ -60,14 +59,11 @@ GSM8K, and it knows nothing but such problems.
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
 with 95 % intervals; effort 0 is the frozen backbone alone, {n_supervision} is the trained effort, more is extrapolation.
 Gained and lost are problems that only the effort, or only the backbone, got right; p is the exact McNemar test, corrected
-for the number of efforts (Holm). The controls spent the decoder's training operations on the backbone in an ordinary way, on the
-same problems in the same order; theirs are the problems that only effort {n_supervision}, or only the control, got right.
+for the number of efforts (Holm). The control is the same backbone trained on, on the decoder's problems in the decoder's order,
+with all its weights and at least the decoder's floating-point operations ({control_tflop:.0f} TFLOP in {control_steps} steps; the decoder took {decoder_tflop:.0f}
+in {train_steps}); there, gained and lost are the problems that only effort {n_supervision}, or only the control, got right.
 
 {tables}
-
-| control | trained weights | steps | operations |
-|---|---|---|---|
-{controls}
 
 ![Accuracy against effort](accuracy.png)
 
@@ -79,27 +75,26 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 
 Limits: whole numbers up to about a hundred in the question, one to four steps, wording close to the templates of the
 generator. Unknown names and nouns are fine; unknown verbs are guesses. `make model` rebuilds everything from
-nothing; `trm-eval --dataset synthetic --limit 2000 --baseline backbone` repeats the first table, with the control that
-lies in `control/` ({shipped}).
+nothing; `trm-eval --dataset synthetic --limit 2000 --effort 0 1 2 4 8 16 --max-tokens 128 --baseline backbone` repeats the first table, with
+the control that lies in `control/`.
 """
 
 
 def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) -> None:
-    """Train everything under `work`, then put the model, a control, its reports and its card into `target`."""
+    """Train everything under `work`, then put the model, its control, its reports and its card into `target`."""
     backbone, decoder = work / "backbone", work / "decoder"
     pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=1)
     if not _is_finished(backbone, pretraining.max_steps):
         pretrain(pretraining)
     settings = TrainSettings(**DECODER, backbone=str(backbone), output_dir=decoder, num_threads=1)
     last = _last(decoder) or train(settings)
-    for kind in get_args(Kind):
-        directory = work / "controls" / kind
-        if not (directory / CONTROL_JSON).exists():
-            train_control(ControlSettings(kind=kind, run=decoder, output_dir=directory, num_threads=1))
+    control = work / CONTROL_DIR
+    if not (control / CONTROL_JSON).exists():
+        train_control(ControlSettings(kind="continued", run=decoder, output_dir=control, num_threads=1))
 
     aside = checkpoint.make_aside(target)
     export(last, aside)
-    shutil.copytree(work / "controls" / SHIPPED_CONTROL, aside / CONTROL_DIR)
+    shutil.copytree(control, aside / CONTROL_DIR)
     reports = evaluate_bundle(aside, work, gsm8k)
     checkpoint.write_json(aside / "report.json", reports)
     for picture in PICTURES:
@@ -128,7 +123,6 @@ def evaluate_bundle(directory: Path, work: Path, gsm8k: Path | None) -> dict[str
             limit=limit,
             max_tokens=256 if name == "gsm8k" else 128,
             baseline="backbone",
-            control=[str(work / "controls" / kind) for kind in NAMES],
             report=work / "reports" / name,
         )
         report = evaluate_model(settings)
@@ -141,6 +135,7 @@ def render_card(directory: Path, work: Path, reports: dict[str, Any]) -> str:
     model = TRMForCausalLM.from_pretrained(directory)
     config, record = model.config, _pretrain_record(directory)
     run = checkpoint.read_json(work / "decoder" / "run.json")
+    control = checkpoint.read_json(directory / CONTROL_DIR / CONTROL_JSON)
     return CARD.format(
         backbone_size=sum(p.numel() for p in model.backbone.parameters()) / 1e6,
         layers=config.backbone_config.num_hidden_layers,
@@ -162,33 +157,28 @@ def render_card(directory: Path, work: Path, reports: dict[str, Any]) -> str:
         problems=run["num_examples"],
         megabytes=sum(file.stat().st_size for file in directory.rglob("*.safetensors")) / 1e6,
         tables="\n\n".join(_table(report) for report in reports.values()),
-        controls="\n".join(_control_row(work / "controls" / kind) for kind in NAMES),
+        control_tflop=control["tflop"],
+        decoder_tflop=control["decoder_tflop"],
+        control_steps=control["steps"],
         curve=_curve(record["curve"]),
-        shipped=NAMES[SHIPPED_CONTROL],
     )
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Accuracy per effort and of the controls in Markdown."""
+    """Accuracy per effort and of the control in Markdown."""
     lines = [
         f"`{report['dataset']}`, {report['n']} problems:\n",
         "| | accuracy | 95 % interval | gained, lost | p |",
         "|---|---|---|---|---|",
     ]
     rows = [(f"effort {row['effort']}", row) for row in report["efforts"]]
-    rows += [(NAMES[row["name"]], row) for row in report["controls"]]
+    rows.append(("backbone trained on (control)", report["control"]))
     for label, row in rows:
         low, high = row["interval"]
         compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"
         p = "" if label == "effort 0" else f"{row['mcnemar_p']:.2g}"
         lines.append(f"| {label} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} | {p} |")
     return "\n".join(lines)
-
-
-def _control_row(directory: Path) -> str:
-    record = checkpoint.read_json(directory / CONTROL_JSON)
-    weights = record["trained_parameters"] / 1e6
-    return f"| {record['name']} | {weights:.2f}M | {record['steps']} | {record['compute']} |"
 
 
 def _curve(points: list[dict[str, Any]]) -> str:
