@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from training.config import TrainSettings
-from training.data import encode_problems, load_problems
+from training.problems.data import encode_problems, load_problems
 from training.run import model_settings
 from training.trainer import Trainer
 from trm import TRMForCausalLM, bundled_model_path, checkpoint

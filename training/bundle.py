@@ -52,7 +52,7 @@ GSM8K, and it knows nothing but such problems.
 | backbone | Qwen2 architecture, {backbone_size:.1f}M parameters, {layers} layers, width {hidden}, {positions} positions, frozen |
 | decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision} (in training 1 to {n_supervision}, drawn per batch), L = {n_layers}, keys and values from the context, gradient through the whole recursion |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
-| data | generated word problems (`training/synthetic.py`), new ones in every batch; for the backbone{text} |
+| data | generated word problems (`training/problems/synthetic.py`), new ones in every batch; for the backbone{text} |
 | training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems; one CPU thread |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 

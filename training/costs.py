@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from training.batches import PAD_MULTIPLE, epoch_order
 from training.config import TrainSettings
-from training.data import encode_problems, load_problems
+from training.problems.data import encode_problems, load_problems
 from training.run import model_settings
 from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, Example

@@ -14,7 +14,7 @@ import trm
 from training import checkpoints, workers
 from training.checkpoints import FREE_ON_RESUME, RUN_JSON, STATE_JSON
 from training.config import TrainSettings
-from training.data import encode_problems, load_problems
+from training.problems.data import encode_problems, load_problems
 from training.stopping import stop_on_signals
 from training.trainer import Trainer, fingerprint
 from training.validation import split_problems

@@ -9,10 +9,10 @@ import torch
 
 from training.batches import collate
 from training.config import TrainSettings
-from training.data import load_problems
 from training.loss import prepare, token_losses
 from training.optim import EMA
-from training.problem import Problem
+from training.problems.data import load_problems
+from training.problems.problem import Problem
 from trm.chat import Example
 from trm.model import TRMForCausalLM
 

@@ -7,7 +7,7 @@ import torch
 
 from training.bench_memory import measure_passes, peak_bytes
 from training.config import TrainSettings
-from training.data import encode_problems, load_problems
+from training.problems.data import encode_problems, load_problems
 from training.run import model_settings
 from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint

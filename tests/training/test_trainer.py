@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from training.batches import collate
 from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
-from training.data import encode_problems, load_problems
 from training.optim import EMA, learning_rate_scale, make_optimizers
+from training.problems.data import encode_problems, load_problems
 from training.run import train
 from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.test_trainer import make_trainer
 from training.config import TrainSettings
-from training.problem import Problem
+from training.problems.problem import Problem
 from training.run import train
 from training.validation import averaged, hold_out, split_problems
 from trm.errors import CheckpointError

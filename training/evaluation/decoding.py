@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from training.evaluation.answers import Answer, Answers, Key
 from training.evaluation.candidates import Candidate, Run
-from training.problem import Problem
+from training.problems.problem import Problem
 from trm import TRMForCausalLM
 from trm.answers import is_correct
 from trm.chat import ChatFormat, solve_messages

@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from training.config import EvalSettings
-from training.data import load_problems
 from training.evaluation.answers import Answers
 from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
 from training.evaluation.decoding import answer_problems, keys
 from training.evaluation.pictures import draw
 from training.evaluation.report import build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
-from training.problem import Problem
+from training.problems.data import load_problems
+from training.problems.problem import Problem
 from trm import TRMConfig, bundled_model_path, checkpoint
 from trm.device import use_device
 from trm.errors import ConfigError

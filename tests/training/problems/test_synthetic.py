@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 
-from training import sentences, synthetic
-from training.sentences import Bank
-from training.synthetic import (
+from training.problems import sentences, synthetic
+from training.problems.sentences import Bank
+from training.problems.synthetic import (
     FAMILIES,
     GROUPS_OF_FAMILIES,
     WRITTEN,

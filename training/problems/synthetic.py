@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training import sentences as text
-from training.problem import Problem
+from training.problems import sentences as text
+from training.problems.problem import Problem
 from trm.errors import ConfigError
 
 Split = Literal["train", "heldout"]

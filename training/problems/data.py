@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from training.problem import Problem
-from training.synthetic import Split, parse_families, problems
+from training.problems.problem import Problem
+from training.problems.synthetic import Split, parse_families, problems
 from trm.answers import convert_gsm8k, extract_boxed
 from trm.chat import ChatFormat, Example
 from trm.errors import ConfigError

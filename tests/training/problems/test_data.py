@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import shared_path
 from training.batches import IGNORE_INDEX, collate, epoch_order
-from training.data import encode_problems, load_problems
+from training.problems.data import encode_problems, load_problems
 from trm.answers import extract_boxed
 from trm.chat import ChatFormat, solve_messages
 from trm.errors import ConfigError

@@ -1,0 +1,1 @@
+"""Where problems come from: files, hubs, and a generator of word problems."""
