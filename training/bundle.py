@@ -37,6 +37,7 @@ DECODER: dict[str, Any] = {
 }
 EVALUATIONS = {"all": ("synthetic", 2000), "easy": ("synthetic:easy", 1000), "mental": ("synthetic:mental", 1000)}
 EFFORTS = [0, 1, 2, 4, 8, 16]
+MAX_TOKENS = 256
 PICTURES = ("accuracy.png", "halting.png")
 
 # ruff: noqa: E501 - table rows of the card stay on one line
@@ -75,7 +76,7 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 
 Limits: whole numbers up to about a hundred in the question, one to four steps, wording close to the templates of the
 generator. Unknown names and nouns are fine; unknown verbs are guesses. `make model` rebuilds everything from
-nothing; `trm-eval --dataset synthetic --limit 2000 --effort 0 1 2 4 8 16 --max-tokens 128 --baseline backbone` repeats the first table, with
+nothing; `trm-eval --dataset synthetic --limit 2000 --effort 0 1 2 4 8 16 --max-tokens 256 --baseline backbone` repeats the first table, with
 the control that lies in `control/`.
 """
 
@@ -121,7 +122,7 @@ def evaluate_bundle(directory: Path, work: Path, gsm8k: Path | None) -> dict[str
             dataset=dataset,
             effort=[0, DECODER["n_supervision"]] if name == "gsm8k" else EFFORTS,
             limit=limit,
-            max_tokens=256 if name == "gsm8k" else 128,
+            max_tokens=MAX_TOKENS,
             baseline="backbone",
             report=work / "reports" / name,
         )
