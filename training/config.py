@@ -221,12 +221,20 @@ class PretrainSettings(Settings):
     text_file: Path | None = Field(
         None, description="JSON-lines file with more problems, for their wording (GSM8K's training set)"
     )
-    max_steps: int = Field(6_000, ge=1, description="optimiser steps")
+    families: Annotated[CliVariadicArg[list[str]], NoDecode] = Field(
+        ["easy", "all"], description="families or groups of synthetic problems; problems come from each in turn"
+    )
+    max_steps: int = Field(5_000, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="problems per step")
     lr: float = Field(1.2e-2, gt=0, description="peak learning rate of Muon")
     hidden_size: int = Field(256, ge=64, multiple_of=64, description="width; heads have 32 units")
-    num_layers: int = Field(2, ge=1, description="depth")
+    num_layers: int = Field(4, ge=1, description="depth")
     vocab_size: int = Field(2048, ge=300, description="size of the tokenizer")
     seed: int = Field(0, ge=0, description="of weights and problems")
     device: Device = Field("auto", description="where to train")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.replace(",", " ").split() if isinstance(value, str) else value

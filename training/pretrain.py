@@ -46,10 +46,9 @@ NUM_KEY_VALUE_HEADS = 2
 WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.01
 POOL_STEPS = 8  # lengths are sorted within pools of this many steps
-NUM_EVALUATIONS = 12  # points on the curve in the record
+NUM_EVALUATIONS = 20  # points on the curve in the record
 NUM_TEST_PROBLEMS = 300
 TOKENIZER_PROBLEMS = 20_000
-FAMILY_GROUPS = ("easy", "all", "mental")  # problems come from each in turn
 
 
 def make_backbone(settings: PretrainSettings, pad_id: int, end_id: int) -> Qwen2ForCausalLM:
@@ -79,7 +78,7 @@ class Curriculum:
     def __init__(self, settings: PretrainSettings, chat: ChatFormat, text: Sequence[Problem]) -> None:
         self.settings = settings
         self.chat = chat
-        self.groups = [parse_families(group) for group in FAMILY_GROUPS]
+        self.groups = [parse_families(group) for group in settings.families]
         encoded = [chat.encode_example(p.question, p.solution) for p in text]
         self.text = [example for example in encoded if len(example.ids) <= MAX_LENGTH]
 
@@ -158,7 +157,7 @@ def pretrain(settings: PretrainSettings) -> None:
     optimizers = make_optimizers(model.named_parameters(), "muon", settings.lr, WEIGHT_DECAY)
     tests = {
         group: list(problems(parse_families(group), "heldout", settings.seed + 1 + number, NUM_TEST_PROBLEMS))
-        for number, group in enumerate(FAMILY_GROUPS)
+        for number, group in enumerate(settings.families)
     }
     record: list[dict[str, float]] = []
     started, tokens, running = time.monotonic(), 0, 0.0

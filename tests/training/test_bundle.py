@@ -21,7 +21,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.controls.COUNTED_STEPS", 2)
     monkeypatch.setattr(bundle, "DECODER", bundle.DECODER | {"num_problems": 16, "batch_size": 4})
     monkeypatch.setattr(bundle, "EVALUATIONS", {"all": ("synthetic", 3)})
-    monkeypatch.setattr(bundle, "EFFORTS", [0, 8])
+    monkeypatch.setattr(bundle, "EFFORTS", [0, 4])
     monkeypatch.setattr(bundle, "MAX_TOKENS", 6)
 
 
@@ -34,14 +34,14 @@ def test_a_build_leaves_a_model_with_its_control_reports_and_card(
 
     bundle.build(tmp_path / "work", None, gsm8k, target)
 
-    assert TRMForCausalLM.from_pretrained(target).config.n_supervision == 8
+    assert TRMForCausalLM.from_pretrained(target).config.n_supervision == 4
     reports = json.loads((target / "report.json").read_text())
     assert set(reports) == {"all", "gsm8k"}
     for report in reports.values():
         assert report["baseline"]["accuracy"] == report["efforts"][0]["accuracy"]
         assert {"accuracy", "mcnemar_p", "compute"} <= set(report["control"])
     card = (target / "README.md").read_text()
-    assert "| effort 8 |" in card
+    assert "| effort 4 |" in card
     assert "backbone trained on (control)" in card
     assert str(tmp_path) not in card + (target / "report.json").read_text() + (target / "config.json").read_text()
     for name in ("control/model.safetensors", "backbone/model.safetensors", "pretrain.json", *bundle.PICTURES):

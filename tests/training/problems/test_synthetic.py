@@ -128,7 +128,7 @@ def test_number_combinations_belong_to_one_split() -> None:
 
 
 def test_groups_of_families() -> None:
-    assert parse_families("") == EVERYTHING
+    assert parse_families("") == WRITTEN == GROUPS_OF_FAMILIES["all"]
     assert parse_families("easy") == GROUPS_OF_FAMILIES["easy"]
     assert parse_families("have,easy").count("have") == 2  # named twice, drawn twice as often
     assert set(GROUPS_OF_FAMILIES["easy"]) == {"have", "buy", "give", "lose", "groups", "share", "price"}
