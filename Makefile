@@ -20,10 +20,8 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Rebuilds trm/bundled from nothing: about two hours on two cores. Without the two variables glibc
-# gives large tensors back to the system after every use, which takes a third of the time.
+# Rebuilds trm/bundled from nothing: about two hours on two cores. Stages that are finished stay in runs/bundled.
 model: $(VENV)/installed
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 	$(VENV)/bin/python -m training.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 
 clean:
