@@ -23,7 +23,7 @@ from trm.settings import configure_logging
 
 DECODER: dict[str, Any] = {
     "dataset": "synthetic:easy,all",  # easy problems twice as often
-    "num_problems": 76_800,
+    "num_problems": 38_400,
     "batch_size": 64,
     "n_latent": 2,
     "n_cycles": 1,
@@ -34,8 +34,7 @@ DECODER: dict[str, Any] = {
     "optimizer": "muon",
     "lr": 2e-3,
 }
-EVALUATIONS = {"all": ("synthetic", 4000), "easy": ("synthetic:easy", 1000)}
-EFFORTS = [0, 1, 2, 4, 8, 16]
+EVALUATIONS = {"all": ("synthetic", 3000, [0, 1, 2, 4, 8, 16]), "easy": ("synthetic:easy", 1000, [0, 4])}
 MAX_TOKENS = 256
 PICTURES = ("accuracy.png", "halting.png")
 
@@ -74,7 +73,7 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 
 Limits: whole numbers up to about a hundred in the question, one to four steps, wording close to the templates of the
 generator. Unknown names and nouns are fine; unknown verbs are guesses. `make model` rebuilds everything from
-nothing; `trm-eval --dataset synthetic --limit 4000 --effort 0 1 2 4 8 16 --max-tokens 256 --baseline backbone` repeats the first table, with
+nothing; `trm-eval --dataset synthetic --limit 3000 --effort 0 1 2 4 8 16 --max-tokens 256 --baseline backbone` repeats the first table, with
 the control that lies in `control/`.
 """
 
@@ -97,7 +96,7 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
     reports = evaluate_bundle(aside, work, gsm8k)
     checkpoint.write_json(aside / "report.json", reports)
     for picture in PICTURES:
-        shutil.copy(work / "reports" / "all" / picture, aside)
+        shutil.copy(work / "reports" / picture, aside)
     shutil.copy(backbone / "pretrain.json", aside)
     (aside / "README.md").write_text(render_card(aside, work, reports))
     checkpoint.replace_directory(aside, target)
@@ -112,17 +111,17 @@ def export(source: Path, target: Path) -> None:
 
 def evaluate_bundle(directory: Path, work: Path, gsm8k: Path | None) -> dict[str, Any]:
     """Reports of the model in `directory`, by the name of the data; GSM8K's validation rows where they are at hand."""
-    data = EVALUATIONS | ({"gsm8k": (str(gsm8k), 500)} if gsm8k else {})
+    data = EVALUATIONS | ({"gsm8k": (str(gsm8k), 500, [0, 4])} if gsm8k else {})
     reports = {}
-    for name, (dataset, limit) in data.items():
+    for name, (dataset, limit, efforts) in data.items():
         settings = EvalSettings(
             model=str(directory),
             dataset=dataset,
-            effort=[0, DECODER["n_supervision"]] if name == "gsm8k" else EFFORTS,
+            effort=efforts,
             limit=limit,
             max_tokens=MAX_TOKENS,
             baseline="backbone",
-            report=work / "reports" / name,
+            report=work / "reports" if name == "all" else None,
         )
         report = evaluate_model(settings)
         reports[name] = report | {"model": "bundled", "dataset": "GSM8K, validation" if name == "gsm8k" else dataset}

@@ -20,8 +20,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.pretrain.NUM_EVALUATIONS", 1)
     monkeypatch.setattr("training.controls.COUNTED_STEPS", 2)
     monkeypatch.setattr(bundle, "DECODER", bundle.DECODER | {"num_problems": 16, "batch_size": 4})
-    monkeypatch.setattr(bundle, "EVALUATIONS", {"all": ("synthetic", 3)})
-    monkeypatch.setattr(bundle, "EFFORTS", [0, 4])
+    monkeypatch.setattr(bundle, "EVALUATIONS", {"all": ("synthetic", 3, [0, 4])})
     monkeypatch.setattr(bundle, "MAX_TOKENS", 6)
 
 
