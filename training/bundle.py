@@ -15,6 +15,7 @@ import torch
 from training import checkpoints
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.controls import CONTROL_JSON, ControlSettings, train_control
+from training.evaluation.pictures import draw
 from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
 from training.run import train
@@ -95,6 +96,7 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
     shutil.copytree(control, aside / CONTROL_DIR)
     reports = evaluate_bundle(aside, work, gsm8k)
     checkpoint.write_json(aside / "report.json", reports)
+    draw(work / "reports", reports["all"])  # anew, under the model's own name
     for picture in PICTURES:
         shutil.copy(work / "reports" / picture, aside)
     shutil.copy(backbone / "pretrain.json", aside)

@@ -161,7 +161,7 @@ def _write(settings: ControlSettings, model: Any, trainer: Trainer, record: dict
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
     aside = checkpoint.make_aside(settings.output_dir)
-    model.to(torch.bfloat16).save_pretrained(aside)
+    checkpoint.write_backbone(aside, model.to(torch.bfloat16))
     trainer.chat.tokenizer.save_pretrained(aside)
     checkpoint.write_json(aside / CONTROL_JSON, record)
     checkpoint.replace_directory(aside, settings.output_dir)

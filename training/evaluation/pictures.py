@@ -49,7 +49,11 @@ def _accuracy(report: dict[str, Any]) -> Figure:
 
 
 def _loss(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Figure:
-    figure = _figure("What each supervision step gains on the problems' own solutions (teacher-forced)", report)
+    figure = _figure(
+        "What each supervision step gains on the problems' own solutions (teacher-forced)",
+        report,
+        report["teacher_forced"]["n"],
+    )
     loss, right = figure.subplots(2, 1, sharex=True)
     steps = [row["step"] for row in rows]
     _points(loss, steps, rows, "loss", color=BLUE, label="decoder; step 0 is the backbone")
@@ -65,7 +69,11 @@ def _loss(report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Figure:
 
 def _calibration(report: dict[str, Any], calibration: dict[str, Any]) -> Figure:
     steps = "step 1" if calibration["steps"] == 1 else f"steps 1 to {calibration['steps']}"
-    figure = _figure(f"Calibration of the halting head, {steps}, tokens of the solutions (teacher-forced)", report)
+    figure = _figure(
+        f"Calibration of the halting head, {steps}, tokens of the solutions (teacher-forced)",
+        report,
+        report["teacher_forced"]["n"],
+    )
     share, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = calibration["bins"]
     predicted = [row["predicted"] for row in bins]
@@ -81,7 +89,9 @@ def _calibration(report: dict[str, Any], calibration: dict[str, Any]) -> Figure:
 
 
 def _halting(report: dict[str, Any], halting: dict[str, Any]) -> Figure:
-    figure = _figure("What halting early costs, tokens of the solutions (teacher-forced)", report)
+    figure = _figure(
+        "What halting early costs, tokens of the solutions (teacher-forced)", report, report["teacher_forced"]["n"]
+    )
     axes = figure.add_subplot(
         xlabel=f"mean supervision steps per token, of {halting['effort']}",
         ylabel=f"tokens as after all {halting['effort']} steps",
@@ -116,9 +126,10 @@ def _votes(report: dict[str, Any]) -> Figure:
     return _finish(figure)
 
 
-def _figure(title: str, report: dict[str, Any]) -> Figure:
+def _figure(title: str, report: dict[str, Any], num_problems: int | None = None) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained", facecolor="white")
-    about = f"{report['model']}\n{report['dataset']}, {report['n']} problems; bars and bands are 95 % intervals"
+    number = num_problems or report["n"]
+    about = f"{report['model']}\n{report['dataset']}, {number} problems; bars and bands are 95 % intervals"
     figure.suptitle(f"{title}\n{about}", fontsize=9)
     return figure
 

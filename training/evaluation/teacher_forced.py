@@ -78,6 +78,7 @@ def summarize(measured: Measured, config: TRMConfig) -> dict[str, Any]:
     """The report's part. What halting would cost is left out where the engine refuses it: keys from the state."""
     trained = config.n_supervision
     parts: dict[str, Any] = {
+        "n": int(measured.problem.max()) + 1,
         "loss_per_step": loss_per_step(measured),
         "calibration": calibration(measured, trained),
     }
