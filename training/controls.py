@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from training.batches import Batch, collate, epoch_order
 from training.config import TrainSettings
 from training.loss import reply_loss
-from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate
-from training.run import build_trainer
+from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
+from training.run import backbone_source, build_trainer
 from training.trainer import Trainer
 from trm import checkpoint
 from trm.device import has_fast_bfloat16, use_device
@@ -73,7 +73,7 @@ def train_control(settings: ControlSettings) -> Path:
     device = use_device("auto", settings.num_threads)
     stored = checkpoint.read_json(settings.run / "run.json")["settings"]
     run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
-    trainer = build_trainer(run, str(run.backbone), run.backbone_revision, device)
+    trainer = build_trainer(run, *backbone_source(run), device)
     decoder_weights = sum(p.numel() for p in trainer.parameters.values())
     with FlopCounterMode(display=False) as counted:
         for _ in range(COUNTED_STEPS):
@@ -95,7 +95,7 @@ def train_control(settings: ControlSettings) -> Path:
 
     optimizers = make_optimizers(trained.items(), run.optimizer, settings.lr or run.lr, run.weight_decay)
     ema = EMA(trained)
-    warmup = min(2000, steps // 10) if run.warmup_steps is None else run.warmup_steps
+    warmup = warmup_steps(run.warmup_steps, steps)
     model.train()
     for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=settings.kind, unit="step")):
         with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):

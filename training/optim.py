@@ -23,6 +23,11 @@ def learning_rate_scale(step: int, total: int, warmup: int, floor: float = 0.0) 
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def warmup_steps(wanted: int | None, total: int) -> int:
+    """Optimiser steps of linear warm-up: as many as asked for, else a tenth of the run, at most 2000."""
+    return min(2000, total // 10) if wanted is None else wanted
+
+
 def make_optimizers(
     parameters: Iterable[tuple[str, nn.Parameter]], name: OptimizerName, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:

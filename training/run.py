@@ -54,7 +54,7 @@ def train(settings: TrainSettings) -> Path:
 def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path:
     """The run itself, in a directory that is ours; `given` names the settings that this start was given."""
     run_dir = settings.output_dir
-    source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
+    source, revision = backbone_source(settings)
     if settings.resume is not None:  # what the run has used all along: a copy, or one commit of the hub
         copied = (settings.resume / checkpoint.BACKBONE_DIR).is_dir()
         if copied and "backbone" not in given:
@@ -97,6 +97,11 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
         ) from error
     _report_end(trainer, checkpoint.read_json(run_dir / RUN_JSON), run_dir)
     return last
+
+
+def backbone_source(settings: TrainSettings) -> tuple[str, str | None]:
+    """Directory or hub id, and revision, of a new run's backbone: the bundled one unless another is named."""
+    return settings.backbone or str(bundled_model_path()), settings.backbone_revision
 
 
 def build_trainer(settings: TrainSettings, source: str, revision: str | None, device: str) -> Trainer:

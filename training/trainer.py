@@ -37,6 +37,7 @@ from training.optim import (
     make_optimizers,
     optimizer_tensors,
     set_learning_rate,
+    warmup_steps,
 )
 from training.run_log import RunLog
 from training.states import States, choose, file_in, in_memory, on_disk, size_bytes
@@ -94,9 +95,7 @@ class Trainer:
         self.steps_per_group = settings.n_supervision if settings.gradient == "paper" else 1
         steps = settings.epochs * self.groups_per_epoch * self.steps_per_group
         self.total_steps = min(steps, settings.max_steps or steps)
-        self.warmup_steps = (
-            min(2000, self.total_steps // 10) if settings.warmup_steps is None else settings.warmup_steps
-        )
+        self.warmup_steps = warmup_steps(settings.warmup_steps, self.total_steps)
 
     def keep_states(self, directory: Path) -> None:
         """Compute the backbone's states now and keep them, if the settings want that; files go to `directory`.

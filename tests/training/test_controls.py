@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from training.config import TrainSettings
 from training.controls import CONTROL_JSON, ControlSettings, Kind, add_weights, train_control
-from training.run import train
-from trm import checkpoint
+from training.run import backbone_source, train
+from trm import bundled_model_path, checkpoint
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -69,3 +69,8 @@ def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
             assert changed
             assert all(name.endswith("proj.weight") for name in changed)
             assert not added
+
+
+def test_a_run_that_names_no_backbone_stands_on_the_bundled_one() -> None:
+    assert backbone_source(TrainSettings()) == (str(bundled_model_path()), None)
+    assert backbone_source(TrainSettings(backbone="a/b", backbone_revision="c")) == ("a/b", "c")
