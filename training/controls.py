@@ -117,7 +117,7 @@ def train_control(settings: ControlSettings) -> Path:
         "steps": steps,
         "tflop": steps * flops_per_step / 1e12,
         "decoder_tflop": decoder_flops / 1e12,
-        "compute": f"{steps * flops_per_step / 1e12:.0f} TFLOP; the decoder took {decoder_flops / 1e12:.0f}",
+        "compute": f"{steps * flops_per_step / 1e12:.3g} TFLOP; the decoder took {decoder_flops / 1e12:.3g}",
     })  # fmt: skip
 
 
