@@ -4,9 +4,10 @@ import time
 
 from fastapi import FastAPI
 
-from server import completions, errors, solve, status
+from server import errors
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
+from server.routes import chat, models, solve, status
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -27,8 +28,8 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         max_n=settings.max_n,
         created=int(time.time()),
     )
-    for routes in (completions.router, solve.router, status.router):
-        app.include_router(routes)
+    for routes in (chat, models, solve, status):
+        app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
     app.add_middleware(RequireKey, keys=settings.api_key)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.schemas import Decoding, PromptTokensDetails, TRMUsage, UsageBody
+from server.schemas.common import Decoding, Generation, PromptTokensDetails, TRMUsage, UsageBody
 from server.serving import Serving
 from trm.chat import Message
 from trm.engine.engine import Engine
@@ -41,6 +41,26 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
     if params.temperature > 0 and fields.seed is None:
         params = replace(params, seed=secrets.randbelow(2**63))
     return params
+
+
+def generation_params(fields: Generation, engine: Engine, **given: Any) -> SamplingParams:
+    """`sampling_params` of one of OpenAI's routes."""
+    if fields.stream_options is not None and not fields.stream:
+        raise BadRequest("stream_options needs stream: true", param="stream_options")
+    return sampling_params(
+        fields,
+        engine,
+        top_p=fields.top_p,
+        top_k=fields.top_k,
+        min_p=fields.min_p,
+        repetition_penalty=fields.repetition_penalty,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        logit_bias=tuple((int(token), bias) for token, bias in (fields.logit_bias or {}).items()),
+        stop=tuple(fields.stop or ()),
+        ignore_eos=fields.ignore_eos,
+        **given,
+    )
 
 
 def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1) -> int:

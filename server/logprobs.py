@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from server.schemas import ChoiceLogprobs, ContentLogprob, TokenLogprob
+from server.schemas.chat import ChoiceLogprobs, ContentLogprob, TokenLogprob
 from server.token_bytes import TokenBytes
 from trm.engine.request import TokenLogprobs
 

@@ -316,7 +316,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_ends_it(client, engine, ch
 
 
 async def test_an_unexpected_error_in_mid_stream_leaks_nothing(client, engine, chat_body, monkeypatch, caplog):
-    monkeypatch.setattr("server.completions.extract_boxed", lambda text: 1 / 0)
+    monkeypatch.setattr("server.routes.chat.extract_boxed", lambda text: 1 / 0)
 
     *_, last = await stream(client, chat_body())
 

@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 
-from server.schemas import ChatRequest, Effort, Role
+from server.schemas.chat import ChatRequest, Role
+from server.schemas.common import Effort
 from trm.chat import ROLES
 from trm.config import EFFORT_NAMES
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.solve import vote
+from server.routes.solve import vote
 from trm.chat import solve_messages
 from trm.engine.request import Reply, Usage
 from trm.errors import Overloaded

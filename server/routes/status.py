@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.errors import Unavailable
-from server.schemas import StatusBody, VersionBody
+from server.schemas.status import StatusBody, VersionBody
 from server.serving import ServingDep
 
 router = APIRouter()

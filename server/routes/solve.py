@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 
 from server.decoding import engine_requests, num_samples, sampling_params, usage_body
-from server.schemas import Outcome, SolveRequest, SolveResult, SolveResults
+from server.schemas.solve import Outcome, SolveRequest, SolveResult, SolveResults
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
 from trm.answers import find_boxed

@@ -1,0 +1,25 @@
+"""The models under /v1: the one that is served."""
+
+from fastapi import APIRouter
+
+from server.schemas.status import ModelBody, ModelList
+from server.serving import Serving, ServingDep
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/models")
+async def models(serving: ServingDep) -> ModelList:
+    """The one model there is."""
+    return ModelList(data=[_model(serving)])
+
+
+@router.get("/models/{name:path}")
+async def model(name: str, serving: ServingDep) -> ModelBody:
+    """The model, if that is its name; ids may hold slashes."""
+    serving.check_model(name)
+    return _model(serving)
+
+
+def _model(serving: Serving) -> ModelBody:
+    return ModelBody(id=serving.model_id, created=serving.created, max_model_len=serving.engine.max_model_len)

@@ -1,0 +1,92 @@
+"""Bodies of POST /v1/chat/completions."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from server.schemas.common import Body, Generation, UsageBody
+from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
+
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+def _parts(content: Any) -> Any:
+    """A string as its one text part, so that an error's path needs no union in it."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise PydanticCustomError("content_type", "Input should be a string or a list of text parts")
+    return content
+
+
+class ChatMessage(Body):
+    role: Role
+    content: Annotated[
+        list[TextPart], Field(min_length=1), BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
+    ]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.content)
+
+
+class ChatRequest(Generation):
+    """logprobs asks for each token's log probability, top_logprobs, which needs it, for those of so many of the
+    likeliest tokens.
+    """
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+
+class ReplyMessage(BaseModel):
+    """Only what a client may send back as history."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class TokenLogprob(BaseModel):
+    """token: its bytes as text, U+FFFD for what is not a whole character. bytes: null for an id without a token."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ContentLogprob(TokenLogprob):
+    """A token of the reply. top_logprobs: the likeliest tokens in its place, best first."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """Log probabilities under the model's own logits, before penalties and temperature. refusal is OpenAI's."""
+
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ReplyMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+    boxed_answer: str | None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
