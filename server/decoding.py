@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from server.schemas.common import Decoding, Generation, PromptTokensDetails, TRMUsage, UsageBody
-from server.serving import Serving
+from server.serving import Call, Serving
+from server.worker import Submission
 from trm.chat import Message
 from trm.engine.engine import Engine
 from trm.engine.request import Request as EngineRequest
@@ -78,10 +79,14 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1) -> int
     return n
 
 
-async def engine_requests(
-    serving: Serving, conversations: Sequence[Sequence[Message]], params: SamplingParams, n: int, param: str
-) -> list[EngineRequest]:
-    """n requests for each conversation, its samples side by side. `param` is the field that holds the text."""
+async def submit(
+    serving: Serving, call: Call, conversations: Sequence[Sequence[Message]], params: SamplingParams, n: int, param: str
+) -> Submission:
+    """n requests for each conversation, its samples side by side. `param` is the field that holds the text.
+
+    Their places are reserved before anything is tokenised: a full queue refuses at once.
+    """
+    submission = serving.reserve(call, len(conversations) * n)
     chat = serving.engine.chat
     prompts = await asyncio.to_thread(lambda: [tuple(chat.encode(messages)) for messages in conversations])
     requests: list[EngineRequest] = []
@@ -96,7 +101,8 @@ async def engine_requests(
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
         requests += [EngineRequest(prompt, replace(fitting, sample_index=index)) for index in range(n)]
-    return requests
+    serving.worker.submit(submission, requests)
+    return submission
 
 
 def usage_body(usages: Iterable[Usage]) -> UsageBody:

@@ -6,17 +6,16 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.errors import UnknownModel
+from server.errors import Unavailable, UnknownModel
 from server.metrics import Metrics
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
-from trm.engine.request import Request as EngineRequest
 
 
 @dataclass
 class Call:
-    """One HTTP request. Its submission ends with it: the middleware cancels what is left."""
+    """One HTTP request. Its submission, reserved or running, ends with it: the middleware cancels what is left."""
 
     id: str
     started_at: float = field(default_factory=time.perf_counter)
@@ -36,9 +35,9 @@ class Serving:
     max_n: int
     created: int  # unix time
 
-    def submit(self, call: Call, requests: list[EngineRequest]) -> Submission:
-        """`Worker.submit`, on behalf of an HTTP request."""
-        call.submission = self.worker.submit(requests)
+    def reserve(self, call: Call, count: int) -> Submission:
+        """`Worker.reserve`, on behalf of an HTTP request."""
+        call.submission = self.worker.reserve(count)
         return call.submission
 
     def check_model(self, name: str | None) -> None:
@@ -48,8 +47,15 @@ class Serving:
             raise UnknownModel(message, param="model", code="model_not_found")
 
 
+def _serving_or_none(request: Request) -> Serving | None:
+    serving: Serving | None = request.app.state.serving
+    return serving
+
+
 def _serving(request: Request) -> Serving:
-    serving: Serving = request.app.state.serving
+    serving = _serving_or_none(request)
+    if serving is None:
+        raise Unavailable("the server is starting: its model is being loaded", "starting")
     return serving
 
 
@@ -59,4 +65,5 @@ def _call(request: Request) -> Call:
 
 
 ServingDep = Annotated[Serving, Depends(_serving)]
+ServingOrNoneDep = Annotated[Serving | None, Depends(_serving_or_none)]  # for routes that answer while it starts
 CallDep = Annotated[Call, Depends(_call)]

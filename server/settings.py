@@ -47,7 +47,13 @@ class ServeSettings(Settings):
     )
     max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
     max_n: int = Field(64, ge=1, description="largest n of one request")
+    request_timeout_seconds: float = Field(
+        600.0, ge=0, description="how long a request may take, queue included, before it gets 504; 0 for no limit"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")
+    exit_on_failure: bool = Field(
+        False, description="exit with status 1 when the engine or its device has failed, for a supervisor to restart"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
 
     @classmethod

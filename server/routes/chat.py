@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from server.decoding import engine_requests, generation_params, num_samples, usage_body
+from server.decoding import generation_params, num_samples, submit, usage_body
 from server.logprobs import choice_logprobs
 from server.schemas.chat import ChatChoice, ChatCompletion, ChatRequest, ChoiceLogprobs, ReplyMessage
 from server.serving import CallDep, ServingDep
@@ -37,8 +37,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    requests = await engine_requests(serving, [conversation(body)], params, n, param="messages")
-    submission = serving.submit(call, requests)
+    submission = await submit(serving, call, [conversation(body)], params, n, param="messages")
 
     def logprobs(said: Event | Reply) -> ChoiceLogprobs | None:
         if params.logprobs is None:

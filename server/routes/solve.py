@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 
-from server.decoding import engine_requests, num_samples, sampling_params, usage_body
+from server.decoding import num_samples, sampling_params, submit, usage_body
 from server.schemas.solve import Outcome, SolveRequest, SolveResult, SolveResults
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
@@ -30,8 +30,8 @@ async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> Solve
         temperature = VOTING_TEMPERATURE
     params = sampling_params(body, serving.engine, temperature=temperature)
     conversations = [solve_messages(question) for question in questions]
-    requests = await engine_requests(serving, conversations, params, n, param="question")
-    replies = await serving.submit(call, requests).replies()
+    submission = await submit(serving, call, conversations, params, n, param="question")
+    replies = await submission.replies()
     results = [vote(replies[first : first + n]) for first in range(0, len(replies), n)]
     for result in results:
         serving.metrics.answers.labels(result.outcome).inc()
