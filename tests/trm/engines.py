@@ -59,10 +59,7 @@ class Listener:
         last = events[-1]
         assert (last.error is not None) == (last.finish_reason == "error")
         assert last.usage is not None, "usage comes with the finish_reason"
-        ids = tuple(token for event in events for token in event.token_ids)
-        text = "".join(event.text for event in events)
-        logprobs = tuple(one for event in events for one in event.logprobs)
-        return Reply(ids, text, last.finish_reason or "error", last.usage, logprobs)
+        return Reply.of(events)
 
 
 def assert_empty(engine: Engine) -> None:
