@@ -1,10 +1,15 @@
-"""OpenAI's `logprobs` object of a chat choice, from the engine's numbers."""
+"""What a chat choice says of its tokens, from the engine's numbers: OpenAI's `logprobs`, and our `trace`.
+
+The end token is no content and is left out. Tokens that spell a stop string are there though the text stops before
+them: they were decoded, and a stream cannot know them when it sends them.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
-from server.schemas.chat import ChoiceLogprobs, ContentLogprob, TokenLogprob
+from server.schemas.chat import ChoiceLogprobs, ContentLogprob, TokenLogprob, TracedToken
 from server.token_bytes import TokenBytes
-from trm.engine.request import TokenLogprobs
+from trm.engine.request import Candidates, TokenLogprobs, TokenTrace
 
 LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot hold
 
@@ -12,23 +17,38 @@ LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cann
 def choice_logprobs(
     token_bytes: TokenBytes, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], end_id: int | None
 ) -> ChoiceLogprobs:
-    """What is said of `ids`, `logprobs` one for each. The end token `end_id` is no content and is left out.
-
-    Tokens that spell a stop string are there though the text stops before them: they were decoded, and a
-    stream cannot know them when it sends them.
-    """
+    """The log probabilities of `ids`, one for each but the end token `end_id`."""
     content = []
     for id_, found in zip(ids, logprobs, strict=True):
         if id_ != end_id:
-            top = [_token(token_bytes, *pair) for pair in found.top]
-            content.append(ContentLogprob(**_token(token_bytes, id_, found.logprob).model_dump(), top_logprobs=top))
+            top = _candidates(token_bytes, found.top)
+            spelt = _spelt(token_bytes, id_)
+            content.append(ContentLogprob(**spelt, logprob=_finite(found.logprob), top_logprobs=top))
     return ChoiceLogprobs(content=content)
 
 
-def _token(token_bytes: TokenBytes, id_: int, logprob: float) -> TokenLogprob:
+def choice_trace(
+    token_bytes: TokenBytes, ids: Sequence[int], traces: Sequence[TokenTrace], end_id: int | None
+) -> list[TracedToken]:
+    """The steps behind `ids`, one trace for each but the end token `end_id`."""
+    traced = []
+    for id_, trace in zip(ids, traces, strict=True):
+        if id_ != end_id:
+            steps = [_candidates(token_bytes, step) for step in trace]
+            traced.append(TracedToken(**_spelt(token_bytes, id_), steps=steps))
+    return traced
+
+
+def _candidates(token_bytes: TokenBytes, candidates: Candidates) -> list[TokenLogprob]:
+    return [TokenLogprob(**_spelt(token_bytes, id_), logprob=_finite(logprob)) for id_, logprob in candidates]
+
+
+def _spelt(token_bytes: TokenBytes, id_: int) -> dict[str, Any]:
     spelt = token_bytes(id_)
-    return TokenLogprob(
-        token="" if spelt is None else spelt.decode(errors="replace"),
-        logprob=max(logprob, LEAST_LOGPROB),
-        bytes=None if spelt is None else list(spelt),
-    )
+    if spelt is None:
+        return {"token": "", "bytes": None}
+    return {"token": spelt.decode(errors="replace"), "bytes": list(spelt)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from server.decoding import engine_requests, generation_params, num_samples, usage_body
-from server.logprobs import choice_logprobs
-from server.schemas.chat import ChatChoice, ChatCompletion, ChatRequest, ChoiceLogprobs, ReplyMessage
+from server.logprobs import choice_logprobs, choice_trace
+from server.schemas.chat import ChatChoice, ChatCompletion, ChatRequest, ChoiceLogprobs, ReplyMessage, TracedToken
 from server.serving import CallDep, ServingDep
 from server.streaming import event_stream
 from server.strict_json import StrictRoute
@@ -36,20 +36,27 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         serving.engine,
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        trace=body.trace,
     )
     requests = await engine_requests(serving, [conversation(body)], params, n, param="messages")
     submission = serving.submit(call, requests)
 
+    end_id = None if params.ignore_eos else serving.engine.chat.end_id
+
     def logprobs(said: Event | Reply) -> ChoiceLogprobs | None:
         if params.logprobs is None:
             return None
-        end_id = None if params.ignore_eos else serving.engine.chat.end_id
         return choice_logprobs(serving.token_bytes, said.token_ids, said.logprobs, end_id)
+
+    def trace(said: Event | Reply) -> list[TracedToken] | None:
+        if params.trace is None:
+            return None
+        return choice_trace(serving.token_bytes, said.token_ids, said.traces, end_id)
 
     head: dict[str, Any] = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": serving.model_id}
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return event_stream(chat_chunks(submission, head, n, with_usage, logprobs), head["id"])
+        return event_stream(chat_chunks(submission, head, n, with_usage, logprobs, trace), head["id"])
     replies = await submission.replies()
     return ChatCompletion(
         **head,
@@ -58,6 +65,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
                 index=index,
                 message=ReplyMessage(content=reply.text),
                 logprobs=logprobs(reply),
+                trace=trace(reply),
                 finish_reason=reply.finish_reason,
                 boxed_answer=extract_boxed(reply.text),
             )
@@ -81,10 +89,11 @@ async def chat_chunks(
     n: int,
     with_usage: bool,
     logprobs: Callable[[Event], ChoiceLogprobs | None],
+    trace: Callable[[Event], list[TracedToken] | None],
 ) -> AsyncIterator[dict[str, Any]]:
     """Per choice its role, its text, its finish; then usage if asked for.
 
-    A token whose text is held back brings its logprobs at once.
+    A token whose text is held back brings its logprobs and its trace at once.
     """
     texts: list[str] = [""] * n
     started: set[int] = set()
@@ -102,10 +111,13 @@ async def chat_chunks(
             started.add(index)
             yield choice(index, {"role": "assistant", "content": ""})
         texts[index] += event.text
+        about: dict[str, Any] = {}
         if (said := logprobs(event)) and said.content:
-            yield choice(index, {"content": event.text}, logprobs=said.model_dump())
-        elif event.text:
-            yield choice(index, {"content": event.text})
+            about["logprobs"] = said.model_dump()
+        if traced := trace(event):
+            about["trace"] = [token.model_dump() for token in traced]
+        if event.text or about:
+            yield choice(index, {"content": event.text}, **about)
         if event.finish_reason is not None:
             yield choice(index, {}, finish_reason=event.finish_reason, boxed_answer=extract_boxed(texts[index]))
         if event.usage is not None:

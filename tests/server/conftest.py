@@ -27,11 +27,14 @@ def say(*pieces, finish="stop", error=None):
     """A script: one token per piece of text, then the end token."""
 
     def script(request):
-        logprobs = () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),)
-        events = [Event((10 + i,), piece, logprobs=logprobs) for i, piece in enumerate(pieces)]
+        about = {
+            "logprobs": () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),),
+            "traces": () if request.params.trace is None else ((((END_ID, -1.0),),),),
+        }
+        events = [Event((10 + i,), piece, **about) for i, piece in enumerate(pieces)]
         tokens = len(pieces) + 1
         usage = Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
-        return [*events, Event((END_ID,), "", finish, usage, error, logprobs)]
+        return [*events, Event((END_ID,), "", finish, usage, error, **about)]
 
     return script
 

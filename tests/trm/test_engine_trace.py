@@ -135,6 +135,6 @@ def test_no_more_candidates_than_the_model_knows_tokens(chat):
     engine = Engine(make_model(sizes={"vocab_size": 8}), chat, EngineConfig(max_rows=1, max_model_len=64))
 
     with pytest.raises(BadRequest, match="8 tokens") as caught:
-        engine.submit([Request((3, 4), SamplingParams(trace=9))])
+        engine.submit([Request((3, 4), SamplingParams(max_tokens=1, trace=9))])
 
     assert caught.value.param == "trace"
