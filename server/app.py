@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server import errors
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, models, solve, status
+from server.routes import chat, models, playground, solve, status
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -28,7 +28,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         max_n=settings.max_n,
         created=int(time.time()),
     )
-    for routes in (chat, models, solve, status):
+    for routes in (chat, models, playground, solve, status):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
