@@ -241,9 +241,8 @@ def test_a_vote_is_bars(page: Page, server: ServerProcess) -> None:
     page.picture("vote")
 
 
-def test_a_reply_can_be_stopped(page: Page, start_server: Callable[..., ServerProcess]) -> None:
+def test_a_reply_can_be_stopped(page: Page, server: ServerProcess) -> None:
     """The server sleeps meanwhile, so that the reply cannot be over before it is stopped."""
-    server = start_server()
     page.open_ready(server)
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
@@ -262,7 +261,6 @@ def test_a_reply_can_be_stopped(page: Page, start_server: Callable[..., ServerPr
     assert not page["reply"].is_displayed()
     page.ask(STICKERS)
     assert page["answer"].text == "77"
-    server.stop()
 
 
 def test_a_new_question_replaces_the_one_before_it(page: Page, server: ServerProcess) -> None:
