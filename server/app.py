@@ -13,17 +13,20 @@ from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 
 
 def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     """An app that serves `engine`; of the settings it reads what concerns requests."""
     metrics = Metrics(engine)
+    token_bytes = TokenBytes(engine.chat.tokenizer)
     app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
     app.state.serving = Serving(
         engine=engine,
         worker=Worker(engine, metrics),
         metrics=metrics,
-        token_bytes=TokenBytes(engine.chat.tokenizer),
+        token_bytes=token_bytes,
+        grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
         model_id=settings.model_id,
         max_n=settings.max_n,
         created=int(time.time()),

@@ -9,12 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.schemas.common import Decoding, Generation, PromptTokensDetails, TRMUsage, UsageBody
+from server.schemas.common import (
+    ChoiceFormat,
+    Decoding,
+    Generation,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    PromptTokensDetails,
+    RegexFormat,
+    TRMUsage,
+    UsageBody,
+)
 from server.serving import Serving
 from trm.chat import Message
 from trm.engine.engine import Engine
+from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
-from trm.engine.request import SamplingParams, Usage
 from trm.errors import BadRequest
 
 
@@ -78,8 +88,28 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1) -> int
     return n
 
 
+async def response_grammar(fields: Generation, serving: Serving) -> Grammar | None:
+    """The grammar of response_format, compiled off the event loop."""
+    compiler = serving.grammars
+    match fields.response_format:
+        case JsonObjectFormat():
+            return await asyncio.to_thread(compiler.json_schema, {"type": "object"})
+        case JsonSchemaFormat(json_schema=described):
+            return await asyncio.to_thread(compiler.json_schema, described.schema_)
+        case RegexFormat(regex=pattern):
+            return await asyncio.to_thread(compiler.regex, pattern)
+        case ChoiceFormat(choice=options):
+            return await asyncio.to_thread(compiler.choice, options)
+    return None
+
+
 async def engine_requests(
-    serving: Serving, conversations: Sequence[Sequence[Message]], params: SamplingParams, n: int, param: str
+    serving: Serving,
+    conversations: Sequence[Sequence[Message]],
+    params: SamplingParams,
+    n: int,
+    param: str,
+    grammar: Grammar | None = None,
 ) -> list[EngineRequest]:
     """n requests for each conversation, its samples side by side. `param` is the field that holds the text."""
     chat = serving.engine.chat
@@ -95,7 +125,7 @@ async def engine_requests(
                 code="context_length_exceeded",
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
-        requests += [EngineRequest(prompt, replace(fitting, sample_index=index)) for index in range(n)]
+        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar) for index in range(n)]
     return requests
 
 

@@ -11,6 +11,7 @@ from server.metrics import Metrics
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 from trm.engine.request import Request as EngineRequest
 
 
@@ -32,6 +33,7 @@ class Serving:
     worker: Worker
     metrics: Metrics
     token_bytes: TokenBytes
+    grammars: GrammarCompiler
     model_id: str
     max_n: int
     created: int  # unix time

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from server.decoding import engine_requests, generation_params, num_samples, usage_body
+from server.decoding import engine_requests, generation_params, num_samples, response_grammar, usage_body
 from server.logprobs import choice_logprobs
 from server.schemas.chat import ChatChoice, ChatCompletion, ChatRequest, ChoiceLogprobs, ReplyMessage
 from server.serving import CallDep, ServingDep
@@ -37,7 +37,8 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    requests = await engine_requests(serving, [conversation(body)], params, n, param="messages")
+    grammar = await response_grammar(body, serving)
+    requests = await engine_requests(serving, [conversation(body)], params, n, "messages", grammar)
     submission = serving.submit(call, requests)
 
     def logprobs(said: Event | Reply) -> ChoiceLogprobs | None:
