@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server import errors
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, models, solve, status
+from server.routes import chat, completions, models, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -28,10 +28,10 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         token_bytes=token_bytes,
         grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
         model_id=settings.model_id,
-        max_n=settings.max_n,
+        settings=settings,
         created=int(time.time()),
     )
-    for routes in (chat, models, solve, status):
+    for routes in (chat, completions, models, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it

@@ -381,7 +381,7 @@ class Engine:
             self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
             return
         if ids:
-            self._emit(row, Event(tuple(ids), text, logprobs=tuple(logprobs)))
+            self._emit(row, Event(tuple(ids), text, usage=_usage(row), logprobs=tuple(logprobs)))
         if error:
             self._fail(row, error)
 
