@@ -13,6 +13,7 @@ from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 
 
 def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
@@ -41,11 +42,13 @@ def attach(app: FastAPI, engine: Engine) -> None:
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
     metrics.watch(engine)
+    token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,
         worker=Worker(engine, metrics, settings.request_timeout_seconds),
         metrics=metrics,
-        token_bytes=TokenBytes(engine.chat.tokenizer),
+        token_bytes=token_bytes,
+        grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
         model_id=settings.model_id,
         settings=settings,
         created=int(time.time()),

@@ -36,7 +36,14 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
     )
     messages = conversation(body.messages, serving)
     submission = await submit(
-        serving, call, 1, lambda: [serving.engine.chat.encode(messages)], params, n, param="messages"
+        serving,
+        call,
+        1,
+        lambda: [serving.engine.chat.encode(messages)],
+        params,
+        n,
+        param="messages",
+        response_format=body.response_format,
     )
     return await respond(ChatWording(serving, params), submission, n, body, call)
 

@@ -48,6 +48,74 @@ def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
     return bias
 
 
+class TextFormat(Body):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """name and description are labels of the caller's; the schema is kept to whatever `strict` says."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]+$", max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class RegexFormat(Body):
+    """Text that all of a regular expression matches. Ours, not OpenAI's."""
+
+    type: Literal["regex"]
+    regex: str = Field(min_length=1)
+
+
+class ChoiceFormat(Body):
+    """One of some strings. Ours, not OpenAI's."""
+
+    type: Literal["choice"]
+    choice: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+
+
+_FORMATS: dict[str, type[Body]] = {
+    "text": TextFormat,
+    "json_object": JsonObjectFormat,
+    "json_schema": JsonSchemaFormat,
+    "regex": RegexFormat,
+    "choice": ChoiceFormat,
+}
+
+
+def _format(value: Any) -> Any:
+    """The format that `type` names, so that an error's path needs no union in it."""
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("type")
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise PydanticCustomError("response_format", f"type should be one of {', '.join(_FORMATS)}")
+    return _FORMATS[kind].model_validate(value)
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat,
+    Field(discriminator="type"),
+    BeforeValidator(_format),
+]
+
+
 class StreamOptions(Body):
     """include_usage: a last chunk with the usage. continuous_usage_stats, which needs it: the usage so far in every
     chunk.
@@ -61,7 +129,7 @@ class Generation(Decoding):
     """What OpenAI's decoding routes take besides.
 
     logit_bias: token ids, as strings, to numbers. `user` and `metadata` are labels of the caller's; OpenAI
-    gives them no effect on the reply either.
+    gives them no effect on the reply either. response_format: what the reply must look like.
     """
 
     model: str | None = None
@@ -74,6 +142,7 @@ class Generation(Decoding):
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_token_ids)] = None
     stop: Annotated[list[str] | None, BeforeValidator(_strings, json_schema_input_type=str | list[str] | None)] = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

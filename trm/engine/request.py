@@ -3,7 +3,7 @@
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from trm.errors import BadRequest, TRMError
 
@@ -95,11 +95,50 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Follow:
+    """What may follow some tokens of a reply under its grammar.
+
+    mask: one bit for each token id, the lowest bit of a byte first. complete: nothing may follow but the end.
+    failure: why no token may follow, not even the end token.
+    """
+
+    mask: bytes
+    complete: bool = False
+    failure: str | None = None
+
+    def allows(self, token: int) -> bool:
+        """Whether `token` may follow."""
+        return bool(self.mask[token // 8] >> token % 8 & 1)
+
+
+class Matcher(Protocol):
+    """Walks one reply through its grammar. A pure function of the tokens, whatever was asked before."""
+
+    def follow(self, draft: Sequence[int] = ()) -> Follow:
+        """What may follow the reply so far and then `draft`, each token of which must have been free to follow."""
+
+    def advance(self, token: int) -> None:
+        """Add a token to the reply: one that may follow, and not the end token."""
+
+
+class Grammar(Protocol):
+    """What replies may look like; see `trm.engine.grammar`."""
+
+    def matcher(self, may_end: bool) -> Matcher:
+        """For one reply, empty so far. `may_end`: whether the end token may follow where the grammar is satisfied."""
+
+
+@dataclass(frozen=True)
 class Request:
-    """One prompt and how to decode its reply."""
+    """One prompt and how to decode its reply.
+
+    With a grammar only tokens that it allows are chosen, whatever penalties and bias say. The reply ends where
+    the grammar lets nothing follow, without an end token, even if that is to be ignored.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    grammar: Grammar | None = None
 
     @property
     def positions(self) -> int:
