@@ -48,12 +48,12 @@ class Serving:
             raise UnknownModel(message, param="model", code="model_not_found")
 
 
-def _serving(request: Request) -> Serving:
+async def _serving(request: Request) -> Serving:
     serving: Serving = request.app.state.serving
     return serving
 
 
-def _call(request: Request) -> Call:
+async def _call(request: Request) -> Call:
     call: Call = request.state.call
     return call
 
