@@ -25,26 +25,31 @@ READING = {401, 404, 503}  # what a GET may be refused with
 
 def install(app: FastAPI, engine: Engine, settings: ServeSettings) -> None:
     """Make `app` describe itself, limits included."""
-    limits = {name: _range(allowed) for name, allowed in RANGES.items()} | {
-        "n": {"maximum": settings.max_n},
-        "supervision_steps": {"minimum": 0, "maximum": engine.max_supervision},
-        "top_logprobs": {"maximum": min(RANGES["logprobs"].most, engine.model.config.vocab_size)},
-        "logit_bias": {
-            "propertyNames": {"pattern": f"^({up_to(engine.model.config.vocab_size - 1)})$"},
-            "additionalProperties": {"type": "number", **_range(BIASES)},
-        },
-    }
 
     def describe() -> JSONSchema:
         if app.openapi_schema is None:
-            app.openapi_schema = document(app, limits, keys=bool(settings.api_key))
+            app.openapi_schema = document(app, limits(engine, settings), keys=bool(settings.api_key))
         return app.openapi_schema
 
     app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-def document(app: FastAPI, limits: Mapping[str, JSONSchema], keys: bool) -> JSONSchema:
-    """The app's document; `limits` narrow the fields of request bodies, by name."""
+def limits(engine: Engine, settings: ServeSettings) -> dict[str, JSONSchema]:
+    """What the fields of request bodies may hold, by name."""
+    vocabulary = engine.model.config.vocab_size
+    return {name: _range(allowed) for name, allowed in RANGES.items()} | {
+        "n": {"maximum": settings.max_n},
+        "supervision_steps": {"minimum": 0, "maximum": engine.max_supervision},
+        "top_logprobs": {"maximum": min(RANGES["logprobs"].most, vocabulary)},
+        "logit_bias": {
+            "propertyNames": {"pattern": f"^({up_to(vocabulary - 1)})$"},
+            "additionalProperties": {"type": "number", **_range(BIASES)},
+        },
+    }
+
+
+def document(app: FastAPI, narrowed: Mapping[str, JSONSchema], keys: bool) -> JSONSchema:
+    """The app's document, the fields of request bodies `narrowed` by name; `keys`: the server asks for API keys."""
     described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas: dict[str, JSONSchema] = described["components"]["schemas"]
     schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -63,8 +68,8 @@ def document(app: FastAPI, limits: Mapping[str, JSONSchema], keys: bool) -> JSON
         del schemas[name]
     for schema in schemas.values():
         if schema.get("additionalProperties") is False:  # what clients send
-            for name in schema["properties"].keys() & limits.keys():
-                schema["properties"][name] |= limits[name]
+            for name in schema["properties"].keys() & narrowed.keys():
+                schema["properties"][name] |= narrowed[name]
     if keys:
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"key": []}]

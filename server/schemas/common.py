@@ -111,3 +111,18 @@ class UsageBody(BaseModel):
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
     trm: TRMUsage
+
+
+class ErrorDetails(BaseModel):
+    """param: the field that is wrong, if one is. code: the kind of error, if it has a name."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """How every error looks."""
+
+    error: ErrorDetails

@@ -10,7 +10,7 @@ import pytest
 
 import trm
 from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment
-from training.problems.synthetic import problems
+from training.problems.synthetic import parse_families, problems
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -26,7 +26,7 @@ def run_tool(name: str, *arguments: str, cwd: Path, timeout: float) -> subproces
 
 @pytest.mark.parametrize("num_concurrent", [8])
 def test_lm_eval_scores_as_solve_answers(server: ServerProcess, tmp_path: Path, num_concurrent: int) -> None:
-    rows = [{"question": p.question, "answer": p.answer} for p in problems("easy", "test", seed=3, count=24)]
+    rows = [{"question": p.question, "answer": p.answer} for p in problems(parse_families("easy"), "heldout", seed=3, count=24)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     done = run_tool(
