@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server import errors, openapi
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, models, solve, status
+from server.routes import chat, completions, models, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -25,10 +25,10 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         metrics=metrics,
         token_bytes=TokenBytes(engine.chat.tokenizer),
         model_id=settings.model_id,
-        max_n=settings.max_n,
+        settings=settings,
         created=int(time.time()),
     )
-    for routes in (chat, models, solve, status):
+    for routes in (chat, completions, models, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
     openapi.install(app, engine, settings)

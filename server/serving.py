@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from server.errors import UnknownModel
 from server.metrics import Metrics
+from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
@@ -23,6 +24,16 @@ class Call:
     status: int | None = None  # None until a response starts
     submission: Submission | None = None
 
+    def timings_ms(self) -> dict[str, float]:
+        """What has taken how long, as far as is known: parsing and tokenising, waiting for a token, all of it."""
+        timings = {}
+        if self.submission is not None:
+            timings["prepare"] = self.submission.submitted_at - self.started_at
+            if self.submission.first_token_at is not None:
+                timings["first_token"] = self.submission.first_token_at - self.submission.submitted_at
+        timings["total"] = time.perf_counter() - self.started_at
+        return {name: 1000 * seconds for name, seconds in timings.items()}
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -33,7 +44,7 @@ class Serving:
     metrics: Metrics
     token_bytes: TokenBytes
     model_id: str
-    max_n: int
+    settings: ServeSettings
     created: int  # unix time
 
     def submit(self, call: Call, requests: list[EngineRequest]) -> Submission:

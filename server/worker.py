@@ -30,7 +30,8 @@ class Submission:
         self._metrics = metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._running = set(range(len(requests)))
-        self._submitted_at = time.perf_counter()
+        self.submitted_at = time.perf_counter()
+        self.first_token_at: float | None = None  # of any of the requests
         self._last_tokens_at: list[float | None] = [None] * len(requests)
 
     @property
@@ -72,9 +73,10 @@ class Submission:
     def deliver(self, index: int, event: Event, at: float) -> None:
         """Take one event, given at time `at`; runs on the loop."""
         last = self._last_tokens_at[index]
-        self._metrics.record(event, at - self._submitted_at, None if last is None else at - last)
+        self._metrics.record(event, at - self.submitted_at, None if last is None else at - last)
         if event.token_ids:
             self._last_tokens_at[index] = at
+            self.first_token_at = self.first_token_at or at
             self.completion_tokens += len(event.token_ids)
         if event.finish_reason is not None:
             self._running.discard(index)
