@@ -122,6 +122,7 @@ class FakeEngine:
         self.chat = FakeChat()
         self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
         self.max_model_len = max_model_len
+        self.max_supervision = 2 * N_SUPERVISION
         self.script = script or say("so ", r"\boxed{72}")
         self.refuse: TRMError | None = None
         self.dead = False
