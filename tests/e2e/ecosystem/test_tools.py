@@ -1,7 +1,6 @@
 """Tools that others wrote for OpenAI's servers, run against ours as their users run them."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -24,16 +23,18 @@ def run_tool(name: str, *arguments: str, cwd: Path, timeout: float) -> subproces
     return done
 
 
-@pytest.mark.parametrize("num_concurrent", [8])
-def test_lm_eval_scores_as_solve_answers(server: ServerProcess, tmp_path: Path, num_concurrent: int) -> None:
-    rows = [{"question": p.question, "answer": p.answer} for p in problems(parse_families("easy"), "heldout", seed=3, count=24)]
+def test_lm_eval_scores_as_solve_answers(server: ServerProcess, tmp_path: Path) -> None:
+    rows = [
+        {"question": p.question, "answer": p.answer}
+        for p in problems(parse_families("easy"), "heldout", seed=3, count=24)
+    ]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     done = run_tool(
         "lm-eval",
         *("--model", "local-chat-completions", "--tasks", "boxed", "--include_path", str(REPOSITORY / "docs/lm_eval")),
         "--model_args",
-        f"model=qwen-trm,base_url={server.url}/v1/chat/completions,num_concurrent={num_concurrent}",
+        f"model=qwen-trm,base_url={server.url}/v1/chat/completions,num_concurrent=8",
         *("--apply_chat_template", "--output_path", "report"),
         cwd=tmp_path,
         timeout=300,
