@@ -4,7 +4,7 @@ import time
 
 from fastapi import FastAPI
 
-from server import errors
+from server import errors, openapi
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
 from server.routes import chat, completions, models, playground, solve, status, tokens
@@ -29,6 +29,7 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
     for routes in (chat, completions, models, playground, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
+    openapi.install(app)
     app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
     app.add_middleware(RequireKey, keys=settings.api_key)
     app.add_middleware(Trace, metrics=metrics)

@@ -37,8 +37,6 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
 
     A sampled reply without a seed gets a fresh one.
     """
-    if fields.reasoning_effort is not None and fields.supervision_steps is not None:
-        raise BadRequest("give either reasoning_effort or supervision_steps, not both", param="supervision_steps")
     steps = fields.supervision_steps
     if fields.reasoning_effort is not None:
         steps = engine.model.config.effort_steps(fields.reasoning_effort)
@@ -59,12 +57,7 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
 
 def generation_params(fields: Generation, serving: Serving, **given: Any) -> SamplingParams:
     """`sampling_params` of one of OpenAI's routes."""
-    options, stop, settings = fields.stream_options, fields.stop or (), serving.settings
-    if options is not None and not fields.stream:
-        raise BadRequest("stream_options needs stream: true", param="stream_options")
-    if options is not None and options.continuous_usage_stats and not options.include_usage:
-        message = "continuous_usage_stats needs include_usage: true"
-        raise BadRequest(message, param="stream_options.continuous_usage_stats")
+    stop, settings = fields.stop or (), serving.settings
     at_most(settings.max_stop, "--max-stop", len(stop), f"stop holds {len(stop)} strings", "stop")
     for string in stop:
         said = f"a stop string has {len(string)} characters"

@@ -6,10 +6,21 @@ they are defined, in `trm.engine.request.SamplingParams`.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from server.schemas.rules import Rule, at_most_one, needs_true
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -17,11 +28,31 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 class Body(BaseModel):
     """Base of everything that a client sends."""
 
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _obeys_rules(self) -> Self:
+        for rule in self.rules:
+            if not rule.holds(self):
+                raise PydanticCustomError("rule", "{message}", {"param": rule.param, "message": rule.message})
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        if cls.rules:
+            schema["allOf"] = [rule.schema for rule in cls.rules]
+        return schema
 
 
 class Decoding(Body):
     """What every decoding route takes. max_tokens is clipped to the room that the prompt leaves."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("reasoning_effort", "supervision_steps", param="supervision_steps"),
+    )
 
     n: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -121,6 +152,8 @@ class StreamOptions(Body):
     chunk.
     """
 
+    rules: ClassVar[tuple[Rule, ...]] = (needs_true("continuous_usage_stats", "include_usage"),)
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -131,6 +164,8 @@ class Generation(Decoding):
     logit_bias: token ids, as strings, to numbers. `user` and `metadata` are labels of the caller's; OpenAI
     gives them no effect on the reply either. response_format: what the reply must look like.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, needs_true("stream_options", "stream"))
 
     model: str | None = None
     top_p: float | None = None
@@ -181,3 +216,18 @@ class UsageBody(BaseModel):
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
     trm: TRMUsage
+
+
+class ErrorDetails(BaseModel):
+    """param: the field that is wrong, if one is. code: the kind of error, if it has a name."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """How every error looks."""
+
+    error: ErrorDetails
