@@ -18,7 +18,7 @@ from server.serving import Call, Serving
 from server.streaming import EventStream
 from server.worker import Submission
 from trm.answers import extract_boxed
-from trm.engine.request import Event, Reply, Request, SamplingParams, Usage
+from trm.engine.request import Event, Reply, SamplingParams, Usage
 
 
 class Wording(ABC):
@@ -66,15 +66,14 @@ class Wording(ABC):
 
 
 async def respond(
-    wording: Wording, requests: list[Request], n: int, body: Generation, call: Call
+    wording: Wording, submission: Submission, n: int, body: Generation, call: Call
 ) -> BaseModel | StreamingResponse:
-    """Decode `requests`, n for each prompt, and tell the replies as the body wants them."""
+    """Tell the replies to the requests submitted, n for each prompt, as the body wants them."""
     serving = wording.serving
-    submission = serving.submit(call, requests)
     id_ = f"{wording.id_prefix}-{call.id}"
     head: dict[str, Any] = {"id": id_, "created": int(time.time()), "model": serving.model_id}
     if body.stream:
-        nothing_yet = [Usage(len(request.prompt_ids), 0, 0) for request in requests]
+        nothing_yet = [Usage(len(request.prompt_ids), 0, 0) for request in submission.requests]
         events = _chunks(wording, submission, head, nothing_yet, n, body.stream_options or StreamOptions())
         return EventStream(events, id_, serving.settings.keep_alive_seconds)
     replies = await submission.replies()

@@ -11,7 +11,8 @@ from typing import Any
 
 from server.schemas.chat import ChatMessage
 from server.schemas.common import Decoding, Generation, PromptTokensDetails, TRMUsage, UsageBody
-from server.serving import Serving
+from server.serving import Call, Serving
+from server.worker import Submission
 from trm.chat import SYSTEM_PROMPT, Message
 from trm.engine.engine import Engine
 from trm.engine.request import Request as EngineRequest
@@ -102,13 +103,21 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1, param:
     return n
 
 
-async def engine_requests(
-    serving: Serving, encode: Callable[[], Iterable[Sequence[int]]], params: SamplingParams, n: int, param: str
-) -> list[EngineRequest]:
-    """n requests for each prompt, its samples side by side.
+async def submit(
+    serving: Serving,
+    call: Call,
+    count: int,
+    encode: Callable[[], Iterable[Sequence[int]]],
+    params: SamplingParams,
+    n: int,
+    param: str,
+) -> Submission:
+    """n requests for each of `count` prompts, its samples side by side.
 
-    `encode` gives the prompts' ids, off the event loop. `param` is the field that holds the text.
+    Their places are reserved before anything is tokenised: a full queue refuses at once. `encode` gives the prompts'
+    ids, off the event loop. `param` is the field that holds the text.
     """
+    submission = serving.reserve(call, count * n)
     prompts = await asyncio.to_thread(lambda: [tuple(ids) for ids in encode()])
     requests: list[EngineRequest] = []
     for prompt in prompts:
@@ -122,7 +131,8 @@ async def engine_requests(
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
         requests += [EngineRequest(prompt, replace(fitting, sample_index=index)) for index in range(n)]
-    return requests
+    serving.worker.submit(submission, requests)
+    return submission
 
 
 def usage_body(usages: Sequence[Usage], n: int) -> UsageBody:

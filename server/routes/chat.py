@@ -7,7 +7,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from server.choices import Wording, respond
-from server.decoding import conversation, engine_requests, generation_params, num_samples
+from server.decoding import conversation, generation_params, num_samples, submit
 from server.logprobs import Scored, choice_logprobs
 from server.schemas.chat import ChatCompletion, ChatRequest, ChoiceLogprobs
 from server.serving import CallDep, ServingDep
@@ -33,10 +33,10 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     messages = conversation(body.messages, serving)
-    requests = await engine_requests(
-        serving, lambda: [serving.engine.chat.encode(messages)], params, n, param="messages"
+    submission = await submit(
+        serving, call, 1, lambda: [serving.engine.chat.encode(messages)], params, n, param="messages"
     )
-    return await respond(ChatWording(serving, params), requests, n, body, call)
+    return await respond(ChatWording(serving, params), submission, n, body, call)
 
 
 class ChatWording(Wording):

@@ -7,7 +7,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from server.choices import Wording, respond
-from server.decoding import engine_requests, generation_params, num_samples
+from server.decoding import generation_params, num_samples, submit
 from server.logprobs import Offsets, Scored, completion_logprobs
 from server.schemas.completions import Completion, CompletionLogprobs, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
@@ -24,14 +24,16 @@ async def completions(body: CompletionRequest, serving: ServingDep, call: CallDe
     prompts, chat = body.prompts, serving.engine.chat
     n = num_samples(body, serving, len(prompts), param="prompt")
     params = generation_params(body, serving, logprobs=body.logprobs)
-    requests = await engine_requests(
+    submission = await submit(
         serving,
+        call,
+        len(prompts),
         lambda: [chat.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
         params,
         n,
         param="prompt",
     )
-    return await respond(CompletionWording(serving, params, len(requests)), requests, n, body, call)
+    return await respond(CompletionWording(serving, params, len(submission.requests)), submission, n, body, call)
 
 
 class CompletionWording(Wording):

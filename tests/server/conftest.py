@@ -15,6 +15,7 @@ from server.app import create_app
 from server.settings import ServeSettings
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
+from trm.engine.handle import Reservation
 from trm.engine.request import Event, Request, Stats, TokenLogprobs, Usage
 from trm.errors import TRMError
 
@@ -113,7 +114,7 @@ class FakeHandle:
 class FakeEngine:
     """The interface of `trm.engine.engine.Engine`.
 
-    script: what a request is answered with. refuse: an error that submit raises. hold(): nothing is
+    script: what a request is answered with. refuse: an error that reserve raises. hold(): nothing is
     emitted until release(); a cancelled request ends at once, as with the real engine.
     """
 
@@ -127,6 +128,7 @@ class FakeEngine:
         self.dead = False
         self.changed = threading.Condition()
         self.handles: list[FakeHandle] = []
+        self.reserved = 0  # places
         self._held = False
         self._threads: list[threading.Thread] = []
 
@@ -134,9 +136,19 @@ class FakeEngine:
     def requests(self) -> list[Request]:
         return [handle.request for handle in self.handles]
 
-    def submit(self, requests: Sequence[Request], on_event):
+    def reserve(self, count: int):
         if self.refuse is not None:
             raise self.refuse
+        self.reserved += count
+        return Reservation(count, self._give_back)
+
+    def _give_back(self, reservation):
+        self.reserved -= reservation.count
+        reservation.count = 0
+
+    def submit(self, requests: Sequence[Request], on_event, reservation):
+        assert len(requests) <= reservation.count
+        reservation.release()
         handles = [FakeHandle(self, request) for request in requests]
         self.handles += handles
         thread = threading.Thread(target=self._emit, args=(handles, on_event))

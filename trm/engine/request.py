@@ -105,7 +105,7 @@ class Usage:
     """What a request took, so far or in all. supervision_steps sums over the reply's tokens.
 
     cached_tokens: prompt tokens that another request had computed. draft_tokens were proposed by the
-    backbone, accepted_tokens of them were what the recursion chose.
+    backbone, accepted_tokens of them were what the recursion chose. queue_s: seconds that it waited for a slot.
     """
 
     prompt_tokens: int
@@ -114,6 +114,7 @@ class Usage:
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    queue_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
