@@ -2,6 +2,8 @@
 
 import asyncio
 import reprlib
+from collections.abc import Callable
+from functools import partial
 
 from fastapi import APIRouter
 
@@ -21,21 +23,24 @@ async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeRespon
     chat, prompt, messages = serving.engine.chat, body.prompt, body.messages
     if prompt is not None and messages is not None:
         raise BadRequest("give either prompt or messages, not both", param="prompt")
+    encode: Callable[[], list[int]]
     if messages is not None:
-        turns = conversation(messages, serving)
-        ids = await asyncio.to_thread(chat.encode, turns, body.add_generation_prompt is not False)
+        encode = partial(chat.encode, conversation(messages, serving), body.add_generation_prompt is not False)
     elif prompt is None:
         raise BadRequest("give either prompt or messages", param="prompt")
     elif body.add_generation_prompt is not None:
         raise BadRequest("add_generation_prompt needs messages", param="add_generation_prompt")
     else:
-        ids = await asyncio.to_thread(chat.encode_prompt, prompt)
-    return TokenizeResponse(
-        count=len(ids),
-        max_model_len=serving.engine.max_model_len,
-        tokens=ids,
-        token_strs=[serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None,
-    )
+        encode = partial(chat.encode_prompt, prompt)
+
+    def respond() -> TokenizeResponse:
+        ids = encode()
+        spelt = [serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(ids), max_model_len=serving.engine.max_model_len, tokens=ids, token_strs=spelt
+        )
+
+    return await asyncio.to_thread(respond)
 
 
 @router.post("/detokenize")
