@@ -28,7 +28,9 @@ def _parts(content: Any) -> Any:
 class ChatMessage(Body):
     role: Role
     content: Annotated[
-        list[TextPart], Field(min_length=1), BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
+        list[TextPart],
+        Field(min_length=1, fail_fast=True),
+        BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
     ]
 
     @property
@@ -41,7 +43,7 @@ class ChatRequest(Generation):
     likeliest tokens.
     """
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

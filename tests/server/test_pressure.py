@@ -3,7 +3,6 @@
 import asyncio
 import threading
 
-import httpx
 import pytest
 
 from server.app import attach, create_app
