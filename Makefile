@@ -5,7 +5,7 @@ GSM8K ?= ../shared/gsm8k
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve test lint model clean
+.PHONY: install serve test e2e lint model clean
 
 install: $(VENV)/installed
 
@@ -14,6 +14,10 @@ serve: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
+
+# Crowds of clients against real servers, a few minutes; everything else of tests/e2e belongs to `make test`.
+e2e: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest tests/e2e/load
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

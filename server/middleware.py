@@ -45,7 +45,10 @@ class Trace:
         async def tagged(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = call.id
+                headers, timings = MutableHeaders(scope=message), call.timings_ms()
+                headers["X-Request-Id"] = call.id
+                headers["OpenAI-Processing-Ms"] = f"{timings['total']:.0f}"
+                headers["Server-Timing"] = ", ".join(f"{name};dur={ms:.1f}" for name, ms in timings.items())
             await send(message)
 
         try:

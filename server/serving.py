@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from server.errors import Unavailable, UnknownModel
 from server.metrics import Metrics
+from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
@@ -22,6 +23,19 @@ class Call:
     status: int | None = None  # None until a response starts
     submission: Submission | None = None
 
+    def timings_ms(self) -> dict[str, float]:
+        """What has taken how long, as far as is known: the way into the queue, the queue, the first token, all."""
+        timings = {}
+        submission = self.submission
+        if submission is not None and submission.submitted_at is not None:
+            timings["prepare"] = submission.submitted_at - self.started_at
+            if submission.queue_s is not None:
+                timings["queue"] = submission.queue_s
+            if submission.first_token_at is not None:
+                timings["first_token"] = submission.first_token_at - submission.submitted_at
+        timings["total"] = time.perf_counter() - self.started_at
+        return {name: 1000 * seconds for name, seconds in timings.items()}
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -32,7 +46,7 @@ class Serving:
     metrics: Metrics
     token_bytes: TokenBytes
     model_id: str
-    max_n: int
+    settings: ServeSettings
     created: int  # unix time
 
     def reserve(self, call: Call, count: int) -> Submission:
@@ -52,14 +66,14 @@ def _serving_or_none(request: Request) -> Serving | None:
     return serving
 
 
-def _serving(request: Request) -> Serving:
+async def _serving(request: Request) -> Serving:
     serving = _serving_or_none(request)
     if serving is None:
         raise Unavailable("the server is starting: its model is being loaded", "starting")
     return serving
 
 
-def _call(request: Request) -> Call:
+async def _call(request: Request) -> Call:
     call: Call = request.state.call
     return call
 

@@ -30,15 +30,18 @@ class Submission:
     def __init__(self, reservation: Reservation, metrics: Metrics, on_end: Callable[["Submission"], None]) -> None:
         self.reservation = reservation
         self.error: TRMError | None = None  # that the server ended it with
-        self.prompt_tokens = 0
+        self.requests: Sequence[EngineRequest] = ()
         self.completion_tokens = 0  # so far
         self.finish_reasons: Counter[str] = Counter()
         self._handles: Sequence[Handle] = ()
         self._metrics = metrics
         self._on_end = on_end
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.reserved_at = time.perf_counter()
+        self.submitted_at: float | None = None
+        self.first_token_at: float | None = None  # of any of the requests
+        self.queue_s: float | None = None  # the longest of any of the requests, once it has ended
         self._running: set[int] = set()
-        self._reserved_at = time.perf_counter()
         self._times: list[Times] = []
 
     @property
@@ -46,12 +49,18 @@ class Submission:
         """Whether the engine keeps places for it or owes it a final event."""
         return bool(self.reservation.count or self._running)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all requests together."""
+        return sum(len(request.prompt_ids) for request in self.requests)
+
     def begin(self, requests: Sequence[EngineRequest], handles: Sequence[Handle]) -> None:
         """The engine has accepted these requests; what follows are their events."""
-        self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        self.requests = requests
         self._handles = handles
         self._running = set(range(len(handles)))
-        self._times = [Times(self._reserved_at) for _ in handles]
+        self._times = [Times(self.reserved_at) for _ in handles]
+        self.submitted_at = time.perf_counter()
 
     def cancel(self) -> None:
         """Give back what is reserved and let go of every request that has not ended; none that has is touched."""
@@ -96,7 +105,11 @@ class Submission:
     def deliver(self, index: int, event: Event, at: float) -> None:
         """Take one event, given at time `at`; runs on the loop."""
         self._metrics.record(event, self._times[index], at)
-        self.completion_tokens += len(event.token_ids)
+        if event.token_ids:
+            self.first_token_at = self.first_token_at or at
+            self.completion_tokens += len(event.token_ids)
+        if event.usage is not None:
+            self.queue_s = max(self.queue_s or 0.0, event.usage.queue_s)
         self._events.put_nowait((index, event))
         if event.finish_reason is not None:
             self.finish_reasons[event.finish_reason] += 1

@@ -21,7 +21,7 @@ router = APIRouter(route_class=StrictRoute)
 async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> SolveResult | SolveResults:
     """Solve one question, or a list of them all or none."""
     questions = [body.question] if isinstance(body.question, str) else body.question
-    n = num_samples(body, serving, len(questions))
+    n = num_samples(body, serving, len(questions), param="question")
     temperature = body.temperature
     if n > 1 and temperature == 0:
         message = f"temperature is 0, so {n} samples would all be equal; leave it out, or take n = 1"
@@ -29,8 +29,16 @@ async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> Solve
     if n > 1 and temperature is None:
         temperature = VOTING_TEMPERATURE
     params = sampling_params(body, serving.engine, temperature=temperature)
-    conversations = [solve_messages(question) for question in questions]
-    submission = await submit(serving, call, conversations, params, n, param="question")
+    chat = serving.engine.chat
+    submission = await submit(
+        serving,
+        call,
+        len(questions),
+        lambda: [chat.encode(solve_messages(question)) for question in questions],
+        params,
+        n,
+        param="question",
+    )
     replies = await submission.replies()
     results = [vote(replies[first : first + n]) for first in range(0, len(replies), n)]
     for result in results:
@@ -57,5 +65,5 @@ def vote(replies: Sequence[Reply]) -> SolveResult:
         votes=winner.votes,
         agreement=winner.agreement,
         finish_reason=reply.finish_reason,
-        usage=usage_body(reply.usage for reply in replies),
+        usage=usage_body([reply.usage for reply in replies], len(replies)),
     )

@@ -15,12 +15,11 @@ import pytest
 
 from tests.conftest import shared_path
 from tests.e2e.conftest import ServerProcess, run_command
-from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
-from trm.chat import ChatFormat, solve_messages
+from tests.e2e.near_tie import assert_near_tie
+from trm import bundled_model_path
 from trm.engine import SamplingParams
 
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does he have now?"
-NEAR_TIE = 1e-3  # float32: where the two best scores lie closer, a batch may decide otherwise
 
 
 def solve(server: ServerProcess, **body: Any) -> httpx.Response:
@@ -85,22 +84,9 @@ def test_64_chats_of_mixed_effort_at_once_get_the_texts_they_get_alone_in_half_t
     different = [index for index in range(64) if alone[index] != together[index]]
     assert len(different) <= 1
     for index in different:
-        assert_near_tie(bodies[index], alone[index], together[index])
+        params = SamplingParams(max_tokens=48, n_supervision=bodies[index]["supervision_steps"])
+        assert_near_tie(bodies[index]["messages"][0]["content"], params, alone[index], together[index])
     assert together_s < alone_s / 2
-
-
-def assert_near_tie(body: dict[str, Any], alone: str, together: str) -> None:
-    """The two texts part at a token whose two best scores, decoded alone, are nearly equal."""
-    model = TRMForCausalLM.from_pretrained(bundled_model_path())
-    chat = ChatFormat(checkpoint.read_tokenizer(bundled_model_path()))
-    params = SamplingParams(max_tokens=body["max_tokens"], n_supervision=body["supervision_steps"])
-    reply = reference.decode(model, chat.encode(solve_messages(body["messages"][0]["content"])), params, chat.end_id)
-    assert chat.decode(reply.token_ids) in (alone, together)
-    prefixes = [chat.decode(reply.token_ids[:n]) for n in range(len(reply.token_ids) + 1)]
-    first = next(
-        n for n, prefix in enumerate(prefixes) if not (alone.startswith(prefix) and together.startswith(prefix))
-    )
-    assert reply.gaps[first - 1] < NEAR_TIE
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,22 @@ def test_tokens_arrive_one_by_one(start, app, engine, chat_body, say):
     assert seen == ["", "a", "b"]
 
 
+def test_a_stream_that_waits_for_its_first_token_is_kept_alive(start, make_app, engine, chat_body):
+    live = start(make_app(keep_alive_seconds=0.05))
+    engine.hold()
+    body = chat_body(stream=True)
+
+    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        waited = [next(lines) for _ in range(4)]
+        engine.release()
+        rest = [line for line in lines if line and not line.startswith(":")]
+
+    assert waited == [": keep-alive", ""] * 2
+    assert json.loads(rest[0].removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
+    assert rest[-1] == "data: [DONE]"
+
+
 def test_a_stopping_server_finishes_accepted_work_and_refuses_new(start, app, engine, chat_body):
     live = start(app)
     engine.hold()

@@ -260,6 +260,20 @@ async def test_a_client_that_leaves_takes_its_rows_along(leave, app, engine, kin
     await app.state.serving.worker.drain(5)  # the final events have arrived: nothing leaks
 
 
+@pytest.mark.parametrize("kind", BODIES)
+async def test_a_client_that_leaves_leaves_no_task_behind(leave, engine, kind):
+    engine.hold()
+    before = asyncio.all_tasks()
+    gone = asyncio.Event()
+    requests = [asyncio.create_task(leave(*BODIES[kind], gone)) for _ in range(5)]
+    await until(lambda: len(engine.handles) == 10)
+
+    gone.set()
+    await asyncio.gather(*requests)
+
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
 async def test_a_client_that_leaves_in_mid_stream_takes_its_rows_along(leave, engine):
     def script(request):
         yield Event((1,), "a")

@@ -396,7 +396,7 @@ class Engine:
             self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
             return
         if ids:
-            self._emit(row, Event(tuple(ids), text, logprobs=tuple(logprobs)))
+            self._emit(row, Event(tuple(ids), text, usage=_usage(row), logprobs=tuple(logprobs)))
         if failed:
             self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
 
