@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server import errors
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, completions, models, solve, status, tokens
+from server.routes import chat, completions, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -25,7 +25,7 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.serving = None
-    for routes in (chat, completions, models, solve, status, tokens):
+    for routes in (chat, completions, models, playground, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it

@@ -17,11 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import STATUS, BodyTooLarge, TimedOut, Unauthorized, error_response, internal_error_response
 from server.metrics import REJECTIONS, Metrics
+from server.routes import playground
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
+OPEN_PATHS = frozenset({"/health", "/ready", *playground.PATHS})  # probes carry no keys, nor does opening a page
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # logged at debug level only
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)

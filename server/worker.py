@@ -16,7 +16,7 @@ from server.errors import TimedOut, Unavailable
 from server.metrics import Metrics, Times
 from trm.engine.engine import Engine
 from trm.engine.handle import Handle, Reservation
-from trm.engine.request import Event, Reply, TokenLogprobs
+from trm.engine.request import Event, Reply
 from trm.engine.request import Request as EngineRequest
 from trm.errors import DeviceError, TRMError
 
@@ -89,18 +89,10 @@ class Submission:
 
     async def replies(self) -> list[Reply]:
         """Every reply whole, in order of submission."""
-        texts: list[list[str]] = [[] for _ in self._handles]
-        ids: list[list[int]] = [[] for _ in self._handles]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._handles]
-        done: dict[int, Reply] = {}
+        events: list[list[Event]] = [[] for _ in self._handles]
         async for index, event in self:
-            texts[index].append(event.text)
-            ids[index].extend(event.token_ids)
-            logprobs[index].extend(event.logprobs)
-            if event.finish_reason is not None and event.usage is not None:  # they come together
-                text = "".join(texts[index])
-                done[index] = Reply(tuple(ids[index]), text, event.finish_reason, event.usage, tuple(logprobs[index]))
-        return [done[index] for index in sorted(done)]
+            events[index].append(event)
+        return [Reply.of(own) for own in events]
 
     def deliver(self, index: int, event: Event, at: float) -> None:
         """Take one event, given at time `at`; runs on the loop."""

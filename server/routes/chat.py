@@ -8,10 +8,11 @@ from pydantic import BaseModel
 
 from server.choices import Wording, respond
 from server.decoding import conversation, generation_params, num_samples, submit
-from server.logprobs import Scored, choice_logprobs
-from server.schemas.chat import ChatCompletion, ChatRequest, ChoiceLogprobs
+from server.logprobs import choice_logprobs, choice_trace
+from server.schemas.chat import ChatCompletion, ChatRequest
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
+from trm.engine.request import Event, Reply
 from trm.errors import BadRequest
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
@@ -31,6 +32,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         serving,
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        trace=body.trace,
     )
     messages = conversation(body.messages, serving)
     submission = await submit(
@@ -58,5 +60,10 @@ class ChatWording(Wording):
     def ending(self) -> dict[str, Any]:
         return {"delta": {}}
 
-    def tell_logprobs(self, index: int, tokens: Scored) -> ChoiceLogprobs:
-        return choice_logprobs(self.serving.token_bytes, tokens)
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.params.logprobs is not None:
+            found["logprobs"] = choice_logprobs(self.serving.token_bytes, self.content(said, said.logprobs))
+        if self.params.trace is not None:
+            found["trace"] = choice_trace(self.serving.token_bytes, self.content(said, said.traces))
+        return found

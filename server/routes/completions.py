@@ -8,11 +8,11 @@ from pydantic import BaseModel
 
 from server.choices import Wording, respond
 from server.decoding import generation_params, num_samples, submit
-from server.logprobs import Offsets, Scored, completion_logprobs
-from server.schemas.completions import Completion, CompletionLogprobs, CompletionRequest
+from server.logprobs import Offsets, completion_logprobs
+from server.schemas.completions import Completion, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
 from server.strict_json import StrictRoute
-from trm.engine.request import SamplingParams
+from trm.engine.request import Event, Reply, SamplingParams
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
@@ -59,5 +59,8 @@ class CompletionWording(Wording):
     def ending(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def tell_logprobs(self, index: int, tokens: Scored) -> CompletionLogprobs:
-        return completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        if self.params.logprobs is None:
+            return {}
+        tokens = self.content(said, said.logprobs)
+        return {"logprobs": completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)}

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,9 @@ from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
 from trm.engine.handle import Handle, Reservation
-from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, Usage
+from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, TokenTrace, Usage
 from trm.engine.runner import Halting, Runner, Span
-from trm.engine.sampling import choose, token_logprobs
+from trm.engine.sampling import candidates, choose, token_logprobs
 from trm.engine.scheduler import Copy, Row, Scheduler
 from trm.errors import BadRequest, ConfigError, DeviceError, TRMError
 from trm.model import TRMForCausalLM
@@ -131,8 +131,9 @@ class Engine:
             )
         if not all(0 <= token < vocabulary for token, _ in params.logit_bias):
             raise BadRequest(f"logit_bias names token ids outside 0 to {vocabulary - 1}", param="logit_bias")
-        if (params.logprobs or 0) > vocabulary:
-            raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param="logprobs")
+        for name, wanted in (("logprobs", params.logprobs), ("trace", params.trace)):
+            if (wanted or 0) > vocabulary:
+                raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param=name)
         return steps
 
     def reserve(self, count: int) -> Reservation:
@@ -292,7 +293,8 @@ class Engine:
         if not rows or not self._pass(rows, [row.token for row in rows], offset=0):
             return
         for row in rows:
-            row.thinking, row.step, row.draft, row.halted_at = True, 0, [], []
+            row.thinking, row.step, row.draft, row.halted_at, row.seen = True, 0, [], [], []
+        self._trace(rows)
         length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
         for offset in range(1, length + 1):
             rows = [row for row in rows if row.room_for_draft >= offset]
@@ -341,6 +343,18 @@ class Engine:
             row.step += 1
         for row, stopped in zip(rows, halted, strict=limits is not None):
             row.note_halted(stopped)
+        self._trace(rows)
+
+    def _trace(self, rows: Sequence[Row]) -> None:
+        """Note the candidates of rows that are traced, where they think on; those of the last step lead to a token."""
+        rows = [row for row in rows if row.request.params.trace is not None and not row.answered]
+
+        def note() -> None:
+            for row, logits in zip(rows, self.runner.logits([row.slot for row in rows]), strict=True):
+                row.seen.append(candidates(logits[0], row.request.params.trace or 0))
+
+        if rows:
+            self._call(rows, note)
 
     def _answer(self) -> None:
         """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
@@ -364,6 +378,7 @@ class Engine:
         ids: list[int] = []
         text = ""
         logprobs: list[TokenLogprobs] = []
+        traces: list[TokenTrace] = []
         reason: FinishReason | None = None
         failed = False
         places = 1 + len(row.draft)
@@ -375,6 +390,8 @@ class Engine:
             text += stream.push(token)
             if params.logprobs is not None:
                 logprobs.append(token_logprobs(logits[place], token, params.logprobs))
+            if params.trace is not None:
+                traces.append((*row.seen, candidates(logits[place], params.trace)))
             row.reply.append(token)
             row.cached += 1
             row.supervision_steps += row.steps_taken(place)
@@ -392,11 +409,12 @@ class Engine:
             self.runner.clear(row.slot, row.cached, row.cached + places)
             row.may_draft = failed = False
         row.thinking, row.draft = False, []
+        said = Event(tuple(ids), text, None, _usage(row), logprobs=tuple(logprobs), traces=tuple(traces))
         if reason:
-            self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
+            self._finish(row, reason, said)
             return
         if ids:
-            self._emit(row, Event(tuple(ids), text, usage=_usage(row), logprobs=tuple(logprobs)))
+            self._emit(row, said)
         if failed:
             self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
 
@@ -430,16 +448,8 @@ class Engine:
     def _fail(self, row: Row, error: TRMError) -> None:
         self._finish(row, "error", error=error)
 
-    def _finish(
-        self,
-        row: Row,
-        reason: FinishReason,
-        ids: tuple[int, ...] = (),
-        text: str = "",
-        error: TRMError | None = None,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> None:
-        """Free the row's slot and send its final event.
+    def _finish(self, row: Row, reason: FinishReason, said: Event | None = None, error: TRMError | None = None) -> None:
+        """Free the row's slot and send its final event, which brings what is yet to be `said`.
 
         What lies in the slot stays for others, if finite logits have shown that it is finite; at effort 0
         nobody has read the keys from the context yet.
@@ -454,12 +464,14 @@ class Engine:
         with self._changed:
             self.scheduler.release(row, keep)
             stream = self._streams.pop(row)
+        said = said or Event()
+        text = said.text
         try:
             text += "" if error else stream.finish()
         except Exception as failure:
             logger.exception("the end of a reply could not be decoded")
             reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
-        self._emit(row, Event(ids, text, reason, _usage(row), error, logprobs))
+        self._emit(row, replace(said, text=text, finish_reason=reason, usage=_usage(row), error=error))
 
     def _emit(self, row: Row, event: Event) -> None:
         """Tell the listener. One that raises loses its request, not everybody's."""
