@@ -9,13 +9,13 @@ Unavailable when the server cancels it; whoever stops iterating early calls `can
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from server.errors import Unavailable
 from server.metrics import Metrics
 from trm.engine.engine import Engine
 from trm.engine.handle import Handle
-from trm.engine.request import Event, Reply, TokenLogprobs
+from trm.engine.request import Event, Reply
 from trm.engine.request import Request as EngineRequest
 from trm.errors import DeviceError
 
@@ -30,6 +30,7 @@ class Submission:
         self._metrics = metrics
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._running = set(range(len(requests)))
+        self._spared: set[int] = set()
         self._submitted_at = time.perf_counter()
         self._last_tokens_at: list[float | None] = [None] * len(requests)
 
@@ -43,30 +44,33 @@ class Submission:
         for index in self._running:
             self.handles[index].cancel()
 
+    def spare(self, indexes: Iterable[int]) -> None:
+        """Cancel some requests whose replies are not needed any more; the others go on, and iterating too."""
+        self._spared.update(indexes)
+        for index in self._running & self._spared:
+            self.handles[index].cancel()
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         left = len(self._last_tokens_at)
         while left:
             index, event = await self._events.get()
             if event.finish_reason == "error":
                 raise event.error or DeviceError("the engine gave up the request")
-            if event.finish_reason == "cancelled":
+            if event.finish_reason == "cancelled" and index not in self._spared:
                 raise Unavailable("the server is stopping and ended the request; send it again", "draining")
             left -= event.finish_reason is not None
             yield index, event
 
+    async def progress(self) -> AsyncIterator[tuple[int, Event, Reply | None]]:
+        """Events as they come, the final one of each request with its whole reply."""
+        events: list[list[Event]] = [[] for _ in self._last_tokens_at]
+        async for index, event in self:
+            events[index].append(event)
+            yield index, event, None if event.finish_reason is None else Reply.of(events[index])
+
     async def replies(self) -> list[Reply]:
         """Every reply whole, in order of submission."""
-        texts: list[list[str]] = [[] for _ in self._last_tokens_at]
-        ids: list[list[int]] = [[] for _ in self._last_tokens_at]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._last_tokens_at]
-        done: dict[int, Reply] = {}
-        async for index, event in self:
-            texts[index].append(event.text)
-            ids[index].extend(event.token_ids)
-            logprobs[index].extend(event.logprobs)
-            if event.finish_reason is not None and event.usage is not None:  # they come together
-                text = "".join(texts[index])
-                done[index] = Reply(tuple(ids[index]), text, event.finish_reason, event.usage, tuple(logprobs[index]))
+        done = {index: reply async for index, _, reply in self.progress() if reply is not None}
         return [done[index] for index in sorted(done)]
 
     def deliver(self, index: int, event: Event, at: float) -> None:

@@ -39,17 +39,7 @@ class Handle:
         """Wait for the end. Raises the request's error where it failed. Not after iterating."""
         if self._ended is None:
             events = list(self)
-            last = events[-1]
-            assert last.finish_reason is not None, "the last event is final"
-            assert last.usage is not None, "a final event has its usage"
-            reply = Reply(
-                tuple(token for event in events for token in event.token_ids),
-                "".join(event.text for event in events),
-                last.finish_reason,
-                last.usage,
-                tuple(one for event in events for one in event.logprobs),
-            )
-            self._ended = reply, last.error
+            self._ended = Reply.of(events), events[-1].error
         reply, error = self._ended
         if error is not None:
             raise error

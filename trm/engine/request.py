@@ -1,8 +1,9 @@
 """What callers and the engine say to each other: requests in, events out. Touches no tensors."""
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from trm.errors import BadRequest, TRMError
 
@@ -150,6 +151,20 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> Self:
+        """All events of one request, the final one last, as one reply."""
+        last = events[-1]
+        assert last.finish_reason is not None, "the last event is final"
+        assert last.usage is not None, "a final event has its usage"
+        return cls(
+            tuple(token for event in events for token in event.token_ids),
+            "".join(event.text for event in events),
+            last.finish_reason,
+            last.usage,
+            tuple(one for event in events for one in event.logprobs),
+        )
 
 
 @dataclass(frozen=True)
