@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server import errors
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, models, solve, status
+from server.routes import chat, completions, models, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -15,23 +15,38 @@ from server.worker import Worker
 from trm.engine.engine import Engine
 
 
-def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
-    """An app that serves `engine`; of the settings it reads what concerns requests."""
-    metrics = Metrics(engine)
+def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
+    """An app that serves `engine`, or is starting until `attach` gives it one.
+
+    Of the settings it reads what concerns requests.
+    """
+    metrics = Metrics()
     app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
-    app.state.serving = Serving(
-        engine=engine,
-        worker=Worker(engine, metrics),
-        metrics=metrics,
-        token_bytes=TokenBytes(engine.chat.tokenizer),
-        model_id=settings.model_id,
-        max_n=settings.max_n,
-        created=int(time.time()),
-    )
-    for routes in (chat, models, solve, status):
+    app.state.settings = settings
+    app.state.metrics = metrics
+    app.state.serving = None
+    for routes in (chat, completions, models, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
     app.add_middleware(RequireKey, keys=settings.api_key)
     app.add_middleware(Trace, metrics=metrics)
+    if engine is not None:
+        attach(app, engine)
     return app
+
+
+def attach(app: FastAPI, engine: Engine) -> None:
+    """From now on the app serves `engine`. May be called from any thread, once."""
+    settings: ServeSettings = app.state.settings
+    metrics: Metrics = app.state.metrics
+    metrics.watch(engine)
+    app.state.serving = Serving(
+        engine=engine,
+        worker=Worker(engine, metrics, settings.request_timeout_seconds),
+        metrics=metrics,
+        token_bytes=TokenBytes(engine.chat.tokenizer),
+        model_id=settings.model_id,
+        settings=settings,
+        created=int(time.time()),
+    )

@@ -5,13 +5,15 @@ Shared by the routes that decode. Raises BadRequest, naming the field.
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from server.schemas.chat import ChatMessage
 from server.schemas.common import Decoding, Generation, PromptTokensDetails, TRMUsage, UsageBody
-from server.serving import Serving
-from trm.chat import Message
+from server.serving import Call, Serving
+from server.worker import Submission
+from trm.chat import SYSTEM_PROMPT, Message
 from trm.engine.engine import Engine
 from trm.engine.request import Request as EngineRequest
 from trm.engine.request import SamplingParams, Usage
@@ -43,13 +45,21 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
     return params
 
 
-def generation_params(fields: Generation, engine: Engine, **given: Any) -> SamplingParams:
+def generation_params(fields: Generation, serving: Serving, **given: Any) -> SamplingParams:
     """`sampling_params` of one of OpenAI's routes."""
-    if fields.stream_options is not None and not fields.stream:
+    options, stop, settings = fields.stream_options, fields.stop or (), serving.settings
+    if options is not None and not fields.stream:
         raise BadRequest("stream_options needs stream: true", param="stream_options")
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        message = "continuous_usage_stats needs include_usage: true"
+        raise BadRequest(message, param="stream_options.continuous_usage_stats")
+    at_most(settings.max_stop, "--max-stop", len(stop), f"stop holds {len(stop)} strings", "stop")
+    for string in stop:
+        said = f"a stop string has {len(string)} characters"
+        at_most(settings.max_stop_chars, "--max-stop-chars", len(string), said, "stop")
     return sampling_params(
         fields,
-        engine,
+        serving.engine,
         top_p=fields.top_p,
         top_k=fields.top_k,
         min_p=fields.min_p,
@@ -57,33 +67,58 @@ def generation_params(fields: Generation, engine: Engine, **given: Any) -> Sampl
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
         logit_bias=tuple((int(token), bias) for token, bias in (fields.logit_bias or {}).items()),
-        stop=tuple(fields.stop or ()),
+        stop=tuple(stop),
         ignore_eos=fields.ignore_eos,
         **given,
     )
 
 
-def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1) -> int:
-    """The body's n, checked against what the server can ever take at once."""
+def at_most(limit: int, flag: str, found: int, said: str, param: str) -> None:
+    """Raise BadRequest where `found`, which `said` tells of, is beyond the limit that `flag` sets."""
+    if found > limit:
+        raise BadRequest(f"{said}; this server takes at most {limit} ({flag})", param=param)
+
+
+def conversation(messages: Sequence[ChatMessage], serving: Serving) -> list[Message]:
+    """The messages as the model sees them: the system prompt is explicit, never a template's default."""
+    said = f"there are {len(messages)} messages"
+    at_most(serving.settings.max_messages, "--max-messages", len(messages), said, "messages")
+    turns: list[Message] = [{"role": message.role, "content": message.text} for message in messages]
+    if turns[0]["role"] not in ("system", "developer"):
+        turns.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
+    return turns
+
+
+def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1, param: str = "n") -> int:
+    """The body's n, checked against what the server can ever take at once. `param` is the field with the prompts."""
     n = 1 if fields.n is None else fields.n
-    if n > serving.max_n:
-        raise BadRequest(f"n is {n}; this server takes at most {serving.max_n}", param="n")
+    at_most(serving.settings.max_n, "--max-n", n, f"n is {n}", "n")
     limit = serving.engine.config.max_rows + serving.engine.config.max_queue
     if num_prompts * n > limit:
         raise BadRequest(
             f"{num_prompts} prompts with {n} samples each are {num_prompts * n} requests; "
             f"this server takes at most {limit} at once",
-            param="n" if num_prompts == 1 else "question",
+            param="n" if num_prompts == 1 else param,
         )
     return n
 
 
-async def engine_requests(
-    serving: Serving, conversations: Sequence[Sequence[Message]], params: SamplingParams, n: int, param: str
-) -> list[EngineRequest]:
-    """n requests for each conversation, its samples side by side. `param` is the field that holds the text."""
-    chat = serving.engine.chat
-    prompts = await asyncio.to_thread(lambda: [tuple(chat.encode(messages)) for messages in conversations])
+async def submit(
+    serving: Serving,
+    call: Call,
+    count: int,
+    encode: Callable[[], Iterable[Sequence[int]]],
+    params: SamplingParams,
+    n: int,
+    param: str,
+) -> Submission:
+    """n requests for each of `count` prompts, its samples side by side.
+
+    Their places are reserved before anything is tokenised: a full queue refuses at once. `encode` gives the prompts'
+    ids, off the event loop. `param` is the field that holds the text.
+    """
+    submission = serving.reserve(call, count * n)
+    prompts = await asyncio.to_thread(lambda: [tuple(ids) for ids in encode()])
     requests: list[EngineRequest] = []
     for prompt in prompts:
         room = serving.engine.max_model_len - len(prompt)
@@ -96,20 +131,21 @@ async def engine_requests(
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
         requests += [EngineRequest(prompt, replace(fitting, sample_index=index)) for index in range(n)]
-    return requests
+    serving.worker.submit(submission, requests)
+    return submission
 
 
-def usage_body(usages: Iterable[Usage]) -> UsageBody:
-    """The sum over samples of one prompt, first sample first; the prompt is counted once, as that one found it."""
-    usages = list(usages)
-    prompt = usages[0].prompt_tokens
+def usage_body(usages: Sequence[Usage], n: int) -> UsageBody:
+    """The sum over replies, the n samples of a prompt side by side; it is counted once, as the first one found it."""
+    prompts = usages[::n]
+    prompt = sum(usage.prompt_tokens for usage in prompts)
     completion = sum(usage.completion_tokens for usage in usages)
     steps = sum(usage.supervision_steps for usage in usages)
     return UsageBody(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=usages[0].cached_tokens),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(usage.cached_tokens for usage in prompts)),
         trm=TRMUsage(
             supervision_steps_mean=steps / max(completion, 1),
             draft_tokens=sum(usage.draft_tokens for usage in usages),

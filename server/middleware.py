@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, Unauthorized, error_response, internal_error_response
+from server.errors import STATUS, BodyTooLarge, TimedOut, Unauthorized, error_response, internal_error_response
 from server.metrics import REJECTIONS, Metrics
 from server.serving import Call
 
@@ -45,7 +45,10 @@ class Trace:
         async def tagged(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = call.id
+                headers, timings = MutableHeaders(scope=message), call.timings_ms()
+                headers["X-Request-Id"] = call.id
+                headers["OpenAI-Processing-Ms"] = f"{timings['total']:.0f}"
+                headers["Server-Timing"] = ", ".join(f"{name};dur={ms:.1f}" for name, ms in timings.items())
             await send(message)
 
         try:
@@ -62,8 +65,11 @@ class Trace:
         submission, status = call.submission, call.status or CLIENT_CLOSED_REQUEST
         if submission is not None:
             submission.cancel()
-        if scope["method"] == "POST" and status in REJECTIONS:
-            self.metrics.rejected.labels(REJECTIONS[status]).inc()
+        refusal = status  # of a stream, that is in its last event
+        if submission is not None and isinstance(submission.error, TimedOut):
+            refusal = STATUS[TimedOut][0]
+        if scope["method"] == "POST" and refusal in REJECTIONS:
+            self.metrics.rejected.labels(REJECTIONS[refusal]).inc()
         logger.log(
             logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
             "request %s: %s %r %d, %d prompt tokens, %d completion tokens, %.0f ms",

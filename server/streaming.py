@@ -1,11 +1,14 @@
 """Server-sent events, as OpenAI's clients read them."""
 
+import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Message, Send
 
 from server.errors import describe, internal_error_body
 from trm.errors import TRMError
@@ -14,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must pass each token on
 DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, so that no proxy takes a long wait for a dead connection
 
 
 def sse(content: dict[str, Any]) -> str:
@@ -21,9 +25,43 @@ def sse(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
-def event_stream(events: AsyncIterator[dict[str, Any]], name: str) -> StreamingResponse:
-    """A response of `events` and [DONE]. It has begun, so an error becomes an event too; `name` is for the log."""
-    return StreamingResponse(_guarded(events, name), media_type="text/event-stream", headers=STREAM_HEADERS)
+class EventStream(StreamingResponse):
+    """A response of `events` and [DONE], and of a comment whenever nothing was sent for `keep_alive_s`.
+
+    It has begun, so an error becomes an event too; `name` is for the log.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], name: str, keep_alive_s: float) -> None:
+        super().__init__(_guarded(events, name), headers=STREAM_HEADERS)
+        self._keep_alive_s = keep_alive_s
+
+    async def stream_response(self, send: Send) -> None:
+        """Send everything; a clock that runs beside costs less than a timeout for each event."""
+        loop = asyncio.get_running_loop()
+        sent_at = math.inf  # the last message; never while one is on its way, nor after the final one
+
+        async def note(message: Message) -> None:
+            nonlocal sent_at
+            sent_at = math.inf
+            await send(message)
+            if message.get("more_body", True):
+                sent_at = loop.time()
+
+        async def keep_alive() -> None:
+            while True:
+                pause = sent_at + self._keep_alive_s - loop.time()
+                if pause <= 0:
+                    await note({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                else:
+                    await asyncio.sleep(min(pause, self._keep_alive_s))
+
+        clock = asyncio.ensure_future(keep_alive())
+        try:
+            await super().stream_response(note)
+        finally:
+            clock.cancel()
 
 
 async def _guarded(events: AsyncIterator[dict[str, Any]], name: str) -> AsyncIterator[str]:

@@ -25,7 +25,10 @@ class TokenBytes:
         """The token's bytes, a special token's name included; None for an id that the tokenizer gives no token."""
         if token_id in self._added:  # spelt as it is, whatever the alphabet of the others
             return self._added[token_id].encode()
-        piece: str | None = self._tokenizer.id_to_token(token_id)
+        try:
+            piece: str | None = self._tokenizer.id_to_token(token_id)
+        except OverflowError:
+            return None
         if piece is None:
             return None
         if self._byte_level:
@@ -34,3 +37,11 @@ class TokenBytes:
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(match[1])
         return piece.replace(_SPACE_PIECE, " ").encode()
+
+    def spell(self, token_id: int) -> str:
+        """The token's text, or `bytes:\\xc3` where it is not whole characters; "" for an id without a token."""
+        spelt = self(token_id) or b""
+        try:
+            return spelt.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)

@@ -117,6 +117,10 @@ class ChatFormat:
         ids: list[int] = encoded["input_ids"]
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt without turns: text as in a message, but without template."""
+        return self.encode_text(self._clean(text, param="prompt"))
+
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation, by default up to where the reply begins.
 
@@ -124,9 +128,7 @@ class ChatFormat:
         the template runs, so that only the template's own specials become special ids.
         Raises BadRequest where a role is unknown or the template refuses the conversation.
         """
-        contents = [normalize_text(m["content"]) if self.normalize else m["content"] for m in messages]
-        if any("\ud800" <= char <= "\udfff" for content in contents for char in content):
-            raise BadRequest("a message holds half a surrogate pair, which is no text", param="messages")
+        contents = [self._clean(message["content"], param="messages") for message in messages]
         guards = self._guards(contents)
         turns = []
         for message, content in zip(messages, contents, strict=True):
@@ -165,6 +167,17 @@ class ChatFormat:
         """Text of *new* token ids, without special tokens; never cut from a longer string."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def decode_with_specials(self, ids: Sequence[int]) -> str:
+        """Text of any token ids, special tokens by their names."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _clean(self, text: str, param: str) -> str:
+        """A caller's text, normalised where the model wants it so; `param` is the field that holds it."""
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise BadRequest("the text holds half a surrogate pair, which is no text", param=param)
+        return normalize_text(text) if self.normalize else text
 
     def _guards(self, contents: Sequence[str]) -> dict[str, str]:
         """For each special string found in the contents, a private-use character that none of them uses."""

@@ -1,29 +1,24 @@
 """POST /v1/chat/completions: n replies to a conversation, whole or streamed."""
 
-import time
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
-from server.decoding import engine_requests, generation_params, num_samples, usage_body
-from server.logprobs import choice_logprobs
-from server.schemas.chat import ChatChoice, ChatCompletion, ChatRequest, ChoiceLogprobs, ReplyMessage
+from server.choices import Wording, respond
+from server.decoding import conversation, generation_params, num_samples, submit
+from server.logprobs import Scored, choice_logprobs
+from server.schemas.chat import ChatCompletion, ChatRequest, ChoiceLogprobs
 from server.serving import CallDep, ServingDep
-from server.streaming import event_stream
 from server.strict_json import StrictRoute
-from server.worker import Submission
-from trm.answers import extract_boxed
-from trm.chat import SYSTEM_PROMPT, Message
-from trm.engine.request import Event, Reply, Usage
 from trm.errors import BadRequest
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion)
-async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> ChatCompletion | StreamingResponse:
+async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode n replies to a conversation."""
     serving.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -33,82 +28,35 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
     n = num_samples(body, serving)
     params = generation_params(
         body,
-        serving.engine,
+        serving,
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    requests = await engine_requests(serving, [conversation(body)], params, n, param="messages")
-    submission = serving.submit(call, requests)
-
-    def logprobs(said: Event | Reply) -> ChoiceLogprobs | None:
-        if params.logprobs is None:
-            return None
-        end_id = None if params.ignore_eos else serving.engine.chat.end_id
-        return choice_logprobs(serving.token_bytes, said.token_ids, said.logprobs, end_id)
-
-    head: dict[str, Any] = {"id": f"chatcmpl-{call.id}", "created": int(time.time()), "model": serving.model_id}
-    if body.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return event_stream(chat_chunks(submission, head, n, with_usage, logprobs), head["id"])
-    replies = await submission.replies()
-    return ChatCompletion(
-        **head,
-        choices=[
-            ChatChoice(
-                index=index,
-                message=ReplyMessage(content=reply.text),
-                logprobs=logprobs(reply),
-                finish_reason=reply.finish_reason,
-                boxed_answer=extract_boxed(reply.text),
-            )
-            for index, reply in enumerate(replies)
-        ],
-        usage=usage_body(reply.usage for reply in replies),
+    messages = conversation(body.messages, serving)
+    submission = await submit(
+        serving, call, 1, lambda: [serving.engine.chat.encode(messages)], params, n, param="messages"
     )
+    return await respond(ChatWording(serving, params), submission, n, body, call)
 
 
-def conversation(body: ChatRequest) -> list[Message]:
-    """The messages as the model sees them: the system prompt is explicit, never a template's default."""
-    messages: list[Message] = [{"role": message.role, "content": message.text} for message in body.messages]
-    if messages[0]["role"] not in ("system", "developer"):
-        messages.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
-    return messages
+class ChatWording(Wording):
+    """A message, and in streams the deltas of one."""
 
+    id_prefix = "chatcmpl"
+    completion = ChatCompletion
+    chunk_object = "chat.completion.chunk"
 
-async def chat_chunks(
-    submission: Submission,
-    head: dict[str, Any],
-    n: int,
-    with_usage: bool,
-    logprobs: Callable[[Event], ChoiceLogprobs | None],
-) -> AsyncIterator[dict[str, Any]]:
-    """Per choice its role, its text, its finish; then usage if asked for.
+    def whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"content": text}}
 
-    A token whose text is held back brings its logprobs at once.
-    """
-    texts: list[str] = [""] * n
-    started: set[int] = set()
-    usages: dict[int, Usage] = {}
+    def opening(self) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
 
-    def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        body = {**head, "object": "chat.completion.chunk", "choices": choices}
-        return {**body, "usage": usage} if with_usage else body
+    def piece(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
 
-    def choice(index: int, delta: dict[str, str], **more: Any) -> dict[str, Any]:
-        return chunk([{"index": index, "delta": delta, "finish_reason": None, **more}])
+    def ending(self) -> dict[str, Any]:
+        return {"delta": {}}
 
-    async for index, event in submission:
-        if index not in started:
-            started.add(index)
-            yield choice(index, {"role": "assistant", "content": ""})
-        texts[index] += event.text
-        if (said := logprobs(event)) and said.content:
-            yield choice(index, {"content": event.text}, logprobs=said.model_dump())
-        elif event.text:
-            yield choice(index, {"content": event.text})
-        if event.finish_reason is not None:
-            yield choice(index, {}, finish_reason=event.finish_reason, boxed_answer=extract_boxed(texts[index]))
-        if event.usage is not None:
-            usages[index] = event.usage
-    if with_usage:
-        yield chunk([], usage_body(usages[index] for index in range(n)).model_dump())
+    def tell_logprobs(self, index: int, tokens: Scored) -> ChoiceLogprobs:
+        return choice_logprobs(self.serving.token_bytes, tokens)

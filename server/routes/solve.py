@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from server.decoding import engine_requests, num_samples, sampling_params, usage_body
+from server.decoding import num_samples, sampling_params, submit, usage_body
 from server.metrics import Metrics
 from server.schemas.solve import Outcome, SolveEnd, SolveRequest, SolveResult, SolveResults, SolveText, SolveVote
 from server.serving import CallDep, ServingDep
-from server.streaming import event_stream
+from server.streaming import EventStream
 from server.strict_json import StrictRoute
 from server.worker import Submission
 from trm.answers import find_boxed
@@ -27,7 +27,7 @@ async def solve(
 ) -> SolveResult | SolveResults | StreamingResponse:
     """Solve one question, or a list of them all or none."""
     questions = [body.question] if isinstance(body.question, str) else body.question
-    n = num_samples(body, serving, len(questions))
+    n = num_samples(body, serving, len(questions), param="question")
     temperature = body.temperature
     if n > 1 and temperature == 0:
         message = f"temperature is 0, so {n} samples would all be equal; leave it out, or take n = 1"
@@ -35,11 +35,20 @@ async def solve(
     if n > 1 and temperature is None:
         temperature = VOTING_TEMPERATURE
     params = sampling_params(body, serving.engine, temperature=temperature)
-    conversations = [solve_messages(question) for question in questions]
-    requests = await engine_requests(serving, conversations, params, n, param="question")
-    events = solving(serving.submit(call, requests), len(questions), n, bool(body.early_stop), serving.metrics)
+    chat = serving.engine.chat
+    submission = await submit(
+        serving,
+        call,
+        len(questions),
+        lambda: [chat.encode(solve_messages(question)) for question in questions],
+        params,
+        n,
+        param="question",
+    )
+    events = solving(submission, len(questions), n, bool(body.early_stop), serving.metrics)
     if body.stream:
-        return event_stream((event.model_dump() async for event in events), f"solve-{call.id}")
+        contents = (event.model_dump() async for event in events)
+        return EventStream(contents, f"solve-{call.id}", serving.settings.keep_alive_seconds)
     results = {event.index: event.result async for event in events if isinstance(event, SolveEnd)}
     if isinstance(body.question, str):
         return results[0]
@@ -106,5 +115,5 @@ def solved(replies: Sequence[Reply]) -> SolveResult:
         samples=len(counted),
         agreement=winner.agreement,
         finish_reason=reply.finish_reason,
-        usage=usage_body(reply.usage for reply in replies),
+        usage=usage_body([reply.usage for reply in replies], len(replies)),
     )

@@ -49,7 +49,12 @@ def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
 
 
 class StreamOptions(Body):
+    """include_usage: a last chunk with the usage. continuous_usage_stats, which needs it: the usage so far in every
+    chunk.
+    """
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Generation(Decoding):
@@ -67,11 +72,7 @@ class Generation(Decoding):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_token_ids)] = None
-    stop: Annotated[
-        list[str] | None,
-        Field(max_length=16),
-        BeforeValidator(_strings, json_schema_input_type=str | list[str] | None),
-    ] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_strings, json_schema_input_type=str | list[str] | None)] = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -103,7 +104,7 @@ class TRMUsage(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """Tokens of one prompt, counted once, and of all its samples."""
+    """Tokens of the prompts, each counted once, and of all their samples."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -1,5 +1,6 @@
 """A server on a fake engine: scripted replies, emitted from a thread of its own, no model and no tokenizer."""
 
+import json
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from server.app import create_app
 from server.settings import ServeSettings
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
+from trm.engine.handle import Reservation
 from trm.engine.request import Event, Request, Stats, TokenLogprobs, Usage
 from trm.errors import TRMError
 
@@ -28,10 +30,12 @@ def say(*pieces, finish="stop", error=None):
 
     def script(request):
         logprobs = () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),)
-        events = [Event((10 + i,), piece, logprobs=logprobs) for i, piece in enumerate(pieces)]
-        tokens = len(pieces) + 1
-        usage = Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
-        return [*events, Event((END_ID,), "", finish, usage, error, logprobs)]
+
+        def usage(tokens):
+            return Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
+
+        events = [Event((10 + i,), piece, None, usage(i + 1), logprobs=logprobs) for i, piece in enumerate(pieces)]
+        return [*events, Event((END_ID,), "", finish, usage(len(pieces) + 1), error, logprobs)]
 
     return script
 
@@ -44,6 +48,35 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_TOKEN)
 
 
+def byte_ids(data):
+    return tuple(byte + 1 for byte in data)
+
+
+def score(rank, *top):
+    """What the engine says of a token; `top` are ids."""
+    return TokenLogprobs(-0.25 * rank, tuple((id_, -0.5 * place) for place, id_ in enumerate(top)))
+
+
+def scored(request):
+    """ "aé" in three tokens, the last two of which are half a character each; then the end token."""
+    first, *rest = byte_ids("aé".encode())
+    yield Event((first,), "a", logprobs=(score(1, first, 0),))
+    yield Event(tuple(rest[:1]), "", logprobs=(score(2),))
+    usage = Usage(len(request.prompt_ids), 4, 16)
+    yield Event((*rest[1:], 0), "é", "stop", usage, logprobs=(score(3, 9999), score(4, 0)))
+
+
+async def read_stream(client, url, body):
+    """The decoded events of a stream, [DONE] checked and dropped."""
+    response = await client.post(url, json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
 class FakeChat:
     """One id per character; remembers the conversations."""
 
@@ -53,9 +86,16 @@ class FakeChat:
         self.conversations = []
         self.tokenizer = byte_tokenizer()
 
-    def encode(self, messages):
+    def encode(self, messages, add_generation_prompt=True):
         self.conversations.append([dict(message) for message in messages])
-        return [ord(char) % 256 for message in messages for char in f"{message['role']}:{message['content']};"]
+        turns = [f"{message['role']}:{message['content']};" for message in messages]
+        return self.encode_prompt("".join([*turns, "assistant:"] if add_generation_prompt else turns))
+
+    def encode_prompt(self, text):
+        return [ord(char) % 256 for char in text]
+
+    def decode_with_specials(self, ids):
+        return self.tokenizer.decode(ids)
 
 
 class FakeHandle:
@@ -74,7 +114,7 @@ class FakeHandle:
 class FakeEngine:
     """The interface of `trm.engine.engine.Engine`.
 
-    script: what a request is answered with. refuse: an error that submit raises. hold(): nothing is
+    script: what a request is answered with. refuse: an error that reserve raises. hold(): nothing is
     emitted until release(); a cancelled request ends at once, as with the real engine.
     """
 
@@ -88,6 +128,7 @@ class FakeEngine:
         self.dead = False
         self.changed = threading.Condition()
         self.handles: list[FakeHandle] = []
+        self.reserved = 0  # places
         self._held = False
         self._threads: list[threading.Thread] = []
 
@@ -95,9 +136,19 @@ class FakeEngine:
     def requests(self) -> list[Request]:
         return [handle.request for handle in self.handles]
 
-    def submit(self, requests: Sequence[Request], on_event):
+    def reserve(self, count: int):
         if self.refuse is not None:
             raise self.refuse
+        self.reserved += count
+        return Reservation(count, self._give_back)
+
+    def _give_back(self, reservation):
+        self.reserved -= reservation.count
+        reservation.count = 0
+
+    def submit(self, requests: Sequence[Request], on_event, reservation):
+        assert len(requests) <= reservation.count
+        reservation.release()
         handles = [FakeHandle(self, request) for request in requests]
         self.handles += handles
         thread = threading.Thread(target=self._emit, args=(handles, on_event))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.server.conftest import byte_ids, read_stream, score, scored
 from trm.chat import SYSTEM_PROMPT
 from trm.engine.request import Event, TokenLogprobs, Usage
 from trm.errors import DeviceError, Overloaded
@@ -14,14 +15,7 @@ URL = "/v1/chat/completions"
 
 
 async def stream(client, body):
-    """The decoded events of a stream, [DONE] checked and dropped."""
-    response = await client.post(URL, json={**body, "stream": True})
-    assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/event-stream")
-    *events, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    assert all(event.startswith("data: {") for event in events)
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    return await read_stream(client, URL, body)
 
 
 def text_of(chunks, index=0):
@@ -236,10 +230,10 @@ async def test_a_stream(client, chat_body):
     chunks = await stream(client, chat_body())
 
     assert [chunk["choices"] for chunk in chunks] == [
-        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}],
-        [{"index": 0, "delta": {"content": "so "}, "finish_reason": None}],
-        [{"index": 0, "delta": {"content": "\\boxed{72}"}, "finish_reason": None}],
-        [{"index": 0, "delta": {}, "finish_reason": "stop", "boxed_answer": "72"}],
+        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}],
+        [{"index": 0, "delta": {"content": "so "}, "logprobs": None, "finish_reason": None}],
+        [{"index": 0, "delta": {"content": "\\boxed{72}"}, "logprobs": None, "finish_reason": None}],
+        [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop", "boxed_answer": "72"}],
     ]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
@@ -263,6 +257,24 @@ async def test_a_stream_with_usage_ends_in_it(client, engine, chat_body):
     assert last["choices"] == []
     whole = (await client.post(URL, json=chat_body(n=2))).json()
     assert last["usage"] == whole["usage"]
+
+
+async def test_a_stream_may_tell_the_usage_so_far_in_every_chunk(client, engine, chat_body):
+    def script(request):
+        for tokens in (1, 2, 3):
+            final = "length" if tokens == 3 else None
+            yield Event((98,), "a", final, Usage(60, tokens, 4 * tokens, cached_tokens=7, draft_tokens=tokens))
+
+    engine.script = script
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await stream(client, chat_body(n=2, temperature=1, stream_options=options))
+
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert set(counts) == {1, 2, 3, 4, 5, 6}
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {60}
+    assert chunks[-2]["usage"] == chunks[-1]["usage"]
+    assert chunks[-1]["usage"]["trm"] == {"supervision_steps_mean": 4, "draft_tokens": 6, "accepted_tokens": 0}
 
 
 async def test_text_outside_ascii_and_line_ends_survive_the_framing(client, engine, chat_body, say):
@@ -316,7 +328,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_ends_it(client, engine, ch
 
 
 async def test_an_unexpected_error_in_mid_stream_leaks_nothing(client, engine, chat_body, monkeypatch, caplog):
-    monkeypatch.setattr("server.routes.chat.extract_boxed", lambda text: 1 / 0)
+    monkeypatch.setattr("server.choices.extract_boxed", lambda text: 1 / 0)
 
     *_, last = await stream(client, chat_body())
 
@@ -381,27 +393,9 @@ async def test_cached_tokens_are_the_first_samples(client, engine, chat_body):
 # Log probabilities
 
 
-def byte_ids(data):
-    return tuple(byte + 1 for byte in data)
-
-
-def score(rank, *top):
-    """What the engine says of a token; `top` are ids."""
-    return TokenLogprobs(-0.25 * rank, tuple((id_, -0.5 * place) for place, id_ in enumerate(top)))
-
-
 def entry(spelt, logprob, token=None):
     """What the wire says of a token."""
     return {"token": spelt.decode(errors="replace") if token is None else token, "logprob": logprob, "bytes": [*spelt]}
-
-
-def scored(request):
-    """ "aé" in three tokens, the last two of which are half a character each; then the end token."""
-    first, *rest = byte_ids("aé".encode())
-    yield Event((first,), "a", logprobs=(score(1, first, 0),))
-    yield Event(tuple(rest[:1]), "", logprobs=(score(2),))
-    usage = Usage(len(request.prompt_ids), 4, 16)
-    yield Event((*rest[1:], 0), "é", "stop", usage, logprobs=(score(3, 9999), score(4, 0)))
 
 
 A_AND_ITS_RIVALS = {**entry(b"a", -0.25), "top_logprobs": [entry(b"a", 0.0), entry(b"<|im_end|>", -0.5)]}
@@ -432,11 +426,11 @@ async def test_logprobs_are_streamed_with_their_tokens(client, engine, chat_body
         return {"index": 0, "delta": {"content": content}, "finish_reason": None, "logprobs": logprobs}
 
     assert [chunk["choices"][0] for chunk in chunks] == [
-        {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None},
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None},
         carrying("a", A_AND_ITS_RIVALS),
         carrying("", HALF),
         carrying("é", OTHER_HALF),
-        {"index": 0, "delta": {}, "finish_reason": "stop", "boxed_answer": None},
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop", "boxed_answer": None},
     ]
 
 

@@ -1,7 +1,9 @@
 """What holds on every route: error shape, keys, body limit, request ids, the log."""
 
+import asyncio
 import json
 import logging
+import re
 
 import pytest
 
@@ -116,6 +118,36 @@ async def test_a_request_id_that_could_forge_the_log_is_replaced(client, given):
     response = await client.get("/health", headers={"X-Request-Id": given.encode()})
 
     assert response.headers["x-request-id"].isalnum()
+
+
+async def after_a_wait(client, engine, body):
+    """The response to a chat that gets its first token after 50 ms."""
+    engine.hold()
+    waiting = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
+    await asyncio.sleep(0.05)
+    engine.release()
+    return await waiting
+
+
+async def test_a_response_says_where_its_time_went(client, engine, chat_body):
+    headers = (await after_a_wait(client, engine, chat_body())).headers
+
+    timings = dict(item.split(";dur=") for item in headers["server-timing"].split(", "))
+    ms = {name: float(duration) for name, duration in timings.items()}
+    assert list(ms) == ["prepare", "queue", "first_token", "total"]
+    assert ms["total"] >= 49
+    assert ms["prepare"] < ms["total"]
+    assert ms["prepare"] + ms["first_token"] <= ms["total"] + 0.2  # rounded, each of them
+    assert int(headers["openai-processing-ms"]) == pytest.approx(ms["total"], abs=1)
+
+
+async def test_what_is_not_known_of_its_time_a_response_leaves_out(client, engine, chat_body):
+    streamed = await after_a_wait(client, engine, chat_body(stream=True))
+    probed = await client.get("/health")
+
+    assert re.fullmatch(r"prepare;dur=[\d.]+, total;dur=[\d.]+", streamed.headers["server-timing"])
+    assert re.fullmatch(r"total;dur=[\d.]+", probed.headers["server-timing"])
+    assert int(probed.headers["openai-processing-ms"]) < 5000
 
 
 async def test_the_log_has_id_counts_and_time_but_no_text(client, engine, caplog):

@@ -6,6 +6,7 @@ import pytest
 
 from server.schemas.chat import ChatRequest, Role
 from server.schemas.common import Effort
+from server.schemas.completions import CompletionRequest
 from trm.chat import ROLES
 from trm.config import EFFORT_NAMES
 
@@ -93,12 +94,18 @@ CHAT_REFUSALS = [
     ({"stop": [5]}, "stop.0"),
     ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 257}, "stop"),
     ({"seed": -1}, "seed"),
     ({"seed": 2**63}, "seed"),
     ({"seed": 10**400}, "seed"),
     ({"stream": "yes"}, "stream"),
     ({"stream": 1}, "stream"),
     ({"stream_options": {}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+    ),
     ({"reasoning_effort": "extreme"}, "reasoning_effort"),
     ({"reasoning_effort": "low", "supervision_steps": 2}, "supervision_steps"),
     ({"ignore_eos": 1}, "ignore_eos"),
@@ -117,6 +124,127 @@ async def test_chat_refuses_by_name(client, engine, chat_body, fields, param):
     assert error["type"] == "invalid_request_error"
     assert error["message"]
     assert not engine.requests
+
+
+COMPLETION_REFUSALS = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [""]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": {"text": "a"}}, "prompt"),
+    ({"prompt": ["a", 5]}, "prompt"),
+    ({"prompt": ["a", [5]]}, "prompt"),
+    ({"prompt": [5, [5]]}, "prompt"),
+    ({"prompt": [5.0]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": ["5", None]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": ["a"] * 13}, "prompt"),  # more than rows and queue together
+    ({"prompt": ["a"] * 7, "n": 2}, "prompt"),
+    ({"prompt": "a" * 400}, "prompt"),
+    ({"messages": []}, "messages"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"top_logprobs": 1}, "top_logprobs"),
+    ({"max_completion_tokens": 1}, "max_completion_tokens"),
+    ({"echo": True}, "echo"),
+    ({"echo": 0}, "echo"),
+    ({"suffix": "a"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"best_of": True}, "best_of"),
+    ({"use_beam_search": False}, "use_beam_search"),
+    ({"top_p": 0}, "top_p"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"n": 65}, "n"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), COMPLETION_REFUSALS, ids=str)
+async def test_completions_refuse_by_name(client, engine, fields, param):
+    response = await client.post("/v1/completions", json={"prompt": "a"} | fields)
+
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert not engine.requests
+
+
+async def test_what_is_left_out_of_completions_is_explained(client):
+    response = await client.post("/v1/completions", json={"prompt": "a", "echo": True})
+
+    assert response.json()["error"]["message"] == "echo: prompts are not told back; leave it out"
+
+
+TOKENIZE_REFUSALS = [
+    ("/tokenize", {}, "prompt"),
+    ("/tokenize", {"prompt": None}, "prompt"),
+    ("/tokenize", {"prompt": 5}, "prompt"),
+    ("/tokenize", {"prompt": ["a"]}, "prompt"),
+    ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+    ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+    ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
+    ("/tokenize", {"prompt": "a", "text": "a"}, "text"),
+    ("/tokenize", {"messages": []}, "messages"),
+    ("/tokenize", {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
+    ("/detokenize", {}, "tokens"),
+    ("/detokenize", {"tokens": "a"}, "tokens"),
+    ("/detokenize", {"tokens": [1.0]}, "tokens.0"),
+    ("/detokenize", {"tokens": [-1]}, "tokens.0"),
+    ("/detokenize", {"tokens": [1, 257]}, "tokens"),
+    ("/detokenize", {"tokens": [10**400]}, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), TOKENIZE_REFUSALS, ids=str)
+async def test_tokenize_and_detokenize_refuse_by_name(client, path, body, param):
+    response = await client.post(path, json=body)
+
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "message"),
+    [
+        ({"max_n": 2}, {"n": 3}, "n is 3; this server takes at most 2 (--max-n)"),
+        ({"max_stop": 1}, {"stop": ["a", "b"]}, "stop holds 2 strings; this server takes at most 1 (--max-stop)"),
+        ({"max_stop": 0}, {"stop": "a"}, "stop holds 1 strings; this server takes at most 0 (--max-stop)"),
+        (
+            {"max_stop_chars": 4},
+            {"stop": ["abcd", "abcde"]},
+            "a stop string has 5 characters; this server takes at most 4 (--max-stop-chars)",
+        ),
+    ],
+    ids=str,
+)
+async def test_a_limit_that_is_set_is_named(make_app, connect, settings, fields, message):
+    async with connect(make_app(**settings)) as client:
+        for path, prompt in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+            ("/v1/completions", {"prompt": "a"}),
+        ):
+            response = await client.post(path, json=prompt | fields)
+
+            assert response.status_code == 400
+            assert response.json()["error"]["message"] == message
+            (name,) = fields
+            assert response.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_messages_are_limited_in_number(make_app, connect, path):
+    turn = {"role": "user", "content": "a"}
+    async with connect(make_app(max_messages=2)) as client:
+        taken = await client.post(path, json={"messages": [turn] * 2})
+        refused = await client.post(path, json={"messages": [turn] * 3})
+
+    assert (taken.status_code, refused.status_code) == (200, 400)
+    error = refused.json()["error"]
+    assert error["message"] == "there are 3 messages; this server takes at most 2 (--max-messages)"
+    assert error["param"] == "messages"
 
 
 SOLVE_REFUSALS = [
@@ -163,11 +291,18 @@ async def test_an_unknown_field_is_called_so(client, chat_body):
     assert response.json()["error"]["message"] == "functions: unknown or unsupported field; remove it"
 
 
-async def test_null_means_the_default(client, engine, chat_body):
-    optional = set(ChatRequest.model_fields) - {"messages"}
+@pytest.mark.parametrize(
+    ("path", "schema", "body"),
+    [
+        ("/v1/chat/completions", ChatRequest, {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/completions", CompletionRequest, {"prompt": "a"}),
+    ],
+)
+async def test_null_means_the_default(client, engine, path, schema, body):
+    optional = set(schema.model_fields) - set(body)
 
-    assert (await client.post("/v1/chat/completions", json=chat_body())).status_code == 200
-    response = await client.post("/v1/chat/completions", json=chat_body(**dict.fromkeys(optional)))
+    assert (await client.post(path, json=body)).status_code == 200
+    response = await client.post(path, json=body | dict.fromkeys(optional))
 
     assert response.status_code == 200, response.text
     assert engine.requests[0] == engine.requests[1]
@@ -193,7 +328,7 @@ async def test_null_means_the_default(client, engine, chat_body):
     ],
     ids=lambda body: repr(body[-40:]),
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/solve"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/solve", "/tokenize", "/detokenize"])
 async def test_what_is_no_json_object_is_a_400(client, engine, path, body):
     response = await client.post(path, content=body, headers={"Content-Type": "application/json"})
 

@@ -293,9 +293,7 @@ async def test_an_early_stop_leaves_other_questions_alone(engine, say):
         yield from say(r"\boxed{1}")(request)
 
     engine.script = script
-    metrics = Metrics(engine)
-    requests = [Request((q,), SamplingParams(sample_index=s)) for q in range(2) for s in range(3)]
-    events = solving(Worker(engine, metrics).submit(requests), 2, 3, True, metrics)
+    events, _ = solve_with(engine, num_questions=2, early_stop=True)
 
     ended = [event async for event in until_an_end(events)]
     assert (ended[-1].index, ended[-1].result.samples) == (0, 2)
@@ -307,6 +305,16 @@ async def test_an_early_stop_leaves_other_questions_alone(engine, say):
     assert (rest[-1].index, rest[-1].result.answer, rest[-1].result.samples) == (1, "1", 3)
 
 
+def solve_with(engine, num_questions, early_stop):
+    """What three samples of each question bring, as it comes; and the worker. A prompt is its question's number."""
+    metrics = Metrics()
+    worker = Worker(engine, metrics)
+    submission = worker.reserve(3 * num_questions)
+    params = [SamplingParams(sample_index=sample) for sample in range(3)]
+    worker.submit(submission, [Request((question,), one) for question in range(num_questions) for one in params])
+    return solving(submission, num_questions, 3, early_stop, metrics), worker
+
+
 async def until_an_end(events):
     """The next events, up to a question's result."""
     async for event in events:
@@ -316,10 +324,7 @@ async def until_an_end(events):
 
 
 async def test_a_server_that_stops_ends_an_early_stop_too(engine, undecided):
-    metrics = Metrics(engine)
-    worker = Worker(engine, metrics)
-    requests = [Request((0,), SamplingParams(sample_index=sample)) for sample in range(3)]
-    events = solving(worker.submit(requests), 1, 3, False, metrics)
+    events, worker = solve_with(engine, num_questions=1, early_stop=False)
     await anext(events)
 
     await worker.drain(0)

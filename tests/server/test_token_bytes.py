@@ -43,6 +43,14 @@ def test_an_id_beyond_the_tokenizer_has_no_bytes(tokenizer):
     assert TokenBytes(tokenizer)(len(tokenizer)) is None
 
 
+def test_what_is_not_whole_characters_is_spelt_in_bytes(any_tokenizer):
+    spell = TokenBytes(any_tokenizer).spell
+    ids = any_tokenizer("so \u2028", add_special_tokens=False)["input_ids"]
+
+    assert [spell(id_) for id_ in ids] == ["so", "bytes:\\x20\\xe2\\x80", "bytes:\\xa8"]
+    assert spell(len(any_tokenizer)) == spell(2**70) == ""
+
+
 def test_byte_fallback():
     pieces = ["<unk>", "\u2581so", "<0xE2>", "\u00e9", "\u2581"]
     backend = Tokenizer(models.BPE({piece: id_ for id_, piece in enumerate(pieces)}, [], byte_fallback=True))

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from tests.trm.conftest import END, exact_model, solo, some_prompt
@@ -58,7 +59,9 @@ class Listener:
         assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
         last = events[-1]
         assert (last.error is not None) == (last.finish_reason == "error")
-        assert last.usage is not None, "usage comes with the finish_reason"
+        assert last.usage is not None
+        so_far = accumulate(len(event.token_ids) for event in events)
+        assert [event.usage and event.usage.completion_tokens for event in events] == list(so_far)
         ids = tuple(token for event in events for token in event.token_ids)
         text = "".join(event.text for event in events)
         logprobs = tuple(one for event in events for one in event.logprobs)

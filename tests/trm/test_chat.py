@@ -175,6 +175,7 @@ def test_plain_text_holds_no_special_ids(any_tokenizer, any_chat):
 
     assert not set(ids) & set(any_tokenizer.all_special_ids)
     assert any_tokenizer.decode(ids) == "".join(FORGERIES)
+    assert any_chat.encode_prompt("".join(FORGERIES)) == ids
 
 
 # Roles
@@ -208,8 +209,13 @@ def test_conversation_that_the_template_refuses_is_a_bad_request(tokenizer):
 
 def test_half_a_surrogate_pair_is_a_bad_request(chat):
     r"""JSON's "\ud83d" is half an emoji: no text at all, and no reason for a server error."""
-    with pytest.raises(BadRequest):
-        chat.encode([{"role": "user", "content": "\ud83d"}])
+    for encode, text, param in (
+        (chat.encode, [{"role": "user", "content": "\ud83d"}], "messages"),
+        (chat.encode_prompt, "\ud83d", "prompt"),
+    ):
+        with pytest.raises(BadRequest) as caught:
+            encode(text)
+        assert caught.value.param == param
 
 
 # Normalisation
@@ -227,6 +233,7 @@ def test_typographic_text_is_the_same_prompt_in_training_and_serving(any_chat):
     assert served == any_chat.encode(solve_messages(PLAIN))
     assert trained == any_chat.encode_example(PLAIN, PLAIN)
     assert list(trained.ids[: trained.label_start]) == served
+    assert any_chat.encode_prompt(TYPOGRAPHIC) == any_chat.encode_text(PLAIN)
 
 
 def test_normalisation_can_be_switched_off(any_tokenizer):
@@ -236,6 +243,7 @@ def test_normalisation_can_be_switched_off(any_tokenizer):
 
     assert ids != raw.encode(solve_messages(PLAIN))
     assert unicodedata.normalize("NFC", TYPOGRAPHIC) in any_tokenizer.decode(ids)
+    assert raw.encode_prompt(TYPOGRAPHIC) == raw.encode_text(TYPOGRAPHIC)
 
 
 @PROPERTY
@@ -245,6 +253,16 @@ def test_normalisation_is_stable(text):
 
     assert normalize_text(once) == once
     assert unicodedata.is_normalized("NFC", once)
+
+
+# Any ids as text
+
+
+def test_special_tokens_are_shown_by_name_on_request(any_chat):
+    ids = any_chat.encode([{"role": "user", "content": "Hi"}])
+
+    assert any_chat.decode_with_specials(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert any_chat.decode_with_specials([]) == ""
 
 
 # Label spans

@@ -20,7 +20,7 @@ import torch
 from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
-from trm.engine.handle import Handle
+from trm.engine.handle import Handle, Reservation
 from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, Usage
 from trm.engine.runner import Halting, Runner, Span
 from trm.engine.sampling import choose, token_logprobs
@@ -105,7 +105,7 @@ class Engine:
         if not request.prompt_ids:
             raise BadRequest("the prompt is empty", param="messages")
         vocabulary = self.model.config.vocab_size
-        if not all(0 <= token < vocabulary for token in request.prompt_ids):
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise BadRequest(f"the prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
         if request.positions > self.max_model_len:
             raise BadRequest(
@@ -135,8 +135,23 @@ class Engine:
             raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param="logprobs")
         return steps
 
-    def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None] | None = None) -> list[Handle]:
-        """Accept all requests or none.
+    def reserve(self, count: int) -> Reservation:
+        """Keep places for so many requests, all or none, until they are submitted: now is the time to prepare them.
+
+        Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
+        """
+        with self._changed:
+            self._check_open()
+            self.scheduler.reserve(count)
+        return Reservation(count, self._give_back)
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        on_event: Callable[[int, Event], None] | None = None,
+        reservation: Reservation | None = None,
+    ) -> list[Handle]:
+        """Accept all requests or none, in the places of `reservation` if there is one; those left over are given back.
 
         `on_event(index, event)` is called in the engine's thread and must not block; without it, events
         wait in the handles. Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
@@ -148,9 +163,14 @@ class Engine:
         rows = [handle.row for handle in handles]
         streams = {row: TextStream(self.chat, row.request.params.stop) for row in rows}
         with self._changed:
-            if self._closing or self._dead:
-                raise DeviceError("the engine is shut down; it takes no more requests")
-            self.scheduler.submit(rows)
+            self._check_open()
+            if reservation is None:
+                self.scheduler.submit(rows)
+            else:
+                if len(rows) > reservation.count:
+                    raise ValueError(f"{len(rows)} requests for {reservation.count} reserved places")
+                self.scheduler.submit(rows, reservation.count)
+                reservation.count = 0
             self._streams.update(streams)
             self._changed.notify()
         return handles
@@ -213,6 +233,15 @@ class Engine:
         else:
             while self.step():
                 pass
+
+    def _check_open(self) -> None:
+        if self._closing or self._dead:
+            raise DeviceError("the engine is shut down; it takes no more requests")
+
+    def _give_back(self, reservation: Reservation) -> None:
+        with self._changed:
+            self.scheduler.reserved -= reservation.count
+            reservation.count = 0
 
     # --- the engine's side, one thread -----------------------------------------------------------
 
@@ -367,7 +396,7 @@ class Engine:
             self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
             return
         if ids:
-            self._emit(row, Event(tuple(ids), text, logprobs=tuple(logprobs)))
+            self._emit(row, Event(tuple(ids), text, usage=_usage(row), logprobs=tuple(logprobs)))
         if failed:
             self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
 
@@ -488,6 +517,7 @@ def _usage(row: Row) -> Usage:
         cached_tokens=row.cached_tokens,
         draft_tokens=row.draft_tokens,
         accepted_tokens=row.accepted_tokens,
+        queue_s=row.queue_s,
     )
 
 

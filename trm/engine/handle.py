@@ -1,4 +1,4 @@
-"""What a caller holds of a request that was accepted: its events, its reply, and the way to leave."""
+"""What callers hold: places in the queue, then requests that were accepted, and the way to leave."""
 
 import queue
 from collections.abc import Callable, Iterator
@@ -6,6 +6,18 @@ from collections.abc import Callable, Iterator
 from trm.engine.request import Event, Reply, Request
 from trm.engine.scheduler import Row
 from trm.errors import TRMError
+
+
+class Reservation:
+    """Places in the queue, kept until requests are submitted in them or they are given back."""
+
+    def __init__(self, count: int, give_back: Callable[["Reservation"], None]) -> None:
+        self.count = count  # 0 once it is used up
+        self._give_back = give_back
+
+    def release(self) -> None:
+        """Give the places back. Harmless when they are used up."""
+        self._give_back(self)
 
 
 class Handle:

@@ -103,10 +103,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a finished request took. supervision_steps sums over the reply's tokens.
+    """What a request took, so far or in all. supervision_steps sums over the reply's tokens.
 
     cached_tokens: prompt tokens that another request had computed. draft_tokens were proposed by the
-    backbone, accepted_tokens of them were what the recursion chose.
+    backbone, accepted_tokens of them were what the recursion chose. queue_s: seconds that it waited for a slot.
     """
 
     prompt_tokens: int
@@ -115,6 +115,7 @@ class Usage:
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    queue_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Event:
 
     token_ids: what was decoded since the last event, the end token included; text: the text that is
     now certain, never half a character nor the beginning of a stop string. logprobs, one for each token,
-    where they were asked for. usage comes with the finish_reason, error with finish_reason "error".
+    where they were asked for. usage: what the request has taken so far. error comes with finish_reason "error".
     """
 
     token_ids: tuple[int, ...] = ()

@@ -1,0 +1,131 @@
+"""What OpenAI's two decoding routes share: replies told as the choices of one body, whole or streamed.
+
+How its choices look each route says in a `Wording`.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, ClassVar
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from server.decoding import usage_body
+from server.logprobs import Scored
+from server.schemas.common import Generation, StreamOptions
+from server.serving import Call, Serving
+from server.streaming import EventStream
+from server.worker import Submission
+from trm.answers import extract_boxed
+from trm.engine.request import Event, Reply, SamplingParams, Usage
+
+
+class Wording(ABC):
+    """How the choices of one request look."""
+
+    id_prefix: ClassVar[str]
+    completion: ClassVar[type[BaseModel]]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, serving: Serving, params: SamplingParams) -> None:
+        self.serving = serving
+        self._with_logprobs = params.logprobs is not None
+        self._end_id = None if params.ignore_eos else serving.engine.chat.end_id
+
+    @abstractmethod
+    def whole(self, text: str) -> dict[str, Any]:
+        """The text of a finished choice."""
+
+    @abstractmethod
+    def opening(self) -> dict[str, Any] | None:
+        """What a streamed choice says before its first token, if anything."""
+
+    @abstractmethod
+    def piece(self, text: str) -> dict[str, Any]:
+        """The next text of a streamed choice."""
+
+    @abstractmethod
+    def ending(self) -> dict[str, Any]:
+        """What a streamed choice says with its finish_reason."""
+
+    @abstractmethod
+    def tell_logprobs(self, index: int, tokens: Scored) -> BaseModel:
+        """What a choice says of its next tokens, all of them if it is told whole."""
+
+    def logprobs(self, index: int, said: Event | Reply) -> BaseModel | None:
+        """`tell_logprobs` where that is asked for. The end token is no content and is left out."""
+        if not self._with_logprobs:
+            return None
+        tokens = zip(said.token_ids, said.logprobs, strict=True)
+        return self.tell_logprobs(index, [(id_, found) for id_, found in tokens if id_ != self._end_id])
+
+    def has_content(self, event: Event) -> bool:
+        """Whether a stream must tell of it: a token whose text is held back still brings its logprobs at once."""
+        return bool(event.text) or (self._with_logprobs and any(id_ != self._end_id for id_ in event.token_ids))
+
+
+async def respond(
+    wording: Wording, submission: Submission, n: int, body: Generation, call: Call
+) -> BaseModel | StreamingResponse:
+    """Tell the replies to the requests submitted, n for each prompt, as the body wants them."""
+    serving = wording.serving
+    id_ = f"{wording.id_prefix}-{call.id}"
+    head: dict[str, Any] = {"id": id_, "created": int(time.time()), "model": serving.model_id}
+    if body.stream:
+        nothing_yet = [Usage(len(request.prompt_ids), 0, 0) for request in submission.requests]
+        events = _chunks(wording, submission, head, nothing_yet, n, body.stream_options or StreamOptions())
+        return EventStream(events, id_, serving.settings.keep_alive_seconds)
+    replies = await submission.replies()
+    choices = [
+        {
+            "index": index,
+            **wording.whole(reply.text),
+            "logprobs": wording.logprobs(index, reply),
+            "finish_reason": reply.finish_reason,
+            "boxed_answer": extract_boxed(reply.text),
+        }
+        for index, reply in enumerate(replies)
+    ]
+    return wording.completion(**head, choices=choices, usage=usage_body([reply.usage for reply in replies], n))
+
+
+async def _chunks(
+    wording: Wording,
+    submission: Submission,
+    head: dict[str, Any],
+    usages: Sequence[Usage],
+    n: int,
+    options: StreamOptions,
+) -> AsyncIterator[dict[str, Any]]:
+    """Per choice its opening, its pieces, its end; then the usage if asked for. `usages`: before the first event."""
+    usages = list(usages)
+    texts = [""] * len(usages)
+    opened: set[int] = set()
+    head = {**head, "object": wording.chunk_object}
+
+    def usage() -> dict[str, Any]:
+        return usage_body(usages, n).model_dump()
+
+    def chunk(index: int, said: dict[str, Any], **more: Any) -> dict[str, Any]:
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": None, **more}
+        body = {**head, "choices": [choice]}
+        if options.include_usage:
+            body["usage"] = usage() if options.continuous_usage_stats else None
+        return body
+
+    async for index, event in submission:
+        texts[index] += event.text
+        usages[index] = event.usage or usages[index]
+        if index not in opened:
+            opened.add(index)
+            if (opening := wording.opening()) is not None:
+                yield chunk(index, opening)
+        if wording.has_content(event):
+            logprobs = wording.logprobs(index, event)
+            yield chunk(index, wording.piece(event.text), logprobs=logprobs and logprobs.model_dump())
+        if event.finish_reason is not None:
+            boxed = extract_boxed(texts[index])
+            yield chunk(index, wording.ending(), finish_reason=event.finish_reason, boxed_answer=boxed)
+    if options.include_usage:
+        yield {**head, "choices": [], "usage": usage()}

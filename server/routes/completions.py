@@ -1,0 +1,63 @@
+"""POST /v1/completions: n continuations of each prompt, whole or streamed."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from server.choices import Wording, respond
+from server.decoding import generation_params, num_samples, submit
+from server.logprobs import Offsets, Scored, completion_logprobs
+from server.schemas.completions import Completion, CompletionLogprobs, CompletionRequest
+from server.serving import CallDep, Serving, ServingDep
+from server.strict_json import StrictRoute
+from trm.engine.request import SamplingParams
+
+router = APIRouter(prefix="/v1", route_class=StrictRoute)
+
+
+@router.post("/completions", response_model=Completion)
+async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
+    """Continue one prompt, or a list of them all or none; the choices of a prompt stand side by side."""
+    serving.check_model(body.model)
+    prompts, chat = body.prompts, serving.engine.chat
+    n = num_samples(body, serving, len(prompts), param="prompt")
+    params = generation_params(body, serving, logprobs=body.logprobs)
+    submission = await submit(
+        serving,
+        call,
+        len(prompts),
+        lambda: [chat.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+        params,
+        n,
+        param="prompt",
+    )
+    return await respond(CompletionWording(serving, params, len(submission.requests)), submission, n, body, call)
+
+
+class CompletionWording(Wording):
+    """A text, and in streams its pieces."""
+
+    id_prefix = "cmpl"
+    completion = Completion
+    chunk_object = "text_completion"
+
+    def __init__(self, serving: Serving, params: SamplingParams, num_choices: int) -> None:
+        super().__init__(serving, params)
+        self._offsets = [Offsets(serving.engine.chat) for _ in range(num_choices)]
+
+    def whole(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def opening(self) -> None:
+        return None
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def ending(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def tell_logprobs(self, index: int, tokens: Scored) -> CompletionLogprobs:
+        return completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)

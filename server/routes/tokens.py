@@ -1,0 +1,52 @@
+"""POST /tokenize and /detokenize: text to the ids that decoding would see, and back."""
+
+import asyncio
+import reprlib
+
+from fastapi import APIRouter
+
+from server.decoding import conversation
+from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.serving import ServingDep
+from server.strict_json import StrictRoute
+from trm.errors import BadRequest
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeResponse:
+    """The ids of a prompt or a conversation, as the decoding routes encode them."""
+    serving.check_model(body.model)
+    chat, prompt, messages = serving.engine.chat, body.prompt, body.messages
+    if prompt is not None and messages is not None:
+        raise BadRequest("give either prompt or messages, not both", param="prompt")
+    if messages is not None:
+        turns = conversation(messages, serving)
+        ids = await asyncio.to_thread(chat.encode, turns, body.add_generation_prompt is not False)
+    elif prompt is None:
+        raise BadRequest("give either prompt or messages", param="prompt")
+    elif body.add_generation_prompt is not None:
+        raise BadRequest("add_generation_prompt needs messages", param="add_generation_prompt")
+    else:
+        ids = await asyncio.to_thread(chat.encode_prompt, prompt)
+    return TokenizeResponse(
+        count=len(ids),
+        max_model_len=serving.engine.max_model_len,
+        tokens=ids,
+        token_strs=[serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None,
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, serving: ServingDep) -> DetokenizeResponse:
+    """The text of token ids."""
+    serving.check_model(body.model)
+
+    def decode() -> str:
+        unknown = next((id_ for id_ in body.tokens if serving.token_bytes(id_) is None), None)
+        if unknown is not None:
+            raise BadRequest(f"tokens holds {reprlib.repr(unknown)}, which is no token of this model", param="tokens")
+        return serving.engine.chat.decode_with_specials(body.tokens)
+
+    return DetokenizeResponse(prompt=await asyncio.to_thread(decode))

@@ -1,0 +1,79 @@
+"""Bodies of POST /v1/completions."""
+
+import contextlib
+from typing import Annotated, Any, Literal, LiteralString
+
+from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
+
+from server.schemas.common import Generation, UsageBody
+from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+
+
+def _or_say(message: LiteralString) -> WrapValidator:
+    """Refuse what the field's type does not take with one message for all of it, at the field itself."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        with contextlib.suppress(ValidationError):
+            if type(taken := handler(value)) is type(value):  # Literal takes 0 for False
+                return taken
+        raise PydanticCustomError("field_type", message)
+
+    return WrapValidator(check)
+
+
+class CompletionRequest(Generation):
+    """logprobs asks for each token's log probability and for those of so many of the likeliest tokens.
+
+    echo, suffix and best_of are taken where they ask for nothing.
+    """
+
+    prompt: Annotated[
+        Prompt, _or_say("Input should be a text, a list of token ids, or a list of either, none of them empty")
+    ]
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: Annotated[Literal[False] | None, _or_say("prompts are not told back; leave it out")] = None
+    suffix: Annotated[Literal[""] | None, _or_say("nothing can be inserted before a suffix; leave it out")] = None
+    best_of: Annotated[Literal[1] | None, _or_say("samples are not ranked; ask for n of them instead")] = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each prompt, a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return self.prompt if isinstance(self.prompt[0], (str, list)) else [self.prompt]
+
+
+class CompletionLogprobs(BaseModel):
+    """Log probabilities under the model's own logits, before penalties and temperature.
+
+    tokens: their text, or `bytes:\\xc3` for what is not whole characters. top_logprobs: the likeliest in each one's
+    place, best first, and the token itself. text_offset: where in the choice's text each one begins.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    boxed_answer: str | None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageBody

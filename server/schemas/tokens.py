@@ -1,0 +1,53 @@
+"""Bodies of POST /tokenize and /detokenize."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from server.schemas.chat import ChatMessage
+from server.schemas.common import Body
+
+_EITHER: list[JsonValue] = [
+    {
+        "required": ["prompt"],
+        "properties": {"prompt": {"type": "string"}, "add_generation_prompt": {"type": "null"}},
+    },
+    {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+]
+
+
+class TokenizeRequest(Body):
+    """Either a prompt, as /v1/completions takes it, or messages, as /v1/chat/completions does.
+
+    add_generation_prompt: whether the reply is to begin behind the messages, as it does by default.
+    add_special_tokens: false is what happens anyway. return_token_strs: spell every token, too.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _EITHER})
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: Literal[False] | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeResponse(BaseModel):
+    """token_strs: each token's text, or `bytes:\\xc3` for what is not whole characters; null unless asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class DetokenizeResponse(BaseModel):
+    """prompt: the text of the tokens, special ones by their names."""
+
+    prompt: str
