@@ -268,7 +268,9 @@ SOLVE_REFUSALS = [
     ({"question": "a", "logprobs": True}, "logprobs"),
     ({"question": "a", "frequency_penalty": 1}, "frequency_penalty"),
     ({"question": "a", "model": "b"}, "model"),
-    ({"question": "a", "stream": False}, "stream"),
+    ({"question": "a", "stream": "yes"}, "stream"),
+    ({"question": "a", "stream_options": {}}, "stream_options"),
+    ({"question": "a", "early_stop": 1}, "early_stop"),
     ({"question": "a", "reasoning_effort": "high", "supervision_steps": 4}, "supervision_steps"),
 ]
 
