@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server import errors
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, completions, models, solve, status, tokens
+from server.routes import chat, completions, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -16,14 +16,36 @@ from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
 
 
-def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
-    """An app that serves `engine`; of the settings it reads what concerns requests."""
-    metrics = Metrics(engine)
-    token_bytes = TokenBytes(engine.chat.tokenizer)
+def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
+    """An app that serves `engine`, or is starting until `attach` gives it one.
+
+    Of the settings it reads what concerns requests.
+    """
+    metrics = Metrics()
     app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
+    app.state.settings = settings
+    app.state.metrics = metrics
+    app.state.serving = None
+    for routes in (chat, completions, models, playground, solve, status, tokens):
+        app.include_router(routes.router)
+    errors.install(app)
+    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
+    app.add_middleware(RequireKey, keys=settings.api_key)
+    app.add_middleware(Trace, metrics=metrics)
+    if engine is not None:
+        attach(app, engine)
+    return app
+
+
+def attach(app: FastAPI, engine: Engine) -> None:
+    """From now on the app serves `engine`. May be called from any thread, once."""
+    settings: ServeSettings = app.state.settings
+    metrics: Metrics = app.state.metrics
+    metrics.watch(engine)
+    token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,
-        worker=Worker(engine, metrics),
+        worker=Worker(engine, metrics, settings.request_timeout_seconds),
         metrics=metrics,
         token_bytes=token_bytes,
         grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
@@ -31,10 +53,3 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         settings=settings,
         created=int(time.time()),
     )
-    for routes in (chat, completions, models, solve, status, tokens):
-        app.include_router(routes.router)
-    errors.install(app)
-    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
-    app.add_middleware(RequireKey, keys=settings.api_key)
-    app.add_middleware(Trace, metrics=metrics)
-    return app

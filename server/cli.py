@@ -3,10 +3,11 @@
 import logging
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 from server.settings import ServeSettings
-from trm.errors import ConfigError
+from trm.errors import ConfigError, DeviceError
 from trm.settings import configure_logging, run_command
 
 if TYPE_CHECKING:
@@ -24,27 +25,45 @@ def _serve() -> None:
     settings = ServeSettings.from_command_line()
     configure_logging(settings.log_level.upper())
     with listen(settings.host, settings.port) as sock:  # before loading: a taken port should not cost a minute
-        engine = load_engine(settings)
-        engine.start()
-        try:
-            serve(engine, settings, sock)
-        finally:
-            engine.close()
+        serve(settings, sock)
     logger.info("stopped")
 
 
-def serve(engine: "Engine", settings: ServeSettings, sock: socket.socket) -> None:
-    """Answer requests on `sock` until a signal, and what the signal leaves to be done, end it."""
+def serve(settings: ServeSettings, sock: socket.socket) -> None:
+    """Answer requests on `sock`, while the model loads with 503, until a signal or the engine's failure ends it.
+
+    Raises what kept the model from loading, and DeviceError where the engine failed and that is to end the server.
+    """
     import uvicorn
 
-    from server.app import create_app
+    from server.app import attach, create_app
     from server.draining import DrainingServer
 
-    app = create_app(engine, settings)
+    app = create_app(None, settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    server = DrainingServer(config, app, settings.drain_seconds, settings.exit_on_failure)
     host, port = sock.getsockname()[:2]
-    logger.info("serving %s on http://%s:%d", settings.model_id, f"[{host}]" if ":" in host else host, port)
-    DrainingServer(config, app.state.serving.worker, settings.drain_seconds).run(sockets=[sock])
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    failures: list[Exception] = []
+
+    def load() -> None:
+        try:
+            engine = load_engine(settings)
+            engine.start()
+            attach(app, engine)
+            logger.info("serving %s on %s", settings.model_id, url)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=load, name="trm-load", daemon=True).start()
+    logger.info("loading %s; %s says 503 until then", settings.model_id, url)
+    server.run(sockets=[sock])
+    if failures:
+        raise failures[0]
+    if server.engine_failed:
+        raise DeviceError("the engine failed; see the log above")
+    app.state.serving.engine.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -18,12 +18,15 @@ from server.schemas.common import (
     JsonSchemaFormat,
     PromptTokensDetails,
     RegexFormat,
+    ResponseFormat,
     TRMUsage,
     UsageBody,
 )
-from server.serving import Serving
+from server.serving import Call, Serving
+from server.worker import Submission
 from trm.chat import SYSTEM_PROMPT, Message
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
 from trm.errors import BadRequest
@@ -112,33 +115,37 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1, param:
     return n
 
 
-async def response_grammar(fields: Generation, serving: Serving) -> Grammar | None:
-    """The grammar of response_format, compiled off the event loop."""
-    compiler = serving.grammars
-    match fields.response_format:
+def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> Grammar | None:
+    """The grammar of a response_format, None where any text will do."""
+    match wanted:
         case JsonObjectFormat():
-            return await asyncio.to_thread(compiler.json_schema, {"type": "object"})
+            return compiler.json_schema({"type": "object"})
         case JsonSchemaFormat(json_schema=described):
-            return await asyncio.to_thread(compiler.json_schema, described.schema_)
+            return compiler.json_schema(described.schema_)
         case RegexFormat(regex=pattern):
-            return await asyncio.to_thread(compiler.regex, pattern)
+            return compiler.regex(pattern)
         case ChoiceFormat(choice=options):
-            return await asyncio.to_thread(compiler.choice, options)
+            return compiler.choice(options)
     return None
 
 
-async def engine_requests(
+async def submit(
     serving: Serving,
+    call: Call,
+    count: int,
     encode: Callable[[], Iterable[Sequence[int]]],
     params: SamplingParams,
     n: int,
     param: str,
-    grammar: Grammar | None = None,
-) -> list[EngineRequest]:
-    """n requests for each prompt, its samples side by side.
+    response_format: ResponseFormat | None = None,
+) -> Submission:
+    """n requests for each of `count` prompts, its samples side by side.
 
-    `encode` gives the prompts' ids, off the event loop. `param` is the field that holds the text.
+    Their places are reserved before anything is tokenised: a full queue refuses at once. `encode` gives the prompts'
+    ids, off the event loop, and there the grammar is compiled. `param` is the field that holds the text.
     """
+    submission = serving.reserve(call, count * n)
+    grammar = await asyncio.to_thread(response_grammar, response_format, serving.grammars)
     prompts = await asyncio.to_thread(lambda: [tuple(ids) for ids in encode()])
     requests: list[EngineRequest] = []
     for prompt in prompts:
@@ -152,7 +159,8 @@ async def engine_requests(
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
         requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar) for index in range(n)]
-    return requests
+    serving.worker.submit(submission, requests)
+    return submission
 
 
 def usage_body(usages: Sequence[Usage], n: int) -> UsageBody:

@@ -1,12 +1,14 @@
-"""How the process stops: the first signal drains, the second one cancels what is left."""
+"""How the process ends: the first signal drains, the second one exits at once, and so may an engine that died."""
 
 import asyncio
 import logging
+import os
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
-from server.worker import Worker
+from server.serving import Serving
 
 logger = logging.getLogger(__name__)
 
@@ -17,28 +19,42 @@ class DrainingServer(uvicorn.Server):
     """A server that, when told to stop, stays open until accepted work is done or `drain_s` is over.
 
     Meanwhile new work gets its 503 and probes their answer; uvicorn alone would close the port at once.
+    `exit_on_failure`: it also stops, with `engine_failed` set, when the engine has died.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float, exit_on_failure: bool = False) -> None:
         config.timeout_graceful_shutdown = LAST_WORDS_S
         super().__init__(config)
-        self._worker = worker
+        self.engine_failed = False
+        self._app = app
         self._drain_s = drain_s
+        self._exit_on_failure = exit_on_failure
         self._drain: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def _serving(self) -> Serving | None:
+        serving: Serving | None = self._app.state.serving
+        return serving
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal, between any two steps of the main thread; what it asks for happens on the loop."""
-        asyncio.get_running_loop().call_soon_threadsafe(self._stop)
-
-    def _stop(self) -> None:
-        if self._drain is None:
-            logger.info("stopping; accepted requests get %g s to finish", self._drain_s)
-            self._drain = asyncio.ensure_future(self._finish_work())
-        else:
+        if self._stopping or self._serving is None:  # while the model loads there is nothing to finish
             logger.info("stopping now")
-            self._worker.cancel_all()
-            self.should_exit = True
+            os._exit(128 + sig if self._stopping else 0)
+        self._stopping = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._stop, self._serving)
 
-    async def _finish_work(self) -> None:
-        await self._worker.drain(self._drain_s)
+    def _stop(self, serving: Serving) -> None:
+        logger.info("stopping; accepted requests get %g s to finish, a second signal exits at once", self._drain_s)
+        self._drain = asyncio.ensure_future(self._finish_work(serving))
+
+    async def _finish_work(self, serving: Serving) -> None:
+        await serving.worker.drain(self._drain_s)
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends the server."""
+        if self._exit_on_failure and self._serving is not None and not self._serving.engine.alive():
+            self.engine_failed = True
+        return await super().on_tick(counter) or self.engine_failed

@@ -30,6 +30,12 @@ class BodyTooLarge(BadRequest):
     """More bytes than a request may have."""
 
 
+class TimedOut(TRMError):
+    """A request that took longer than the server lets one take."""
+
+    code = "timeout"
+
+
 class Unavailable(TRMError):
     """The server takes no work: it is stopping, or its device has failed."""
 
@@ -46,9 +52,9 @@ STATUS: Mapping[type[TRMError], tuple[int, str]] = {
     Overloaded: (429, "rate_limit_error"),
     DeviceError: (500, "server_error"),
     Unavailable: (503, "server_error"),
+    TimedOut: (504, "server_error"),
 }
 CODES: Mapping[type[TRMError], str] = {Overloaded: "queue_full", DeviceError: "device_error"}
-HEADERS: Mapping[int, dict[str, str]] = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -71,7 +77,10 @@ def describe(error: TRMError) -> tuple[int, dict[str, Any]]:
 def error_response(error: TRMError) -> JSONResponse:
     """The response for an error raised on purpose."""
     status, body = describe(error)
-    return JSONResponse(body, status, HEADERS.get(status))
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(error.retry_after_s)
+    return JSONResponse(body, status, headers)
 
 
 def internal_error_response() -> JSONResponse:

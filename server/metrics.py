@@ -5,6 +5,7 @@ as events pass, with the times at which the engine gave them. One registry per a
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,19 +21,29 @@ REJECTIONS = {
     400: "invalid",
     401: "unauthorized",
     404: "not_found",
+    405: "wrong_method",
     413: "too_large",
     429: "overloaded",
     503: "unavailable",
+    504: "timeout",
 }
 """Status of a refused POST -> label `reason`."""
+
+
+@dataclass
+class Times:
+    """When a request arrived and got its first and its latest tokens: seconds by one clock, None for not yet."""
+
+    arrived_at: float
+    first_at: float | None = None
+    last_at: float | None = None
 
 
 class Metrics:
     """Counters and histograms of one app, and its view of the engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        registry.register(_EngineCollector(engine))
         self.finished = Counter(
             "trm_request_success", "Accepted requests that ended, by how", ["finished_reason"], registry=registry
         )
@@ -40,19 +51,31 @@ class Metrics:
         self.answers = Counter("trm_solve_answers", "Questions solved, by outcome", ["outcome"], registry=registry)
         self.first_token_s = Histogram(
             "trm_time_to_first_token_seconds",
-            "From submission to the first token",
+            "From arrival to the first token",
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_s = Histogram(
             "trm_inter_token_latency_seconds",
-            "Between tokens of one reply",
+            "Between one token of a reply and the next, or the next few where they come together",
+            buckets=TOKEN_BUCKETS_S,
+            registry=registry,
+        )
+        self.per_token_s = Histogram(
+            "trm_request_time_per_output_token_seconds",
+            "Mean over the tokens after the first of a reply that was not cut short",
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
         self.request_s = Histogram(
             "trm_e2e_request_latency_seconds",
-            "From submission to the end of a reply that was not cut short",
+            "From arrival to the end of a reply that was not cut short",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.queue_s = Histogram(
+            "trm_request_queue_time_seconds",
+            "From acceptance to the start of decoding, or to the end of a request that never got there",
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
@@ -63,19 +86,29 @@ class Metrics:
             registry=registry,
         )
 
-    def record(self, event: Event, age_s: float, gap_s: float | None) -> None:
-        """Count one event, `age_s` after its request's submission, `gap_s` after the request's last tokens if any."""
-        if event.token_ids and gap_s is None:
-            self.first_token_s.observe(age_s)
-        elif gap_s is not None:
-            for _ in event.token_ids:
-                self.inter_token_s.observe(gap_s / len(event.token_ids))
-        if event.finish_reason is not None:
-            self.finished.labels(event.finish_reason).inc()
+    def watch(self, engine: Engine) -> None:
+        """Show this engine's numbers too."""
+        self.registry.register(_EngineCollector(engine))
+
+    def record(self, event: Event, times: Times, at: float) -> None:
+        """Count one event, given at time `at`, and bring its request's times up to date."""
+        if event.token_ids:
+            if times.first_at is None or times.last_at is None:
+                times.first_at = at
+                self.first_token_s.observe(at - times.arrived_at)
+            else:
+                self.inter_token_s.observe(at - times.last_at)
+            times.last_at = at
+        if event.finish_reason is None or event.usage is None:
+            return
+        usage = event.usage
+        self.finished.labels(event.finish_reason).inc()
+        self.queue_s.observe(usage.queue_s)
         if event.finish_reason in ("stop", "length"):
-            self.request_s.observe(age_s)
-            if event.usage is not None and event.usage.completion_tokens:
-                self.steps_per_token.observe(event.usage.supervision_steps / event.usage.completion_tokens)
+            self.request_s.observe(at - times.arrived_at)
+            self.steps_per_token.observe(usage.supervision_steps / max(1, usage.completion_tokens))
+            if usage.completion_tokens > 1 and times.first_at is not None and times.last_at is not None:
+                self.per_token_s.observe((times.last_at - times.first_at) / (usage.completion_tokens - 1))
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, Unauthorized, error_response, internal_error_response
+from server.errors import STATUS, BodyTooLarge, TimedOut, Unauthorized, error_response, internal_error_response
 from server.metrics import REJECTIONS, Metrics
+from server.routes import playground
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
+OPEN_PATHS = frozenset({"/health", "/ready", *playground.PATHS})  # probes carry no keys, nor does opening a page
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # logged at debug level only
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
@@ -65,8 +66,11 @@ class Trace:
         submission, status = call.submission, call.status or CLIENT_CLOSED_REQUEST
         if submission is not None:
             submission.cancel()
-        if scope["method"] == "POST" and status in REJECTIONS:
-            self.metrics.rejected.labels(REJECTIONS[status]).inc()
+        refusal = status  # of a stream, that is in its last event
+        if submission is not None and isinstance(submission.error, TimedOut):
+            refusal = STATUS[TimedOut][0]
+        if scope["method"] == "POST" and refusal in REJECTIONS:
+            self.metrics.rejected.labels(REJECTIONS[refusal]).inc()
         logger.log(
             logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
             "request %s: %s %r %d, %d prompt tokens, %d completion tokens, %.0f ms",

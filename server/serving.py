@@ -6,19 +6,18 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.errors import UnknownModel
+from server.errors import Unavailable, UnknownModel
 from server.metrics import Metrics
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
-from trm.engine.request import Request as EngineRequest
 
 
 @dataclass
 class Call:
-    """One HTTP request. Its submission ends with it: the middleware cancels what is left."""
+    """One HTTP request. Its submission, reserved or running, ends with it: the middleware cancels what is left."""
 
     id: str
     started_at: float = field(default_factory=time.perf_counter)
@@ -26,12 +25,15 @@ class Call:
     submission: Submission | None = None
 
     def timings_ms(self) -> dict[str, float]:
-        """What has taken how long, as far as is known: parsing and tokenising, waiting for a token, all of it."""
+        """What has taken how long, as far as is known: the way into the queue, the queue, the first token, all."""
         timings = {}
-        if self.submission is not None:
-            timings["prepare"] = self.submission.submitted_at - self.started_at
-            if self.submission.first_token_at is not None:
-                timings["first_token"] = self.submission.first_token_at - self.submission.submitted_at
+        submission = self.submission
+        if submission is not None and submission.submitted_at is not None:
+            timings["prepare"] = submission.submitted_at - self.started_at
+            if submission.queue_s is not None:
+                timings["queue"] = submission.queue_s
+            if submission.first_token_at is not None:
+                timings["first_token"] = submission.first_token_at - submission.submitted_at
         timings["total"] = time.perf_counter() - self.started_at
         return {name: 1000 * seconds for name, seconds in timings.items()}
 
@@ -49,9 +51,9 @@ class Serving:
     settings: ServeSettings
     created: int  # unix time
 
-    def submit(self, call: Call, requests: list[EngineRequest]) -> Submission:
-        """`Worker.submit`, on behalf of an HTTP request."""
-        call.submission = self.worker.submit(requests)
+    def reserve(self, call: Call, count: int) -> Submission:
+        """`Worker.reserve`, on behalf of an HTTP request."""
+        call.submission = self.worker.reserve(count)
         return call.submission
 
     def check_model(self, name: str | None) -> None:
@@ -61,8 +63,15 @@ class Serving:
             raise UnknownModel(message, param="model", code="model_not_found")
 
 
+def _serving_or_none(request: Request) -> Serving | None:
+    serving: Serving | None = request.app.state.serving
+    return serving
+
+
 async def _serving(request: Request) -> Serving:
-    serving: Serving = request.app.state.serving
+    serving = _serving_or_none(request)
+    if serving is None:
+        raise Unavailable("the server is starting: its model is being loaded", "starting")
     return serving
 
 
@@ -72,4 +81,5 @@ async def _call(request: Request) -> Call:
 
 
 ServingDep = Annotated[Serving, Depends(_serving)]
+ServingOrNoneDep = Annotated[Serving | None, Depends(_serving_or_none)]  # for routes that answer while it starts
 CallDep = Annotated[Call, Depends(_call)]

@@ -51,7 +51,13 @@ class ServeSettings(Settings):
     max_stop: int = Field(16, ge=0, description="most stop strings of one request")
     max_stop_chars: int = Field(256, ge=1, description="longest stop string")
     keep_alive_seconds: float = Field(15.0, gt=0, description="a stream that says nothing for so long sends a comment")
+    request_timeout_seconds: float = Field(
+        600.0, ge=0, description="how long a request may take, queue included, before it gets 504; 0 for no limit"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")
+    exit_on_failure: bool = Field(
+        False, description="exit with status 1 when the engine or its device has failed, for a supervisor to restart"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
 
     @classmethod

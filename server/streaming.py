@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Message, Send
 
 from server.errors import describe, internal_error_body
@@ -22,7 +23,7 @@ KEEP_ALIVE = b": keep-alive\n\n"  # a comment, so that no proxy takes a long wai
 
 def sse(content: dict[str, Any]) -> str:
     """One server-sent event, in ASCII: some clients take U+2028 and its like for line ends."""
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(content, separators=(',', ':'), default=BaseModel.model_dump)}\n\n"
 
 
 class EventStream(StreamingResponse):

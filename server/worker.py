@@ -1,51 +1,83 @@
 """The bridge between the event loop and the engine's thread.
 
-Requests go down in groups that are accepted or refused whole; their events come back
-through `call_soon_threadsafe`, in order, as one asynchronous stream per group. Knows no
-HTTP. Iterating raises the engine's error when one request of the group fails, and
-Unavailable when the server cancels it; whoever stops iterating early calls `cancel`.
+Places in the queue are reserved first, then requests are submitted in them as a group, and
+their events come back in order as one asynchronous stream per group. Knows no HTTP. Iterating
+raises the engine's error when one request of the group fails, TimedOut when their time is
+over, and Unavailable when the server stops; whoever stops listening early calls `cancel`.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from server.errors import Unavailable
-from server.metrics import Metrics
+from server.errors import TimedOut, Unavailable
+from server.metrics import Metrics, Times
 from trm.engine.engine import Engine
-from trm.engine.handle import Handle
-from trm.engine.request import Event, Reply, TokenLogprobs
+from trm.engine.handle import Handle, Reservation
+from trm.engine.request import Event, Reply
 from trm.engine.request import Request as EngineRequest
-from trm.errors import DeviceError
+from trm.errors import DeviceError, TRMError
 
 
 class Submission:
-    """A group of accepted requests: `async for index, event in submission`, index as submitted."""
+    """Reserved places, then the requests in them: `async for index, event in submission`, index as submitted.
 
-    def __init__(self, requests: Sequence[EngineRequest], metrics: Metrics) -> None:
-        self.handles: Sequence[Handle] = ()
-        self.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+    `on_end` is called once nothing is reserved nor running any more.
+    """
+
+    def __init__(self, reservation: Reservation, metrics: Metrics, on_end: Callable[["Submission"], None]) -> None:
+        self.reservation = reservation
+        self.error: TRMError | None = None  # that the server ended it with
+        self.requests: Sequence[EngineRequest] = ()
         self.completion_tokens = 0  # so far
+        self.finish_reasons: Counter[str] = Counter()
+        self._handles: Sequence[Handle] = ()
         self._metrics = metrics
+        self._on_end = on_end
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._running = set(range(len(requests)))
-        self.submitted_at = time.perf_counter()
+        self.reserved_at = time.perf_counter()
+        self.submitted_at: float | None = None
         self.first_token_at: float | None = None  # of any of the requests
-        self._last_tokens_at: list[float | None] = [None] * len(requests)
+        self.queue_s: float | None = None  # the longest of any of the requests, once it has ended
+        self._running: set[int] = set()
+        self._times: list[Times] = []
 
     @property
     def running(self) -> bool:
-        """Whether the engine still owes a final event."""
-        return bool(self._running)
+        """Whether the engine keeps places for it or owes it a final event."""
+        return bool(self.reservation.count or self._running)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all requests together."""
+        return sum(len(request.prompt_ids) for request in self.requests)
+
+    def begin(self, requests: Sequence[EngineRequest], handles: Sequence[Handle]) -> None:
+        """The engine has accepted these requests; what follows are their events."""
+        self.requests = requests
+        self._handles = handles
+        self._running = set(range(len(handles)))
+        self._times = [Times(self.reserved_at) for _ in handles]
+        self.submitted_at = time.perf_counter()
 
     def cancel(self) -> None:
-        """Let go of every request that has not ended; none that has is touched."""
+        """Give back what is reserved and let go of every request that has not ended; none that has is touched."""
+        if self.reservation.count:
+            self.reservation.release()
+            self._on_end(self)
         for index in self._running:
-            self.handles[index].cancel()
+            self._handles[index].cancel()
+
+    def stop(self, error: TRMError) -> None:
+        """Cancel from the server's side: whoever listens gets `error` after the events so far."""
+        self.error = error
+        self._events.put_nowait((0, Event(finish_reason="error", error=error)))
+        self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        left = len(self._last_tokens_at)
+        left = len(self._handles)
         while left:
             index, event = await self._events.get()
             if event.finish_reason == "error":
@@ -57,63 +89,76 @@ class Submission:
 
     async def replies(self) -> list[Reply]:
         """Every reply whole, in order of submission."""
-        texts: list[list[str]] = [[] for _ in self._last_tokens_at]
-        ids: list[list[int]] = [[] for _ in self._last_tokens_at]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._last_tokens_at]
-        done: dict[int, Reply] = {}
+        events: list[list[Event]] = [[] for _ in self._handles]
         async for index, event in self:
-            texts[index].append(event.text)
-            ids[index].extend(event.token_ids)
-            logprobs[index].extend(event.logprobs)
-            if event.finish_reason is not None and event.usage is not None:  # they come together
-                text = "".join(texts[index])
-                done[index] = Reply(tuple(ids[index]), text, event.finish_reason, event.usage, tuple(logprobs[index]))
-        return [done[index] for index in sorted(done)]
+            events[index].append(event)
+        return [Reply.of(own) for own in events]
 
     def deliver(self, index: int, event: Event, at: float) -> None:
         """Take one event, given at time `at`; runs on the loop."""
-        last = self._last_tokens_at[index]
-        self._metrics.record(event, at - self.submitted_at, None if last is None else at - last)
+        self._metrics.record(event, self._times[index], at)
         if event.token_ids:
-            self._last_tokens_at[index] = at
             self.first_token_at = self.first_token_at or at
             self.completion_tokens += len(event.token_ids)
-        if event.finish_reason is not None:
-            self._running.discard(index)
+        if event.usage is not None:
+            self.queue_s = max(self.queue_s or 0.0, event.usage.queue_s)
         self._events.put_nowait((index, event))
+        if event.finish_reason is not None:
+            self.finish_reasons[event.finish_reason] += 1
+            self._running.discard(index)
+            if not self._running:
+                self._on_end(self)
 
 
 class Worker:
-    """Submits to the engine, and knows what is under way."""
+    """Submits to the engine, and knows what is under way. `timeout_s`: how long that may take, 0 for no limit."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, timeout_s: float = 0) -> None:
         self.draining = False
         self._engine = engine
         self._metrics = metrics
-        self._submissions: set[Submission] = set()
+        self._timeout_s = timeout_s
+        self._timers: dict[Submission, asyncio.TimerHandle | None] = {}  # of what is under way
         self._idle = asyncio.Event()
         self._idle.set()
+        self._arrived: deque[tuple[Submission, int, Event, float]] = deque()
+        self._woken = False  # the loop will look at what has arrived
 
-    def submit(self, requests: Sequence[EngineRequest]) -> Submission:
-        """Hand requests to the engine, all or none. Called on the event loop; does not wait.
+    def reserve(self, count: int) -> Submission:
+        """Keep places for so many requests, all or none, until `submit` or the submission's `cancel`.
 
-        Raises Unavailable while stopping or after the device failed, and what `Engine.submit` raises.
+        Called on the event loop, as all of this; does not wait. Raises Unavailable while stopping or after
+        the device failed, and what `Engine.reserve` raises.
         """
         self.check_available()
-        loop = asyncio.get_running_loop()
-        submission = Submission(requests, self._metrics)
-
-        def on_event(index: int, event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
-                loop.call_soon_threadsafe(self._deliver, submission, index, event, time.perf_counter())
-
-        try:
-            submission.handles = self._engine.submit(requests, on_event)
-        except DeviceError as error:
-            raise Unavailable(str(error), "device_failed") from error
-        self._submissions.add(submission)
+        with _unavailable():
+            submission = Submission(self._engine.reserve(count), self._metrics, self._forget)
+        timer = None
+        if self._timeout_s:
+            timer = asyncio.get_running_loop().call_later(self._timeout_s, self._expire, submission)
+        self._timers[submission] = timer
         self._idle.clear()
         return submission
+
+    def submit(self, submission: Submission, requests: Sequence[EngineRequest]) -> None:
+        """Hand requests to the engine in the reserved places, all or none.
+
+        Raises what has ended the submission meanwhile, Unavailable after the device failed, and what
+        `Engine.submit` raises.
+        """
+        if submission.error is not None:
+            raise submission.error
+        loop = asyncio.get_running_loop()
+
+        def on_event(index: int, event: Event) -> None:
+            self._arrived.append((submission, index, event, time.perf_counter()))
+            if not self._woken:  # one wake-up for all that a step brings; whatever comes before it is seen by it
+                self._woken = True
+                with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                    loop.call_soon_threadsafe(self._deliver)
+
+        with _unavailable():
+            submission.begin(requests, self._engine.submit(requests, on_event, submission.reservation))
 
     def check_available(self) -> None:
         """Raise Unavailable unless work can be taken."""
@@ -123,22 +168,41 @@ class Worker:
             raise Unavailable("the server is stopping and takes no new work", "draining")
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more work, let what is under way finish for `timeout_s`, cancel the rest."""
+        """Take no more work, let what is under way finish for `timeout_s`, end the rest with Unavailable."""
         self.draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            self.cancel_all()
+            for submission in list(self._timers):
+                submission.stop(Unavailable("the server is stopping and ended the request; send it again", "draining"))
 
-    def cancel_all(self) -> None:
-        """Let go of everything under way; whoever waits for it gets Unavailable."""
-        for submission in self._submissions:
-            submission.cancel()
+    def _expire(self, submission: Submission) -> None:
+        submission.stop(
+            TimedOut(
+                f"the request took longer than {self._timeout_s:g} s, this server's limit; "
+                "ask for fewer tokens or samples, or try again when the server has less to do"
+            )
+        )
 
-    def _deliver(self, submission: Submission, index: int, event: Event, at: float) -> None:
-        submission.deliver(index, event, at)
-        if not submission.running:
-            self._submissions.discard(submission)
-            if not self._submissions:
-                self._idle.set()
+    def _deliver(self) -> None:
+        self._woken = False
+        while self._arrived:
+            submission, index, event, at = self._arrived.popleft()
+            submission.deliver(index, event, at)
+
+    def _forget(self, submission: Submission) -> None:
+        timer = self._timers.pop(submission)
+        if timer is not None:
+            timer.cancel()
+        if not self._timers:
+            self._idle.set()
+
+
+@contextlib.contextmanager
+def _unavailable() -> Iterator[None]:
+    """An engine that is closed, or died just now, is as unavailable as one that is seen to be."""
+    try:
+        yield
+    except DeviceError as error:
+        raise Unavailable(str(error), "device_failed") from error

@@ -23,7 +23,11 @@ class BadRequest(TRMError):
 
 
 class Overloaded(TRMError):
-    """No room in the queue now; the same request may be sent again later."""
+    """No room in the queue now; the same request may be sent again, best after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeviceError(TRMError):

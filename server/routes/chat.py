@@ -7,11 +7,12 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from server.choices import Wording, respond
-from server.decoding import conversation, engine_requests, generation_params, num_samples, response_grammar
-from server.logprobs import Scored, choice_logprobs
-from server.schemas.chat import ChatCompletion, ChatRequest, ChoiceLogprobs
+from server.decoding import conversation, generation_params, num_samples, submit
+from server.logprobs import choice_logprobs, choice_trace
+from server.schemas.chat import ChatCompletion, ChatRequest
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
+from trm.engine.request import Event, Reply
 from trm.errors import BadRequest
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
@@ -31,13 +32,20 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         serving,
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        trace=body.trace,
     )
     messages = conversation(body.messages, serving)
-    grammar = await response_grammar(body, serving)
-    requests = await engine_requests(
-        serving, lambda: [serving.engine.chat.encode(messages)], params, n, "messages", grammar
+    submission = await submit(
+        serving,
+        call,
+        1,
+        lambda: [serving.engine.chat.encode(messages)],
+        params,
+        n,
+        param="messages",
+        response_format=body.response_format,
     )
-    return await respond(ChatWording(serving, params), requests, n, body, call)
+    return await respond(ChatWording(serving, params), submission, n, body, call)
 
 
 class ChatWording(Wording):
@@ -59,5 +67,10 @@ class ChatWording(Wording):
     def ending(self) -> dict[str, Any]:
         return {"delta": {}}
 
-    def tell_logprobs(self, index: int, tokens: Scored) -> ChoiceLogprobs:
-        return choice_logprobs(self.serving.token_bytes, tokens)
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.params.logprobs is not None:
+            found["logprobs"] = choice_logprobs(self.serving.token_bytes, self.content(said, said.logprobs))
+        if self.params.trace is not None:
+            found["trace"] = choice_trace(self.serving.token_bytes, self.content(said, said.traces))
+        return found

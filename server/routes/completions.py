@@ -7,12 +7,12 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from server.choices import Wording, respond
-from server.decoding import engine_requests, generation_params, num_samples, response_grammar
-from server.logprobs import Offsets, Scored, completion_logprobs
-from server.schemas.completions import Completion, CompletionLogprobs, CompletionRequest
+from server.decoding import generation_params, num_samples, submit
+from server.logprobs import Offsets, completion_logprobs
+from server.schemas.completions import Completion, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
 from server.strict_json import StrictRoute
-from trm.engine.request import SamplingParams
+from trm.engine.request import Event, Reply, SamplingParams
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
@@ -24,15 +24,17 @@ async def completions(body: CompletionRequest, serving: ServingDep, call: CallDe
     prompts, chat = body.prompts, serving.engine.chat
     n = num_samples(body, serving, len(prompts), param="prompt")
     params = generation_params(body, serving, logprobs=body.logprobs)
-    requests = await engine_requests(
+    submission = await submit(
         serving,
+        call,
+        len(prompts),
         lambda: [chat.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
         params,
         n,
         param="prompt",
-        grammar=await response_grammar(body, serving),
+        response_format=body.response_format,
     )
-    return await respond(CompletionWording(serving, params, len(requests)), requests, n, body, call)
+    return await respond(CompletionWording(serving, params, len(submission.requests)), submission, n, body, call)
 
 
 class CompletionWording(Wording):
@@ -58,5 +60,8 @@ class CompletionWording(Wording):
     def ending(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def tell_logprobs(self, index: int, tokens: Scored) -> CompletionLogprobs:
-        return completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        if self.params.logprobs is None:
+            return {}
+        tokens = self.content(said, said.logprobs)
+        return {"logprobs": completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)}

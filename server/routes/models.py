@@ -22,4 +22,11 @@ async def model(name: str, serving: ServingDep) -> ModelBody:
 
 
 def _model(serving: Serving) -> ModelBody:
-    return ModelBody(id=serving.model_id, created=serving.created, max_model_len=serving.engine.max_model_len)
+    engine = serving.engine
+    return ModelBody(
+        id=serving.model_id,
+        created=serving.created,
+        max_model_len=engine.max_model_len,
+        n_supervision=engine.model.config.n_supervision,
+        max_supervision=engine.max_supervision,
+    )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 
-from server.decoding import engine_requests, num_samples, sampling_params, usage_body
+from server.decoding import num_samples, sampling_params, submit, usage_body
 from server.schemas.solve import Outcome, SolveRequest, SolveResult, SolveResults
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
@@ -30,10 +30,16 @@ async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> Solve
         temperature = VOTING_TEMPERATURE
     params = sampling_params(body, serving.engine, temperature=temperature)
     chat = serving.engine.chat
-    requests = await engine_requests(
-        serving, lambda: [chat.encode(solve_messages(question)) for question in questions], params, n, param="question"
+    submission = await submit(
+        serving,
+        call,
+        len(questions),
+        lambda: [chat.encode(solve_messages(question)) for question in questions],
+        params,
+        n,
+        param="question",
     )
-    replies = await serving.submit(call, requests).replies()
+    replies = await submission.replies()
     results = [vote(replies[first : first + n]) for first in range(0, len(replies), n)]
     for result in results:
         serving.metrics.answers.labels(result.outcome).inc()

@@ -2,20 +2,20 @@
 
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.errors import Unavailable
 from server.schemas.status import StatusBody, VersionBody
-from server.serving import ServingDep
+from server.serving import ServingDep, ServingOrNoneDep
 
 router = APIRouter()
 
 
 @router.get("/health")
-async def health(serving: ServingDep) -> StatusBody:
-    """200 while the engine lives, a stopping one included; a process that says 503 must be restarted."""
-    if not serving.engine.alive():
+async def health(serving: ServingOrNoneDep) -> StatusBody:
+    """200 while the engine lives, a starting or stopping one included; a process that says 503 must be restarted."""
+    if serving is not None and not serving.engine.alive():
         raise Unavailable("the engine has stopped; restart the server", "device_failed")
     return StatusBody(status="ok")
 
@@ -28,12 +28,12 @@ async def ready(serving: ServingDep) -> StatusBody:
 
 
 @router.get("/metrics")
-async def metrics(serving: ServingDep) -> Response:
+async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(serving.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(request.app.state.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version")
-async def build(serving: ServingDep) -> VersionBody:
+async def build(request: Request) -> VersionBody:
     """Versions of this package and of torch, and the model's id."""
-    return VersionBody(version=version("qwen-trm"), model=serving.model_id, torch=version("torch"))
+    return VersionBody(version=version("qwen-trm"), model=request.app.state.settings.model_id, torch=version("torch"))

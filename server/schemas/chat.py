@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Body, Generation, UsageBody
-from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
+from trm.engine.request import MAX_TOP_LOGPROBS, MAX_TRACE, FinishReason
 
 Role = Literal["system", "developer", "user", "assistant"]
 
@@ -38,13 +38,14 @@ class ChatMessage(Body):
 
 class ChatRequest(Generation):
     """logprobs asks for each token's log probability, top_logprobs, which needs it, for those of so many of the
-    likeliest tokens.
+    likeliest tokens. trace asks for so many of the likeliest tokens after every supervision step behind each token.
     """
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    trace: int | None = Field(None, ge=1, le=MAX_TRACE)
 
 
 class ReplyMessage(BaseModel):
@@ -54,12 +55,15 @@ class ReplyMessage(BaseModel):
     content: str
 
 
-class TokenLogprob(BaseModel):
+class SpeltToken(BaseModel):
     """token: its bytes as text, U+FFFD for what is not a whole character. bytes: null for an id without a token."""
 
     token: str
-    logprob: float
     bytes: list[int] | None
+
+
+class TokenLogprob(SpeltToken):
+    logprob: float
 
 
 class ContentLogprob(TokenLogprob):
@@ -75,10 +79,19 @@ class ChoiceLogprobs(BaseModel):
     refusal: None = None
 
 
+class TracedToken(SpeltToken):
+    """A token of the reply and its likeliest rivals, best first: after step 0, the backbone's own answer, and after
+    each supervision step that was taken. The last step is the one that the token was chosen from.
+    """
+
+    steps: list[list[TokenLogprob]]
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
-    logprobs: ChoiceLogprobs | None
+    logprobs: ChoiceLogprobs | None = None
+    trace: list[TracedToken] | None = None
     finish_reason: FinishReason
     boxed_answer: str | None
 

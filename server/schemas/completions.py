@@ -65,7 +65,7 @@ class CompletionLogprobs(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: CompletionLogprobs | None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason
     boxed_answer: str | None
 

@@ -15,6 +15,7 @@ from server.app import create_app
 from server.settings import ServeSettings
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
+from trm.engine.handle import Reservation
 from trm.engine.request import Event, Request, Stats, TokenLogprobs, Usage
 from trm.errors import TRMError
 
@@ -28,13 +29,16 @@ def say(*pieces, finish="stop", error=None):
     """A script: one token per piece of text, then the end token."""
 
     def script(request):
-        logprobs = () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),)
+        about = {
+            "logprobs": () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),),
+            "traces": () if request.params.trace is None else ((((END_ID, -1.0),),),),
+        }
 
         def usage(tokens):
             return Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
 
-        events = [Event((10 + i,), piece, None, usage(i + 1), logprobs=logprobs) for i, piece in enumerate(pieces)]
-        return [*events, Event((END_ID,), "", finish, usage(len(pieces) + 1), error, logprobs)]
+        events = [Event((10 + i,), piece, None, usage(i + 1), **about) for i, piece in enumerate(pieces)]
+        return [*events, Event((END_ID,), "", finish, usage(len(pieces) + 1), error, **about)]
 
     return script
 
@@ -113,7 +117,7 @@ class FakeHandle:
 class FakeEngine:
     """The interface of `trm.engine.engine.Engine`.
 
-    script: what a request is answered with. refuse: an error that submit raises. hold(): nothing is
+    script: what a request is answered with. refuse: an error that reserve raises. hold(): nothing is
     emitted until release(); a cancelled request ends at once, as with the real engine.
     """
 
@@ -122,11 +126,13 @@ class FakeEngine:
         self.chat = FakeChat()
         self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
         self.max_model_len = max_model_len
+        self.max_supervision = 16
         self.script = script or say("so ", r"\boxed{72}")
         self.refuse: TRMError | None = None
         self.dead = False
         self.changed = threading.Condition()
         self.handles: list[FakeHandle] = []
+        self.reserved = 0  # places
         self._held = False
         self._threads: list[threading.Thread] = []
 
@@ -134,9 +140,19 @@ class FakeEngine:
     def requests(self) -> list[Request]:
         return [handle.request for handle in self.handles]
 
-    def submit(self, requests: Sequence[Request], on_event):
+    def reserve(self, count: int):
         if self.refuse is not None:
             raise self.refuse
+        self.reserved += count
+        return Reservation(count, self._give_back)
+
+    def _give_back(self, reservation):
+        self.reserved -= reservation.count
+        reservation.count = 0
+
+    def submit(self, requests: Sequence[Request], on_event, reservation):
+        assert len(requests) <= reservation.count
+        reservation.release()
         handles = [FakeHandle(self, request) for request in requests]
         self.handles += handles
         thread = threading.Thread(target=self._emit, args=(handles, on_event))

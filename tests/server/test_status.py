@@ -57,7 +57,14 @@ async def test_models(client):
 
     assert listed["object"] == "list"
     assert model.pop("created") > 0
-    assert model == {"id": "test/model", "object": "model", "owned_by": "qwen-trm", "max_model_len": 400}
+    assert model == {
+        "id": "test/model",
+        "object": "model",
+        "owned_by": "qwen-trm",
+        "max_model_len": 400,
+        "n_supervision": 4,
+        "max_supervision": 16,
+    }
     for path in ("/v1/models/test/model", "/v1/models/test%2Fmodel"):
         assert (await client.get(path)).json()["id"] == "test/model"
 
@@ -104,13 +111,16 @@ async def test_replies_are_counted_and_timed(client, engine, say):
     assert after[("trm_supervision_steps_per_token_sum",)] == 5 * 4
 
 
-async def test_several_tokens_of_one_event_share_its_gap(client, engine):
-    engine.script = lambda request: [Event((1,), "a"), Event((2, 3, 4), "bcd", "length", Usage(3, 4, 6))]
+async def test_tokens_that_come_together_are_one_gap_and_share_it_in_the_mean(client, engine):
+    engine.script = lambda request: [Event((1,), "a"), Event((2, 3, 4), "bcd", "length", Usage(3, 4, 6, queue_s=2.0))]
     await client.post("/solve", json={"question": "a"})
 
     after = await samples(client)
 
-    assert after[("trm_inter_token_latency_seconds_count",)] == 3
+    assert after[("trm_inter_token_latency_seconds_count",)] == 1
+    gap_s = after[("trm_inter_token_latency_seconds_sum",)]
+    assert after[("trm_request_time_per_output_token_seconds_sum",)] == pytest.approx(gap_s / 3)
+    assert after[("trm_request_queue_time_seconds_sum",)] == 2.0
     assert after[("trm_supervision_steps_per_token_sum",)] == 1.5
 
 

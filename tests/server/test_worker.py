@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from server.errors import Unavailable
+from server.errors import TimedOut, Unavailable
 from server.metrics import Metrics
 from server.worker import Worker
 from trm.engine.engine import Engine
@@ -20,9 +20,15 @@ def requests(n=1):
     return [Request((1, 2, 3), SamplingParams(sample_index=index)) for index in range(n)]
 
 
+def submit(worker, requests):
+    submission = worker.reserve(len(requests))
+    worker.submit(submission, requests)
+    return submission
+
+
 @pytest.fixture
 def worker(engine):
-    return Worker(engine, Metrics(engine))
+    return Worker(engine, Metrics())
 
 
 async def until(condition):
@@ -33,13 +39,13 @@ async def until(condition):
 
 
 def test_the_fake_has_the_engines_interface(engine):
-    for name in ("submit", "alive", "stats"):
+    for name in ("reserve", "submit", "alive", "stats"):
         real = inspect.signature(getattr(Engine, name)).parameters
         assert list(real)[1:] == list(inspect.signature(getattr(engine, name)).parameters)
 
 
 async def test_events_come_in_order_on_the_loops_thread(worker, engine):
-    submission = worker.submit(requests(2))
+    submission = submit(worker, requests(2))
     seen = {0: "", 1: ""}
 
     async for index, event in submission:
@@ -54,7 +60,7 @@ async def test_events_come_in_order_on_the_loops_thread(worker, engine):
 async def test_whole_replies_come_in_order_of_submission(worker, engine, say):
     engine.script = lambda request: say(*"abcd"[request.params.sample_index :])(request)
 
-    replies = await worker.submit(requests(4)).replies()
+    replies = await submit(worker, requests(4)).replies()
 
     assert [reply.text for reply in replies] == ["abcd", "bcd", "cd", "d"]
     assert [reply.token_ids for reply in replies][-1] == (10, 0)
@@ -65,22 +71,86 @@ async def test_what_the_engine_refuses_is_raised(worker, engine, error):
     engine.refuse = error
 
     with pytest.raises(type(error)):
-        worker.submit(requests())
+        submit(worker, requests())
     await worker.drain(0)  # nothing is under way
+
+
+async def test_a_reserved_place_is_work_under_way_and_ends_with_its_caller(worker, engine):
+    first, second = worker.reserve(2), worker.reserve(1)
+    drain = asyncio.create_task(worker.drain(10))
+    await until(lambda: worker.draining)
+    assert engine.reserved == 3
+
+    second.cancel()
+    second.cancel()
+    assert not second.running
+    worker.submit(first, requests(2))
+    await first.replies()
+
+    await drain
+    assert engine.reserved == 0
+
+
+async def test_whoever_is_late_with_the_requests_learns_why_the_place_is_gone(worker, engine):
+    late = worker.reserve(1)
+    await worker.drain(0)
+
+    with pytest.raises(Unavailable, match="stopping"):
+        worker.submit(late, requests())
+    assert engine.reserved == 0
+
+
+async def test_requests_that_take_too_long_are_ended(engine):
+    worker = Worker(engine, Metrics(), timeout_s=0.05)
+    engine.hold()
+    submission, late = submit(worker, requests(2)), worker.reserve(1)
+
+    with pytest.raises(TimedOut, match=r"longer than 0\.05 s"):
+        await submission.replies()
+    assert all(handle.cancelled for handle in engine.handles)
+    await until(lambda: late.error)
+    with pytest.raises(TimedOut):
+        worker.submit(late, requests())
+    await worker.drain(5)  # nothing is left
+    assert engine.reserved == 0
+
+
+async def test_a_timeout_leaves_what_ended_in_time_alone(engine):
+    worker = Worker(engine, Metrics(), timeout_s=0.05)
+
+    replies = await submit(worker, requests(2)).replies()
+    await asyncio.sleep(0.1)
+
+    assert [reply.finish_reason for reply in replies] == ["stop", "stop"]
+    assert not any(handle.cancelled for handle in engine.handles)
+
+
+async def test_events_of_one_step_wake_the_loop_once(worker, engine, monkeypatch, say):
+    """Each wake-up costs the loop's lock and a system call, for every token of every row."""
+    loop = asyncio.get_running_loop()
+    wake_ups = []
+    wake = loop.call_soon_threadsafe
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: (wake_ups.append(1), wake(*args)))
+    engine.script = say(*"abcdefgh")
+    submission = submit(worker, requests(4))
+    engine.join()  # the loop is not free to look before everything has come
+
+    assert len(wake_ups) == 1
+    assert [reply.text for reply in await submission.replies()] == ["abcdefgh"] * 4
 
 
 async def test_an_engine_that_died_meanwhile_is_unavailable(worker, engine):
     engine.refuse = DeviceError("the engine is shut down")
 
     with pytest.raises(Unavailable, match="shut down"):
-        worker.submit(requests())
+        submit(worker, requests())
 
 
 async def test_a_failed_request_raises_its_error(worker, engine):
     engine.script = lambda request: [Event(finish_reason="error", error=DeviceError("not finite"))]
 
     with pytest.raises(DeviceError, match="not finite"):
-        await worker.submit(requests()).replies()
+        await submit(worker, requests()).replies()
 
 
 async def test_cancel_reaches_only_what_has_not_ended(worker, engine, say):
@@ -91,7 +161,7 @@ async def test_cancel_reaches_only_what_has_not_ended(worker, engine, say):
         yield last
 
     engine.script = script
-    submission = worker.submit(requests(2))
+    submission = submit(worker, requests(2))
     await until(lambda: submission.completion_tokens == 3)
 
     submission.cancel()
@@ -102,12 +172,12 @@ async def test_cancel_reaches_only_what_has_not_ended(worker, engine, say):
 
 async def test_draining_waits_for_accepted_work_and_takes_no_more(worker, engine):
     engine.hold()
-    submission = worker.submit(requests())
+    submission = submit(worker, requests())
     drain = asyncio.create_task(worker.drain(10))
     await until(lambda: worker.draining)
 
     with pytest.raises(Unavailable):
-        worker.submit(requests())
+        submit(worker, requests())
     engine.release()
     await drain
 
@@ -116,7 +186,7 @@ async def test_draining_waits_for_accepted_work_and_takes_no_more(worker, engine
 
 async def test_draining_cancels_what_takes_too_long(worker, engine):
     engine.hold()
-    submission = worker.submit(requests(2))
+    submission = submit(worker, requests(2))
 
     await worker.drain(0.01)
 
@@ -129,10 +199,10 @@ async def test_events_after_the_loop_has_closed_do_not_hurt_the_engine(engine, r
     engine.hold()
     loop = asyncio.new_event_loop()
 
-    async def submit():
-        Worker(engine, Metrics(engine)).submit(requests())
+    async def leave_open():
+        submit(Worker(engine, Metrics()), requests())
 
-    await asyncio.to_thread(loop.run_until_complete, submit())
+    await asyncio.to_thread(loop.run_until_complete, leave_open())
     loop.close()
     engine.release()
 

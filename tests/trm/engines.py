@@ -65,10 +65,7 @@ class Listener:
         assert last.usage is not None
         so_far = accumulate(len(event.token_ids) for event in events)
         assert [event.usage and event.usage.completion_tokens for event in events] == list(so_far)
-        ids = tuple(token for event in events for token in event.token_ids)
-        text = "".join(event.text for event in events)
-        logprobs = tuple(one for event in events for one in event.logprobs)
-        return Reply(ids, text, last.finish_reason or "error", last.usage, logprobs)
+        return Reply.of(events)
 
 
 def assert_empty(engine: Engine) -> None:

@@ -80,6 +80,30 @@ def test_samples_are_accepted_all_or_none(chat):
     assert listener.events.keys() == {0}
 
 
+def test_reserved_places_are_filled_given_back_or_kept_through_a_mistake(chat):
+    engine = make_engine(chat, max_rows=1, max_queue=2)
+    kept, other = engine.reserve(2), engine.reserve(1)
+    with pytest.raises(Overloaded):
+        engine.reserve(1)
+    other.release()
+    other.release()
+    with pytest.raises(Overloaded):
+        engine.submit([request(3), request(4)])
+    with pytest.raises(BadRequest):
+        engine.submit([Request(())], reservation=kept)
+    with pytest.raises(ValueError, match="3 requests for 2 reserved places"):
+        engine.submit([request(3)] * 3, reservation=kept)
+    assert kept.count == 2
+
+    handles = engine.submit([request(3)], reservation=kept)
+
+    kept.release()
+    assert engine.scheduler.reserved == kept.count == 0
+    engine.reserve(2)
+    run(engine)
+    assert handles[0].result().usage.queue_s >= 0
+
+
 def test_generate_takes_more_requests_than_the_queue_holds(chat):
     """So says its docstring."""
     engine = make_engine(chat, max_rows=2, max_queue=1)

@@ -125,7 +125,7 @@ def check(scheduler: Scheduler) -> None:
     used = slots_of(scheduler.running)
     assert sorted([*used, *scheduler._free]) == list(range(scheduler.max_rows)), "every slot is used or free, once"
     assert all(row.slot == -1 for row in scheduler.waiting)
-    assert len(scheduler.waiting) <= scheduler.max_queue + len(scheduler._free)
+    assert len(scheduler.waiting) + scheduler.reserved <= scheduler.max_queue + len(scheduler._free)
     assert not {id(row) for row in scheduler.running} & {id(row) for row in scheduler.waiting}
 
 
@@ -193,6 +193,70 @@ def test_more_samples_than_ever_fit_are_a_bad_request():
 
     assert caught.value.param == "n"
     scheduler.submit([make_row() for _ in range(5)])
+
+
+def test_reserved_places_count_until_they_are_used_or_given_back():
+    scheduler = Scheduler(max_rows=1, max_queue=2)
+    scheduler.reserve(2)
+    with pytest.raises(Overloaded, match="2 requests wait, 2 may"):
+        scheduler.reserve(2)
+    with pytest.raises(Overloaded):
+        scheduler.submit([make_row(), make_row()])
+
+    scheduler.submit([make_row()], reserved=2)  # one of the two is left over
+
+    assert scheduler.reserved == 0
+    scheduler.reserve(2)
+    with pytest.raises(Overloaded):
+        scheduler.reserve(1)
+
+
+def test_who_finds_the_queue_full_learns_when_it_will_not_be():
+    """At the pace of those that have left since there was somebody, the idle time before left out."""
+    now = [1000.0]
+    scheduler = Scheduler(max_rows=1, max_queue=6, now=lambda: now[0])
+
+    def wait(count: int) -> int:
+        with pytest.raises(Overloaded, match="try again in") as full:
+            scheduler.reserve(count)
+        return full.value.retry_after_s
+
+    scheduler.submit([make_row() for _ in range(7)])
+    assert wait(1) == 1, "nobody knows yet"
+    now[0] += 20
+    assert wait(1) == 20, "nobody has left in that time"
+    for _ in range(4):
+        scheduler.admit()
+        scheduler.release(scheduler.running[0])
+    scheduler.submit([make_row() for _ in range(4)])
+
+    assert wait(1) == 5, "four have left in 20 seconds"
+    assert wait(3) == 15
+    now[0] += 12
+    assert wait(1) == 8, "the pace is slackening"
+    for row in [*scheduler.waiting]:
+        scheduler.release(row)
+    now[0] += 10_000
+    scheduler.submit([make_row() for _ in range(7)])
+    assert wait(1) == 1
+
+
+def test_time_in_the_queue_ends_with_a_slot_or_with_leaving():
+    now = [0.0]
+    scheduler = Scheduler(max_rows=1, max_queue=2, now=lambda: now[0])
+    first, second, third = rows = [make_row() for _ in range(3)]
+    scheduler.submit(rows)
+    now[0] = 1.0
+    scheduler.admit()
+    now[0] = 3.0
+    scheduler.release(third)
+    scheduler.release(first)
+    now[0] = 4.0
+    scheduler.admit()
+    now[0] = 9.0
+    scheduler.release(second)
+
+    assert [row.queue_s for row in rows] == [1.0, 4.0, 3.0]
 
 
 # Leaving
@@ -853,12 +917,13 @@ def test_no_slot_leaks_in_ten_thousand_operations(max_rows, max_queue, depth_mat
     scheduler = Scheduler(max_rows, max_queue, depth_matters)
     loop = Loop(scheduler, prefill_chunk=2)
     alive: list[Row] = []  # in order of arrival
+    reserved: list[int] = []
     finished = accepted = waits = 0
     for _ in range(10_000):
-        match rng.randrange(8):
+        match rng.randrange(10):
             case 0:
                 rows = [some_row(rng) for _ in range(rng.choice([1, 1, 1, 2, 4]))]
-                if len(rows) <= max_rows + max_queue - len(alive):
+                if len(rows) <= max_rows + max_queue - len(alive) - sum(reserved):
                     scheduler.submit(rows)
                     alive += rows
                     accepted += len(rows)
@@ -888,6 +953,14 @@ def test_no_slot_leaks_in_ten_thousand_operations(max_rows, max_queue, depth_mat
                     loop.release(row, good=rng.random() < 0.5)
                 alive = [row for row in alive if not row.cancelled]
                 finished += len(gone)
+            case 8 if len(alive) + sum(reserved) < max_rows + max_queue and rng.random() < 0.3:
+                reserved.append(1)
+                scheduler.reserve(1)
+            case 9 if reserved:
+                rows = [some_row(rng) for _ in range(rng.randrange(2))]  # else the place is given back
+                scheduler.submit(rows, reserved.pop())
+                alive += rows
+                accepted += len(rows)
         check(scheduler)
         running = [row for row in alive if row.slot >= 0]
         assert [*running, *scheduler.waiting] == alive, "first come, first served"

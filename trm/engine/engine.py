@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,10 @@ import torch
 from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
-from trm.engine.handle import Handle
-from trm.engine.request import Event, FinishReason, Follow, Reply, Request, Stats, TokenLogprobs, Usage
+from trm.engine.handle import Handle, Reservation
+from trm.engine.request import Event, FinishReason, Follow, Reply, Request, Stats, TokenLogprobs, TokenTrace, Usage
 from trm.engine.runner import Halting, Runner, Span
-from trm.engine.sampling import choose, token_logprobs
+from trm.engine.sampling import candidates, choose, token_logprobs
 from trm.engine.scheduler import Copy, Row, Scheduler
 from trm.errors import BadRequest, ConfigError, DeviceError, TRMError
 from trm.model import TRMForCausalLM
@@ -105,7 +105,7 @@ class Engine:
         if not request.prompt_ids:
             raise BadRequest("the prompt is empty", param="messages")
         vocabulary = self.model.config.vocab_size
-        if not all(0 <= token < vocabulary for token in request.prompt_ids):
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise BadRequest(f"the prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
         if request.positions > self.max_model_len:
             raise BadRequest(
@@ -131,12 +131,28 @@ class Engine:
             )
         if not all(0 <= token < vocabulary for token, _ in params.logit_bias):
             raise BadRequest(f"logit_bias names token ids outside 0 to {vocabulary - 1}", param="logit_bias")
-        if (params.logprobs or 0) > vocabulary:
-            raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param="logprobs")
+        for name, wanted in (("logprobs", params.logprobs), ("trace", params.trace)):
+            if (wanted or 0) > vocabulary:
+                raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param=name)
         return steps
 
-    def submit(self, requests: Sequence[Request], on_event: Callable[[int, Event], None] | None = None) -> list[Handle]:
-        """Accept all requests or none.
+    def reserve(self, count: int) -> Reservation:
+        """Keep places for so many requests, all or none, until they are submitted: now is the time to prepare them.
+
+        Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
+        """
+        with self._changed:
+            self._check_open()
+            self.scheduler.reserve(count)
+        return Reservation(count, self._give_back)
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        on_event: Callable[[int, Event], None] | None = None,
+        reservation: Reservation | None = None,
+    ) -> list[Handle]:
+        """Accept all requests or none, in the places of `reservation` if there is one; those left over are given back.
 
         `on_event(index, event)` is called in the engine's thread and must not block; without it, events
         wait in the handles. Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
@@ -148,9 +164,14 @@ class Engine:
         rows = [handle.row for handle in handles]
         streams = {row: TextStream(self.chat, row.request.params.stop) for row in rows}
         with self._changed:
-            if self._closing or self._dead:
-                raise DeviceError("the engine is shut down; it takes no more requests")
-            self.scheduler.submit(rows)
+            self._check_open()
+            if reservation is None:
+                self.scheduler.submit(rows)
+            else:
+                if len(rows) > reservation.count:
+                    raise ValueError(f"{len(rows)} requests for {reservation.count} reserved places")
+                self.scheduler.submit(rows, reservation.count)
+                reservation.count = 0
             self._streams.update(streams)
             self._changed.notify()
         return handles
@@ -214,6 +235,15 @@ class Engine:
             while self.step():
                 pass
 
+    def _check_open(self) -> None:
+        if self._closing or self._dead:
+            raise DeviceError("the engine is shut down; it takes no more requests")
+
+    def _give_back(self, reservation: Reservation) -> None:
+        with self._changed:
+            self.scheduler.reserved -= reservation.count
+            reservation.count = 0
+
     # --- the engine's side, one thread -----------------------------------------------------------
 
     def step(self) -> bool:
@@ -263,7 +293,8 @@ class Engine:
         if not rows or not self._pass(rows, [row.token for row in rows], offset=0):
             return
         for row in rows:
-            row.thinking, row.step, row.draft, row.halted_at = True, 0, [], []
+            row.thinking, row.step, row.draft, row.halted_at, row.seen = True, 0, [], [], []
+        self._trace(rows)
         length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
         for offset in range(1, length + 1):
             rows = [row for row in rows if row.room_for_draft >= offset]
@@ -318,6 +349,18 @@ class Engine:
             row.step += 1
         for row, stopped in zip(rows, halted, strict=limits is not None):
             row.note_halted(stopped)
+        self._trace(rows)
+
+    def _trace(self, rows: Sequence[Row]) -> None:
+        """Note the candidates of rows that are traced, where they think on; those of the last step lead to a token."""
+        rows = [row for row in rows if row.request.params.trace is not None and not row.answered]
+
+        def note() -> None:
+            for row, logits in zip(rows, self.runner.logits([row.slot for row in rows]), strict=True):
+                row.seen.append(candidates(logits[0], row.request.params.trace or 0))
+
+        if rows:
+            self._call(rows, note)
 
     def _answer(self) -> None:
         """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
@@ -341,6 +384,7 @@ class Engine:
         ids: list[int] = []
         text = ""
         logprobs: list[TokenLogprobs] = []
+        traces: list[TokenTrace] = []
         reason: FinishReason | None = None
         error: TRMError | None = None
         places = 1 + len(row.draft)
@@ -360,6 +404,8 @@ class Engine:
             text += stream.push(token)
             if params.logprobs is not None:
                 logprobs.append(token_logprobs(logits[place], token, params.logprobs))
+            if params.trace is not None:
+                traces.append((*row.seen, candidates(logits[place], params.trace)))
             row.reply.append(token)
             row.cached += 1
             row.supervision_steps += row.steps_taken(place)
@@ -377,11 +423,12 @@ class Engine:
             self.runner.clear(row.slot, row.cached, row.cached + places)
             row.may_draft, error = False, None
         row.thinking, row.draft = False, []
+        said = Event(tuple(ids), text, None, _usage(row), logprobs=tuple(logprobs), traces=tuple(traces))
         if reason:
-            self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
+            self._finish(row, reason, said)
             return
         if ids:
-            self._emit(row, Event(tuple(ids), text, usage=_usage(row), logprobs=tuple(logprobs)))
+            self._emit(row, said)
         if error:
             self._fail(row, error)
 
@@ -415,16 +462,8 @@ class Engine:
     def _fail(self, row: Row, error: TRMError) -> None:
         self._finish(row, "error", error=error)
 
-    def _finish(
-        self,
-        row: Row,
-        reason: FinishReason,
-        ids: tuple[int, ...] = (),
-        text: str = "",
-        error: TRMError | None = None,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> None:
-        """Free the row's slot and send its final event.
+    def _finish(self, row: Row, reason: FinishReason, said: Event | None = None, error: TRMError | None = None) -> None:
+        """Free the row's slot and send its final event, which brings what is yet to be `said`.
 
         What lies in the slot stays for others, if finite logits have shown that it is finite; at effort 0
         nobody has read the keys from the context yet.
@@ -439,12 +478,14 @@ class Engine:
         with self._changed:
             self.scheduler.release(row, keep)
             stream = self._streams.pop(row)
+        said = said or Event()
+        text = said.text
         try:
             text += "" if error else stream.finish()
         except Exception as failure:
             logger.exception("the end of a reply could not be decoded")
             reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
-        self._emit(row, Event(ids, text, reason, _usage(row), error, logprobs))
+        self._emit(row, replace(said, text=text, finish_reason=reason, usage=_usage(row), error=error))
 
     def _emit(self, row: Row, event: Event) -> None:
         """Tell the listener. One that raises loses its request, not everybody's."""
@@ -519,6 +560,7 @@ def _usage(row: Row) -> Usage:
         cached_tokens=row.cached_tokens,
         draft_tokens=row.draft_tokens,
         accepted_tokens=row.accepted_tokens,
+        queue_s=row.queue_s,
     )
 
 

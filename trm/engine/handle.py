@@ -1,4 +1,4 @@
-"""What a caller holds of a request that was accepted: its events, its reply, and the way to leave."""
+"""What callers hold: places in the queue, then requests that were accepted, and the way to leave."""
 
 import queue
 from collections.abc import Callable, Iterator
@@ -6,6 +6,18 @@ from collections.abc import Callable, Iterator
 from trm.engine.request import Event, Reply, Request
 from trm.engine.scheduler import Row
 from trm.errors import TRMError
+
+
+class Reservation:
+    """Places in the queue, kept until requests are submitted in them or they are given back."""
+
+    def __init__(self, count: int, give_back: Callable[["Reservation"], None]) -> None:
+        self.count = count  # 0 once it is used up
+        self._give_back = give_back
+
+    def release(self) -> None:
+        """Give the places back. Harmless when they are used up."""
+        self._give_back(self)
 
 
 class Handle:
@@ -39,17 +51,7 @@ class Handle:
         """Wait for the end. Raises the request's error where it failed. Not after iterating."""
         if self._ended is None:
             events = list(self)
-            last = events[-1]
-            assert last.finish_reason is not None, "the last event is final"
-            assert last.usage is not None, "a final event has its usage"
-            reply = Reply(
-                tuple(token for event in events for token in event.token_ids),
-                "".join(event.text for event in events),
-                last.finish_reason,
-                last.usage,
-                tuple(one for event in events for one in event.logprobs),
-            )
-            self._ended = reply, last.error
+            self._ended = Reply.of(events), events[-1].error
         reply, error = self._ended
         if error is not None:
             raise error

@@ -3,14 +3,16 @@
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from trm.errors import BadRequest, TRMError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
+Candidates = tuple[tuple[int, float], ...]  # token ids and their log probabilities, best first
+TokenTrace = tuple[Candidates, ...]  # of one token: after step 0, which is the backbone's answer, and each step taken
 
 MAX_TOP_LOGPROBS = 20
+MAX_TRACE = 10
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class SamplingParams:
     logit_bias, pairs of token id and number, is added last. All of them act at temperature 0 too.
     logprobs: how many of the likeliest tokens to report with each token, 0 for the token alone, None
     for nothing; probabilities are the model's own, before penalties and temperature.
+    trace: how many of the likeliest tokens to report after every step behind each token, None for nothing;
+    a request that is traced is not drafted for.
     halt_threshold, halt_tolerance: end a token's recursion early, when the halting head's probability
     exceeds the one, or the token's probabilities move less than the other in a step (total variation).
     stop: strings that end the reply and are not part of it. ignore_eos: go on past the end token.
@@ -44,6 +48,7 @@ class SamplingParams:
     halt_threshold: float | None = None
     halt_tolerance: float | None = None
     logprobs: int | None = None
+    trace: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
@@ -66,6 +71,7 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
                 f"between 0 and {MAX_TOP_LOGPROBS}",
             ),
+            ("trace", self.trace is None or 1 <= self.trace <= MAX_TRACE, f"between 1 and {MAX_TRACE}"),
             ("stop", all(self.stop), "strings that are not empty"),
         )
         for name, holds, rule in limits:
@@ -145,7 +151,7 @@ class Usage:
     """What a request took, so far or in all. supervision_steps sums over the reply's tokens.
 
     cached_tokens: prompt tokens that another request had computed. draft_tokens were proposed by the
-    backbone, accepted_tokens of them were what the recursion chose.
+    backbone, accepted_tokens of them were what the recursion chose. queue_s: seconds that it waited for a slot.
     """
 
     prompt_tokens: int
@@ -154,14 +160,15 @@ class Usage:
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    queue_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probability of one token, and of the likeliest ones: pairs of id and log probability, best first."""
+    """Log probability of one token, and the likeliest ones."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top: Candidates
 
 
 @dataclass(frozen=True)
@@ -169,8 +176,8 @@ class Event:
     """News of one request. Every accepted request ends in exactly one event with a finish_reason.
 
     token_ids: what was decoded since the last event, the end token included; text: the text that is
-    now certain, never half a character nor the beginning of a stop string. logprobs, one for each token,
-    where they were asked for. usage: what the request has taken so far. error comes with finish_reason "error".
+    now certain, never half a character nor the beginning of a stop string. logprobs and traces, one for each
+    token, where they were asked for. usage: what the request has taken so far. error comes with finish_reason "error".
     """
 
     token_ids: tuple[int, ...] = ()
@@ -179,6 +186,7 @@ class Event:
     usage: Usage | None = None
     error: TRMError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    traces: tuple[TokenTrace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +198,22 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
+    traces: tuple[TokenTrace, ...] = ()
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> Self:
+        """All that a request's events said, the final one included."""
+        last = events[-1]
+        assert last.finish_reason is not None, "the last event is final"
+        assert last.usage is not None, "a final event has its usage"
+        return cls(
+            tuple(token for event in events for token in event.token_ids),
+            "".join(event.text for event in events),
+            last.finish_reason,
+            last.usage,
+            tuple(one for event in events for one in event.logprobs),
+            tuple(one for event in events for one in event.traces),
+        )
 
 
 @dataclass(frozen=True)

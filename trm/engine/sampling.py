@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from trm.engine.request import SamplingParams, TokenLogprobs
+from trm.engine.request import Candidates, SamplingParams, TokenLogprobs
 
 Scores = npt.NDArray[np.float64]
 
@@ -58,8 +58,12 @@ def choose(
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
     """Log probabilities of `token` and of the `num_top` likeliest tokens under the model's own logits (V,)."""
     logprobs = logits.float().log_softmax(dim=-1)
-    top = logprobs.topk(num_top)
-    return TokenLogprobs(float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    return TokenLogprobs(float(logprobs[token]), _likeliest(logprobs, num_top))
+
+
+def candidates(logits: Tensor, num: int) -> Candidates:
+    """The `num` likeliest tokens under the model's own logits (V,)."""
+    return _likeliest(logits.float().log_softmax(dim=-1), num)
 
 
 def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scores:
@@ -70,6 +74,11 @@ def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scor
     generator = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64), counter=[0, 0, 0, position])
     uniform = ((generator.random_raw(size) >> 11) + 0.5) * 2.0**-53  # strictly between 0 and 1
     return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
+
+
+def _likeliest(logprobs: Tensor, num: int) -> Candidates:
+    top = logprobs.topk(num)
+    return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 def _edited(scores: Scores, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:

@@ -5,12 +5,16 @@ tensors, so policy is tested in microseconds. First come, first served; a slot h
 that was accepted, so nothing is preempted. Raises Overloaded when the queue is full.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trm.engine.request import Event, Matcher, Request
+from trm.engine.request import Candidates, Event, Matcher, Request
 from trm.errors import BadRequest, Overloaded
+
+PACE_WINDOW = 64  # departures that tell how soon a place becomes free
 
 
 @dataclass(eq=False)
@@ -25,6 +29,8 @@ class Row:
     request: Request
     steps: int
     emit: Callable[[Event], None]
+    submitted_at: float = 0.0  # by the scheduler's clock
+    queue_s: float = 0.0  # waited for a slot
     slot: int = -1
     settled: bool = False  # it is known whose keys and values are taken over
     source: "Row | None" = None  # the row whose prompt must be cached first, up to
@@ -35,6 +41,7 @@ class Row:
     reply: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     halted_at: list[int] = field(default_factory=list)  # steps that each position took, 0 while it goes on
+    seen: list[Candidates] = field(default_factory=list)  # of a request that is traced: after each step but the last
     acceptance: float | None = None  # share of drafted tokens that were right, lately
     passes: int = 0  # through the recursion, each for one token and what was drafted behind it
     pass_steps: int = 0  # supervision steps of all of them
@@ -69,7 +76,7 @@ class Row:
     @property
     def room_for_draft(self) -> int:
         """Tokens that may be drafted behind the next one."""
-        if not self.may_draft or self.steps == 0:
+        if not self.may_draft or self.steps == 0 or self.request.params.trace is not None:
             return 0
         return self.request.params.max_tokens - len(self.reply) - 1
 
@@ -116,30 +123,54 @@ class Copy:
 class Scheduler:
     """Rows waiting and running. Not thread-safe: the engine guards it.
 
-    `depth_matters`: keys and values depend on the effort, so that a prefix serves no deeper row.
+    `depth_matters`: keys and values depend on the effort, so that a prefix serves no deeper row. `now`: seconds.
     """
 
-    def __init__(self, max_rows: int, max_queue: int, depth_matters: bool = False) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        max_queue: int,
+        depth_matters: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.max_rows = max_rows
         self.max_queue = max_queue
         self.depth_matters = depth_matters
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
+        self.reserved = 0  # places kept for rows that are not here yet
         self.clock = 0  # ticks since the recursion last stood empty
         self._free = {slot: Kept() for slot in range(max_rows)}  # the next to be given up first
+        self._now = now
+        self._departures = deque([0.0], maxlen=PACE_WINDOW)  # after the time when the first row came
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue all rows or none. Rows that fit into free slots do not count against the queue."""
-        if len(rows) > self.max_queue + self.max_rows:
+    def reserve(self, count: int) -> None:
+        """Keep places for so many rows. Rows that fit into free slots do not count against the queue."""
+        if count > self.max_queue + self.max_rows:
             raise BadRequest(
-                f"{len(rows)} samples are asked for at once; this server takes {self.max_queue + self.max_rows}",
-                param="n",
+                f"{count} samples are asked for at once; this server takes {self.max_queue + self.max_rows}", param="n"
             )
-        room = self.max_queue + len(self._free) - len(self.waiting)
-        if len(rows) > room:
+        taken = len(self.waiting) + self.reserved
+        missing = count - (self.max_queue + len(self._free) - taken)
+        if missing > 0:
+            retry_after_s = self._seconds_until_free(missing)
             raise Overloaded(
-                f"the queue is full: {len(self.waiting)} requests wait, {self.max_queue} may; try again shortly"
+                f"the queue is full: {taken} requests wait, {self.max_queue} may; try again in {retry_after_s} s",
+                retry_after_s,
             )
+        self.reserved += count
+
+    def submit(self, rows: Sequence[Row], reserved: int | None = None) -> None:
+        """Queue all rows or none, in places that were reserved for them or, if None were, are reserved now."""
+        if reserved is None:
+            reserved = len(rows)
+            self.reserve(reserved)
+        self.reserved -= reserved
+        now = self._now()
+        if not (self.running or self.waiting):
+            self._departures = deque([now], maxlen=PACE_WINDOW)
+        for row in rows:
+            row.submitted_at = now
         self.waiting.extend(rows)
 
     def admit(self) -> list[Copy]:
@@ -156,6 +187,7 @@ class Scheduler:
         copies = [copy for row in late for copy in self._settle(row, *self._best_source(row))]
         while self._free and self.waiting:
             row = self.waiting.popleft()
+            row.queue_s = self._now() - row.submitted_at
             source, length = self._best_source(row)
             if isinstance(source, int) and 2 * length >= len(self._free[source].ids):
                 row.slot = source
@@ -174,7 +206,9 @@ class Scheduler:
 
     def release(self, row: Row, keep: bool = False) -> None:
         """Forget a row, wherever it is, and free its slot; `keep` says that its keys and values are good."""
+        self._departures.append(self._now())
         if row.slot < 0:
+            row.queue_s = self._departures[-1] - row.submitted_at
             self.waiting.remove(row)
             return
         self.running.remove(row)
@@ -223,6 +257,13 @@ class Scheduler:
     def answered(self) -> list[Row]:
         """Rows that have had their steps and choose a token now, by slot."""
         return sorted((row for row in self.running if row.answered), key=lambda row: row.slot)
+
+    def _seconds_until_free(self, count: int) -> int:
+        """When so many rows more will have left, at the pace of the latest; at least 1."""
+        if not (self.running or self.waiting):
+            return 1
+        elapsed = self._now() - self._departures[0]
+        return max(1, math.ceil(count * elapsed / max(1, len(self._departures) - 1)))
 
     def _best_source(self, row: Row) -> tuple[Row | int | None, int]:
         """What begins most like the row's prompt, and how much of it: a running row, a free slot, or nothing.
