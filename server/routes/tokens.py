@@ -18,18 +18,12 @@ router = APIRouter(route_class=StrictRoute)
 async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeResponse:
     """The ids of a prompt or a conversation, as the decoding routes encode them."""
     serving.check_model(body.model)
-    chat, prompt, messages = serving.engine.chat, body.prompt, body.messages
-    if prompt is not None and messages is not None:
-        raise BadRequest("give either prompt or messages, not both", param="prompt")
-    if messages is not None:
-        turns = conversation(messages, serving)
+    chat = serving.engine.chat
+    if body.messages is not None:
+        turns = conversation(body.messages, serving)
         ids = await asyncio.to_thread(chat.encode, turns, body.add_generation_prompt is not False)
-    elif prompt is None:
-        raise BadRequest("give either prompt or messages", param="prompt")
-    elif body.add_generation_prompt is not None:
-        raise BadRequest("add_generation_prompt needs messages", param="add_generation_prompt")
     else:
-        ids = await asyncio.to_thread(chat.encode_prompt, prompt)
+        ids = await asyncio.to_thread(chat.encode_prompt, body.prompt or "")
     return TokenizeResponse(
         count=len(ids),
         max_model_len=serving.engine.max_model_len,
