@@ -23,8 +23,8 @@ from server.serving import Call
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", *playground.PATHS})  # probes carry no keys, nor does opening a page
-QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # logged at debug level only
+OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
+QUIET_PATHS = OPEN_PATHS | {"/metrics", *playground.PATHS}  # logged at debug level only
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
 
@@ -88,27 +88,31 @@ class Trace:
         logger.log(logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO, "request", extra=facts)
 
 
-class RequireKey:
-    """Refuses requests without one of `keys`. No keys: all pass; probes do, and so do `public` paths.
+def is_public(path: str, public: Sequence[str]) -> bool:
+    """Whether a path needs no key. What ends in /* stands for all that begin so."""
+    prefixes = tuple(pattern.removesuffix("*") for pattern in public if pattern.endswith("/*"))
+    return path in OPEN_PATHS or path in public or path.startswith(prefixes)
 
-    A public path that ends in /* stands for all that begin so.
-    """
+
+class RequireKey:
+    """Refuses requests without one of `keys`. No keys: all pass; probes do, and so do `public` paths."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], public: Sequence[str]) -> None:
         self.app = app
         self.keys = [key.encode() for key in keys]
-        self.paths = OPEN_PATHS | {path for path in public if not path.endswith("/*")}
-        self.prefixes = tuple(path.removesuffix("*") for path in public if path.endswith("/*"))
+        self.public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and not self._is_public(scope["path"]) and not self._known(scope):
+        if (
+            scope["type"] == "http"
+            and self.keys
+            and not is_public(scope["path"], self.public)
+            and not self._known(scope)
+        ):
             error = Unauthorized("missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
-
-    def _is_public(self, path: str) -> bool:
-        return path in self.paths or path.startswith(self.prefixes)
 
     def _known(self, scope: Scope) -> bool:
         header: bytes = dict(scope["headers"]).get(b"authorization", b"")

@@ -4,7 +4,6 @@ Ranges of sampling parameters stand in `trm.engine.request`, what they are for t
 settings, and errors in `server.errors`; here they come together, and nothing is said twice.
 """
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -12,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.errors import STATUS, Unavailable
+from server.middleware import is_public
 from server.schemas.common import ErrorBody
 from server.serving import Serving
 from server.settings import ServeSettings
@@ -20,6 +20,7 @@ from trm.engine.request import BIASES, RANGES, Range
 
 JSONSchema = dict[str, Any]
 
+TOKEN_IDS = (("CompletionRequest", "prompt"), ("DetokenizeRequest", "tokens"))  # where clients send some
 UNASKED = {500}  # any request may meet it
 READING = {401, 404, 503}  # what a GET may be refused with
 HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
@@ -33,8 +34,7 @@ def install(app: FastAPI) -> None:
             serving: Serving | None = app.state.serving
             if serving is None:
                 raise Unavailable("the server is starting: its model is being loaded", "starting")
-            keys = bool(serving.settings.keys())
-            app.openapi_schema = document(app, limits(serving.engine, serving.settings), keys)
+            app.openapi_schema = document(app, serving)
         return app.openapi_schema
 
     app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way
@@ -43,39 +43,50 @@ def install(app: FastAPI) -> None:
 def limits(engine: Engine, settings: ServeSettings) -> dict[str, JSONSchema]:
     """What the fields of request bodies may hold, by name."""
     vocabulary = engine.model.config.vocab_size
+    stop = {"type": "string", "minLength": 1, "maxLength": settings.max_stop_chars}
     return {name: _range(allowed) for name, allowed in RANGES.items()} | {
-        "n": {"maximum": settings.max_n},
+        "n": {"maximum": min(settings.max_n, engine.config.max_rows + engine.config.max_queue)},
         "supervision_steps": {"minimum": 0, "maximum": engine.max_supervision},
         "top_logprobs": {"maximum": min(RANGES["logprobs"].most, vocabulary)},
         "logit_bias": {
             "propertyNames": {"pattern": f"^({up_to(vocabulary - 1)})$"},
             "additionalProperties": {"type": "number", **_range(BIASES)},
         },
+        "stop": {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": settings.max_stop}, {"type": "null"}]},
+        "messages": {"maxItems": settings.max_messages},
+        "model": {"enum": [settings.model_id, None]},
     }
 
 
-def document(app: FastAPI, narrowed: Mapping[str, JSONSchema], keys: bool) -> JSONSchema:
-    """The app's document, the fields of request bodies `narrowed` by name; `keys`: the server asks for API keys."""
+def document(app: FastAPI, serving: Serving) -> JSONSchema:
+    """The app's document, with the limits of what it serves."""
+    settings, keys = serving.settings, bool(serving.settings.keys())
     described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas: dict[str, JSONSchema] = described["components"]["schemas"]
     schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= schemas["ErrorBody"].pop("$defs")
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
-            operation["responses"].pop("422", None)  # FastAPI's own way to refuse a body; ours is 400
+            parameters = operation.get("parameters", [])
+            for parameter in parameters:  # all there is in paths is the model's name
+                parameter["schema"]["enum"] = [settings.model_id]
             possible = {status for status, _ in STATUS.values()} if method == "post" else READING
-            if not keys:
-                possible = possible - {401}
-            if method == "get" and "{" not in path:
-                possible = possible - {404}
-            for status in sorted(possible | UNASKED):
-                operation["responses"][str(status)] = _error(status)
+            possible = (
+                possible - ({401} if not keys else set()) - ({404} if method == "get" and not parameters else set())
+            )
+            operation["responses"].pop("422", None)  # FastAPI's own way to refuse a body; ours is 400
+            operation["responses"] |= {str(status): _error(status) for status in sorted(possible | UNASKED)}
+            if keys and is_public(path, settings.public_paths):
+                operation["security"] = []
     for name in {"HTTPValidationError", "ValidationError"} & schemas.keys():
         del schemas[name]
+    narrowed = limits(serving.engine, settings)
     for schema in schemas.values():
         if schema.get("additionalProperties") is False:  # what clients send
             for name in schema["properties"].keys() & narrowed.keys():
                 schema["properties"][name] |= narrowed[name]
+    for name, field in TOKEN_IDS:
+        _bound(schemas[name]["properties"][field], serving.engine.model.config.vocab_size - 1)
     if keys:
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"key": []}]
@@ -94,6 +105,14 @@ def up_to(largest: int) -> str:
             free = len(digits) - place - 1
             same.append(f"{digits[:place]}[{least}-{int(digit) - 1}]" + (f"[0-9]{{{free}}}" if free else ""))
     return "|".join([*shorter, *same, digits])
+
+
+def _bound(schema: Any, largest: int) -> None:
+    """Give every integer inside of a schema its maximum."""
+    for inner in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _bound(inner, largest)
+    if isinstance(schema, dict) and schema.get("type") == "integer":
+        schema["maximum"] = largest
 
 
 def _range(allowed: Range) -> JSONSchema:

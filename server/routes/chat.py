@@ -11,13 +11,14 @@ from server.decoding import conversation, generation_params, num_samples, submit
 from server.logprobs import choice_logprobs, choice_trace
 from server.schemas.chat import ChatCompletion, ChatRequest
 from server.serving import CallDep, ServingDep
+from server.streaming import STREAMED
 from server.strict_json import StrictRoute
 from trm.engine.request import Event, Reply
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion)
+@router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode n replies to a conversation."""
     serving.check_model(body.model)

@@ -11,13 +11,14 @@ from server.decoding import generation_params, num_samples, submit
 from server.logprobs import Offsets, completion_logprobs
 from server.schemas.completions import Completion, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
+from server.streaming import STREAMED
 from server.strict_json import StrictRoute
 from trm.engine.request import Event, Reply, SamplingParams
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
-@router.post("/completions", response_model=Completion)
+@router.post("/completions", response_model=Completion, responses=STREAMED)
 async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Continue one prompt, or a list of them all or none; the choices of a prompt stand side by side."""
     serving.check_model(body.model)

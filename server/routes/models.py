@@ -14,10 +14,10 @@ async def models(serving: ServingDep) -> ModelList:
     return ModelList(data=[_model(serving)])
 
 
-@router.get("/models/{name:path}")
-async def model(name: str, serving: ServingDep) -> ModelBody:
+@router.get("/models/{model:path}")
+async def model_by_name(model: str, serving: ServingDep) -> ModelBody:
     """The model, if that is its name; ids may hold slashes."""
-    serving.check_model(name)
+    serving.check_model(model)
     return _model(serving)
 
 

@@ -9,7 +9,7 @@ from server.decoding import num_samples, sampling_params, submit, usage_body
 from server.metrics import Metrics
 from server.schemas.solve import Outcome, SolveEnd, SolveRequest, SolveResult, SolveResults, SolveText, SolveVote
 from server.serving import CallDep, ServingDep
-from server.streaming import EventStream
+from server.streaming import STREAMED, EventStream
 from server.strict_json import StrictRoute
 from server.worker import Submission
 from trm.answers import find_boxed
@@ -20,7 +20,7 @@ from trm.voting import VOTING_TEMPERATURE, ballot, decided, majority
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/solve", response_model=SolveResult | SolveResults)
+@router.post("/solve", response_model=SolveResult | SolveResults, responses=STREAMED)
 async def solve(
     body: SolveRequest, serving: ServingDep, call: CallDep
 ) -> SolveResult | SolveResults | StreamingResponse:

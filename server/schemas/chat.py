@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import Body, Generation, UsageBody
+from server.schemas.common import Body, Generation, Integer, UsageBody
 from server.schemas.rules import Rule, at_most_one, needs_true
 from trm.engine.request import MAX_TOP_LOGPROBS, MAX_TRACE, FinishReason
 
@@ -15,6 +15,9 @@ Role = Literal["system", "developer", "user", "assistant"]
 class TextPart(Body):
     type: Literal["text"]
     text: str
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1)]
 
 
 def _parts(content: Any) -> Any:
@@ -31,7 +34,7 @@ class ChatMessage(Body):
     content: Annotated[
         list[TextPart],
         Field(min_length=1, fail_fast=True),
-        BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
+        BeforeValidator(_parts, json_schema_input_type=str | Parts),
     ]
 
     @property
@@ -51,10 +54,10 @@ class ChatRequest(Generation):
     )
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    trace: int | None = Field(None, ge=1, le=MAX_TRACE)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    trace: Integer | None = Field(None, ge=1, le=MAX_TRACE)
 
 
 class ReplyMessage(BaseModel):

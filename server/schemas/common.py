@@ -25,6 +25,14 @@ from server.schemas.rules import Rule, at_most_one, needs_true
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
+def _integral(value: Any) -> Any:
+    """JSON knows one kind of number: 5.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
 class Body(BaseModel):
     """Base of everything that a client sends."""
 
@@ -54,12 +62,12 @@ class Decoding(Body):
         at_most_one("reasoning_effort", "supervision_steps", param="supervision_steps"),
     )
 
-    n: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    n: Integer | None = Field(None, ge=1)
+    max_tokens: Integer | None = Field(None, ge=1)
     temperature: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     reasoning_effort: Effort | None = None
-    supervision_steps: int | None = None
+    supervision_steps: Integer | None = None
     halt_threshold: float | None = None
     halt_tolerance: float | None = None
 
@@ -169,7 +177,7 @@ class Generation(Decoding):
 
     model: str | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Decoding, UsageBody
@@ -10,6 +10,10 @@ from server.schemas.rules import Rule
 from trm.engine.request import FinishReason
 
 Outcome = Literal["boxed", "truncated", "missing"]
+
+
+Question = Annotated[str, Field(pattern=r"\S")]
+Questions = Annotated[list[Question], Field(min_length=1)]
 
 
 def _questions(question: Any) -> Any:
@@ -43,7 +47,7 @@ class SolveRequest(Decoding):
 
     rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)
 
-    question: Annotated[str | list[str], BeforeValidator(_questions)]
+    question: Annotated[str | list[str], BeforeValidator(_questions, json_schema_input_type=Question | Questions)]
     stream: bool | None = None
     early_stop: bool | None = None
 
