@@ -1,5 +1,6 @@
 """`trm-serve`: parse, take the port, load, serve. Heavy imports wait until the settings are known to be good."""
 
+import gc
 import logging
 import os
 import socket
@@ -51,6 +52,8 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
             engine = load_engine(settings)
             engine.start()
             attach(app, engine)
+            gc.collect()
+            gc.freeze()  # or each full collection walks through all of torch, while nobody is answered
             logger.info("serving %s on %s", settings.model_id, url)
         except Exception as error:  # noqa: BLE001 - raised again below
             failures.append(error)
@@ -73,7 +76,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
+        sock = socket.create_server(address[:2], family=family)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no token waits for an ACK
+        return sock
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error

@@ -63,13 +63,13 @@ class Serving:
             raise UnknownModel(message, param="model", code="model_not_found")
 
 
-def _serving_or_none(request: Request) -> Serving | None:
+async def _serving_or_none(request: Request) -> Serving | None:
     serving: Serving | None = request.app.state.serving
     return serving
 
 
 async def _serving(request: Request) -> Serving:
-    serving = _serving_or_none(request)
+    serving = await _serving_or_none(request)
     if serving is None:
         raise Unavailable("the server is starting: its model is being loaded", "starting")
     return serving

@@ -46,6 +46,9 @@ class ServeSettings(Settings):
         "0 for none",
     )
     max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
+    max_body_fields: int = Field(
+        4096, ge=1, description="most fields that the objects of a request body may have together"
+    )
     max_n: int = Field(64, ge=1, description="largest n of one request")
     max_messages: int = Field(512, ge=1, description="most messages of one conversation")
     max_stop: int = Field(16, ge=0, description="most stop strings of one request")

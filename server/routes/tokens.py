@@ -2,6 +2,8 @@
 
 import asyncio
 import reprlib
+from collections.abc import Callable
+from functools import partial
 
 from fastapi import APIRouter
 
@@ -19,17 +21,20 @@ async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeRespon
     """The ids of a prompt or a conversation, as the decoding routes encode them."""
     serving.check_model(body.model)
     chat = serving.engine.chat
+    encode: Callable[[], list[int]]
     if body.messages is not None:
-        turns = conversation(body.messages, serving)
-        ids = await asyncio.to_thread(chat.encode, turns, body.add_generation_prompt is not False)
+        encode = partial(chat.encode, conversation(body.messages, serving), body.add_generation_prompt is not False)
     else:
-        ids = await asyncio.to_thread(chat.encode_prompt, body.prompt or "")
-    return TokenizeResponse(
-        count=len(ids),
-        max_model_len=serving.engine.max_model_len,
-        tokens=ids,
-        token_strs=[serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None,
-    )
+        encode = partial(chat.encode_prompt, body.prompt or "")
+
+    def respond() -> TokenizeResponse:
+        ids = encode()
+        spelt = [serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(ids), max_model_len=serving.engine.max_model_len, tokens=ids, token_strs=spelt
+        )
+
+    return await asyncio.to_thread(respond)
 
 
 @router.post("/detokenize")

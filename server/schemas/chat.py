@@ -29,7 +29,9 @@ def _parts(content: Any) -> Any:
 class ChatMessage(Body):
     role: Role
     content: Annotated[
-        list[TextPart], Field(min_length=1), BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
+        list[TextPart],
+        Field(min_length=1, fail_fast=True),
+        BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
     ]
 
     @property
@@ -48,7 +50,7 @@ class ChatRequest(Generation):
         needs_true("top_logprobs", "logprobs"),
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
