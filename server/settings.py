@@ -31,6 +31,7 @@ class ServeSettings(Settings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads that decode; default torch's")
     max_rows: int = Field(32, ge=1, description="requests decoded together")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow"
