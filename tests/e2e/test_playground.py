@@ -30,7 +30,7 @@ from trm.engine.request import Event, Usage
 from trm.errors import DeviceError
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-WAIT_S = 60
+WAIT_S = 120
 STICKERS = "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. "
 STICKERS += "How many stickers does he have altogether now?"  # the bundled backbone divides, its decoder multiplies
 
@@ -446,7 +446,10 @@ def test_a_vote_is_counted_while_it_goes_on(page: Page) -> None:
         page["samples"].send_keys("8")
         page["vote"].click()
         page.wait(lambda: page["verdict"].text == "7 has 2 of 3 votes so far; 8 are asked.")
-        assert [bar.text.split() for bar in page.all("#bars li")] == [["7", "2", "votes"], ["no", "answer", "1", "votes"]]
+        assert [bar.text.split() for bar in page.all("#bars li")] == [
+            ["7", "2", "votes"],
+            ["no", "answer", "1", "votes"],
+        ]
 
         engine.release()
         page.wait(lambda: not page["stop"].is_displayed())
