@@ -3,6 +3,7 @@
 import time
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from server import errors, openapi
 from server.metrics import Metrics
@@ -30,9 +31,19 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
         app.include_router(routes.router)
     errors.install(app)
     openapi.install(app)
-    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
-    app.add_middleware(RequireKey, keys=settings.api_key)
+    app.add_middleware(  # each one added wraps those before it
+        ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
+    )
+    app.add_middleware(RequireKey, keys=settings.keys(), public=settings.public_paths)
     app.add_middleware(Trace, metrics=metrics)
+    if settings.cors_origins:  # outermost: a preflight has no key, and pages may read errors and headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     if engine is not None:
         attach(app, engine)
     return app

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from server.settings import ServeSettings
 from trm.errors import ConfigError, DeviceError
-from trm.settings import configure_logging, run_command
+from trm.logs import configure_logging
+from trm.settings import run_command
 
 if TYPE_CHECKING:
     from trm.engine.engine import Engine
@@ -24,7 +25,7 @@ def main() -> None:
 
 def _serve() -> None:
     settings = ServeSettings.from_command_line()
-    configure_logging(settings.log_level.upper())
+    configure_logging(settings.log_level.upper(), settings.log_format)
     with listen(settings.host, settings.port) as sock:  # before loading: a taken port should not cost a minute
         serve(settings, sock)
     logger.info("stopped")
@@ -41,7 +42,9 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
     from server.draining import DrainingServer
 
     app = create_app(None, settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=settings.idle_connection_seconds
+    )
     server = DrainingServer(config, app, settings.drain_seconds, settings.exit_on_failure)
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

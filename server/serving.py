@@ -22,6 +22,8 @@ class Call:
     id: str
     started_at: float = field(default_factory=time.perf_counter)
     status: int | None = None  # None until a response starts
+    answered: bool = False  # the whole response has been sent
+    abandoned: bool = False  # the client left before
     submission: Submission | None = None
 
     def timings_ms(self) -> dict[str, float]:

@@ -11,8 +11,6 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from trm.errors import BadRequest
-
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
@@ -27,12 +25,12 @@ class _StrictRequest(Request):
 
 
 def _check_fields(content: Any, limit: int) -> None:
-    """Raise BadRequest where the objects in `content` have more fields than `limit` together."""
+    """Raise a 400 where the objects in `content` have more fields than `limit` together."""
     level, fields = [content], 0
     while level:
         fields += sum(len(value) for value in level if isinstance(value, dict))
         if fields > limit:
-            raise BadRequest(f"the body has more than {limit} fields, this server's limit (--max-body-fields)")
+            raise HTTPException(400, f"the body has more than {limit} fields, this server's limit (--max-body-fields)")
         inside = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inside for value in values if isinstance(value, (dict, list))]
 

@@ -29,7 +29,7 @@ class Submission:
 
     def __init__(self, reservation: Reservation, metrics: Metrics, on_end: Callable[["Submission"], None]) -> None:
         self.reservation = reservation
-        self.error: TRMError | None = None  # that the server ended it with
+        self.error: TRMError | None = None  # that it ended with
         self.requests: Sequence[EngineRequest] = ()
         self.completion_tokens = 0  # so far
         self.finish_reasons: Counter[str] = Counter()
@@ -88,7 +88,8 @@ class Submission:
         while left:
             index, event = await self._events.get()
             if event.finish_reason == "error":
-                raise event.error or DeviceError("the engine gave up the request")
+                self.error = event.error or DeviceError("the engine gave up the request")
+                raise self.error
             if event.finish_reason == "cancelled" and index not in self._spared:
                 raise Unavailable("the server is stopping and ended the request; send it again", "draining")
             left -= event.finish_reason is not None

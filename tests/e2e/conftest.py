@@ -28,7 +28,7 @@ class ServerProcess:
     def _wait(self) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            if found := re.search(r"serving \S+ on (http://\S+)", self.log.read_text()):
+            if found := re.search(r'serving \S+ on (http://[^\s"]+)', self.log.read_text()):
                 url = found[1]
                 while time.monotonic() < deadline:
                     try:

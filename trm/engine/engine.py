@@ -447,12 +447,16 @@ class Engine:
             self.drafter.learn(row, judged=min(len(ids), len(row.draft)), accepted=accepted)
 
     def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
-        """Do something for some rows; where it fails, those rows fail and the engine goes on."""
+        """Do something for some rows; where it fails, those rows fail and the engine goes on.
+
+        Raises DeviceError, and so ends the engine, where the device is what failed.
+        """
         try:
             run()
             return True
         except Exception as error:
             logger.exception("a step of %d rows failed", len(rows))
+            self.runner.probe()
             for row in rows:
                 self._fail(
                     row, DeviceError(f"decoding failed: {type(error).__name__}; the server's log has the details")
