@@ -21,21 +21,21 @@ export async function servedModel() {
   return data[0];
 }
 
-/** Ask for one reply. Yields its chunks as they come. */
-export async function* chat(body, signal) {
-  const response = await send("v1/chat/completions", { ...body, stream: true }, signal);
+/** Ask for one reply: its chunks as they come. */
+export const chat = (body, signal) => stream("v1/chat/completions", body, signal);
+
+/** Ask for a majority vote: where it stands whenever a sample has ended. */
+export const solve = (body, signal) => stream("solve", body, signal);
+
+async function* stream(path, body, signal) {
+  const response = await send(path, { ...body, stream: true }, signal);
   for await (const data of serverSentEvents(response.body)) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw refusal(200, chunk.error); // it had begun
-    yield chunk;
+    const event = JSON.parse(data);
+    if (event.error) throw refusal(response.status, event.error);
+    yield event;
   }
   throw new ServerError("The connection broke before the reply was complete.");
-}
-
-/** Ask for a majority vote. */
-export async function solve(body, signal) {
-  return (await send("solve", body, signal)).json();
 }
 
 async function send(path, body, signal) {

@@ -125,13 +125,15 @@ async function vote(signal) {
   const n = find("samples").valueAsNumber;
   find("poll").hidden = false;
   find("reply").hidden = true;
-  find("bars").replaceChildren();
-  find("verdict").textContent = `${n} samples are thinking`;
+  find("verdict").ariaBusy = "true"; // to be read aloud when it stands
+  showVotes({ answer: null, votes: {}, samples: 0 }, n);
   try {
-    showVotes(await solve({ question: question.value, n, ...chosenEffort() }, signal), n);
-  } catch (error) {
-    find("poll").hidden = true;
-    throw error;
+    for await (const event of solve({ question: question.value, n, ...chosenEffort() }, signal)) {
+      showVotes(event.result ?? event, n);
+    }
+  } finally {
+    find("poll").hidden = !find("bars").children.length;
+    find("verdict").ariaBusy = "false";
   }
 }
 

@@ -1,19 +1,19 @@
 // The vote of many samples, as bars.
 
-import { find, make } from "./dom.js";
+import { find, make, plural } from "./dom.js";
 
-/** Show the votes of `total` samples: a map from answer to number; the rest had no box. */
-export function showVotes({ answer, votes }, total) {
+/** Show a vote of `total` samples, of which `samples` have ended; `votes` maps answers to numbers, the rest had none. */
+export function showVotes({ answer, votes, samples }, total) {
   const boxed = Object.values(votes).reduce((sum, count) => sum + count, 0);
   const bars = Object.entries(votes)
     .sort(([, one], [, other]) => other - one)
     .map(([text, count]) => bar(text, count, total, text === answer ? "winner" : ""));
-  if (boxed < total) bars.push(bar("no answer", total - boxed, total, "silent"));
+  if (boxed < samples) bars.push(bar("no answer", samples - boxed, total, "silent"));
   find("bars").replaceChildren(...bars);
+  const ended = samples < total ? `${plural(samples, "vote")} so far; ${total} are asked` : plural(total, "vote");
   find("verdict").replaceChildren(
-    ...(answer === null
-      ? [`None of the ${total} samples gave an answer.`]
-      : [make("strong", {}, answer), ` has ${votes[answer]} of ${total} votes.`]),
+    ...(answer === null ? ["No answer"] : [make("strong", {}, answer), ` has ${votes[answer]}`]),
+    ` of ${ended}.`,
   );
 }
 
