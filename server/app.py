@@ -5,7 +5,7 @@ import time
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server import errors
+from server import errors, openapi
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
 from server.routes import chat, completions, models, playground, solve, status, tokens
@@ -14,6 +14,7 @@ from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 
 
 def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
@@ -29,6 +30,7 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
     for routes in (chat, completions, models, playground, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
+    openapi.install(app)
     app.add_middleware(  # each one added wraps those before it
         ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
     )
@@ -52,11 +54,13 @@ def attach(app: FastAPI, engine: Engine) -> None:
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
     metrics.watch(engine)
+    token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,
         worker=Worker(engine, metrics, settings.request_timeout_seconds),
         metrics=metrics,
-        token_bytes=TokenBytes(engine.chat.tokenizer),
+        token_bytes=token_bytes,
+        grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
         model_id=settings.model_id,
         settings=settings,
         created=int(time.time()),

@@ -108,7 +108,11 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         """The first thing wrong with a body, by its dotted path."""
         problem = error.errors()[0]
-        path = ".".join(str(part) for part in problem["loc"][1:])[:MAX_PATH_CHARS]
+        broken = problem["type"] == "rule"  # of server.schemas.rules
+        place = (*problem["loc"][1:], problem["ctx"]["param"]) if broken else problem["loc"][1:]
+        path = ".".join(str(part) for part in place)[:MAX_PATH_CHARS]
+        if broken:
+            return error_response(BadRequest(problem["msg"], param=path))
         if not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
             return error_response(BadRequest(message))

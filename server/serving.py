@@ -12,6 +12,7 @@ from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Serving:
     worker: Worker
     metrics: Metrics
     token_bytes: TokenBytes
+    grammars: GrammarCompiler
     model_id: str
     settings: ServeSettings
     created: int  # unix time

@@ -40,7 +40,7 @@ class Submission:
         self.reserved_at = time.perf_counter()
         self.submitted_at: float | None = None
         self.first_token_at: float | None = None  # of any of the requests
-        self.queue_s: float | None = None  # the longest of any of the requests, once it has ended
+        self.queue_s: float | None = None  # the longest of any of the requests, as far as is known
         self._running: set[int] = set()
         self._times: list[Times] = []
 

@@ -13,7 +13,6 @@ from server.schemas.chat import ChatCompletion, ChatRequest
 from server.serving import CallDep, ServingDep
 from server.strict_json import StrictRoute
 from trm.engine.request import Event, Reply
-from trm.errors import BadRequest
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
@@ -22,10 +21,6 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode n replies to a conversation."""
     serving.check_model(body.model)
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise BadRequest("give either max_tokens or max_completion_tokens, not both", param="max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     n = num_samples(body, serving)
     params = generation_params(
         body,
@@ -36,7 +31,14 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
     )
     messages = conversation(body.messages, serving)
     submission = await submit(
-        serving, call, 1, lambda: [serving.engine.chat.encode(messages)], params, n, param="messages"
+        serving,
+        call,
+        1,
+        lambda: [serving.engine.chat.encode(messages)],
+        params,
+        n,
+        param="messages",
+        response_format=body.response_format,
     )
     return await respond(ChatWording(serving, params), submission, n, body, call)
 

@@ -32,6 +32,7 @@ async def completions(body: CompletionRequest, serving: ServingDep, call: CallDe
         params,
         n,
         param="prompt",
+        response_format=body.response_format,
     )
     return await respond(CompletionWording(serving, params, len(submission.requests)), submission, n, body, call)
 

@@ -11,7 +11,6 @@ from server.strict_json import StrictRoute
 from trm.answers import find_boxed
 from trm.chat import solve_messages
 from trm.engine.request import Reply
-from trm.errors import BadRequest
 from trm.voting import VOTING_TEMPERATURE, majority
 
 router = APIRouter(route_class=StrictRoute)
@@ -23,9 +22,6 @@ async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> Solve
     questions = [body.question] if isinstance(body.question, str) else body.question
     n = num_samples(body, serving, len(questions), param="question")
     temperature = body.temperature
-    if n > 1 and temperature == 0:
-        message = f"temperature is 0, so {n} samples would all be equal; leave it out, or take n = 1"
-        raise BadRequest(message, param="temperature")
     if n > 1 and temperature is None:
         temperature = VOTING_TEMPERATURE
     params = sampling_params(body, serving.engine, temperature=temperature)

@@ -1,11 +1,12 @@
 """Bodies of POST /v1/chat/completions."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Body, Generation, UsageBody
+from server.schemas.rules import Rule, at_most_one, needs_true
 from trm.engine.request import MAX_TOP_LOGPROBS, MAX_TRACE, FinishReason
 
 Role = Literal["system", "developer", "user", "assistant"]
@@ -42,6 +43,12 @@ class ChatRequest(Generation):
     """logprobs asks for each token's log probability, top_logprobs, which needs it, for those of so many of the
     likeliest tokens. trace asks for so many of the likeliest tokens after every supervision step behind each token.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Generation.rules,
+        at_most_one("max_tokens", "max_completion_tokens", param="max_tokens"),
+        needs_true("top_logprobs", "logprobs"),
+    )
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)

@@ -1,11 +1,12 @@
 """Bodies of POST /solve."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Decoding, UsageBody
+from server.schemas.rules import Rule
 from trm.engine.request import FinishReason
 
 Outcome = Literal["boxed", "truncated", "missing"]
@@ -20,8 +21,23 @@ def _questions(question: Any) -> Any:
     return question
 
 
+_VARIED = Rule(
+    "temperature",
+    "temperature is 0, so the samples would all be equal; leave it out, or take n = 1",
+    lambda body: body.n in (None, 1) or body.temperature != 0,
+    {
+        "anyOf": [
+            {"properties": {"n": {"enum": [None, 1]}}},
+            {"properties": {"temperature": {"not": {"const": 0}}}},
+        ]
+    },
+)
+
+
 class SolveRequest(Decoding):
     """Body of POST /solve."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)
 
     question: Annotated[str | list[str], BeforeValidator(_questions)]
 

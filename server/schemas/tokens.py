@@ -1,19 +1,12 @@
 """Bodies of POST /tokenize and /detokenize."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, Field
 
 from server.schemas.chat import ChatMessage
 from server.schemas.common import Body
-
-_EITHER: list[JsonValue] = [
-    {
-        "required": ["prompt"],
-        "properties": {"prompt": {"type": "string"}, "add_generation_prompt": {"type": "null"}},
-    },
-    {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
-]
+from server.schemas.rules import Rule, at_least_one, at_most_one, needs
 
 
 class TokenizeRequest(Body):
@@ -23,7 +16,11 @@ class TokenizeRequest(Body):
     add_special_tokens: false is what happens anyway. return_token_strs: spell every token, too.
     """
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _EITHER})
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("prompt", "messages", param="prompt"),
+        at_least_one("prompt", "messages"),
+        needs("add_generation_prompt", "messages"),
+    )
 
     model: str | None = None
     prompt: str | None = None

@@ -243,9 +243,11 @@ async def test_a_request_id_that_could_forge_the_log_is_replaced(client, given):
 
 
 async def after_a_wait(client, engine, body):
-    """The response to a chat that gets its first token after 50 ms."""
+    """The response to a chat that gets its first token 50 ms after the engine got it."""
     engine.hold()
     waiting = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
+    while not engine.requests:
+        await asyncio.sleep(0.001)
     await asyncio.sleep(0.05)
     engine.release()
     return await waiting

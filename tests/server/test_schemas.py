@@ -22,7 +22,6 @@ CHAT_REFUSALS = [
     ({"tools": []}, "tools"),
     ({"store": True}, "store"),
     ({"best_of": 2}, "best_of"),
-    ({"response_format": None}, "response_format"),
     ({"stream_options": {"include_usag": True}}, "stream_options.include_usag"),
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),

@@ -21,7 +21,7 @@ from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
 from trm.engine.handle import Handle, Reservation
-from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, TokenTrace, Usage
+from trm.engine.request import Event, FinishReason, Follow, Reply, Request, Stats, TokenLogprobs, TokenTrace, Usage
 from trm.engine.runner import Halting, Runner, Span
 from trm.engine.sampling import candidates, choose, token_logprobs
 from trm.engine.scheduler import Copy, Row, Scheduler
@@ -307,13 +307,19 @@ class Engine:
     def _draft(self, rows: Sequence[Row]) -> None:
         """Choose each row's next draft as its token would be chosen, but from the backbone's own logits."""
         logits = self.runner.logits([row.slot for row in rows], len(rows[0].draft))[:, 0]
-        best = logits.argmax(dim=-1).tolist()
-        for row, scores, token, finite in zip(rows, logits, best, _finite(logits), strict=True):
-            params = row.request.params
-            if finite and not params.plain_greedy:
-                token = choose(scores, params, row.request.prompt_ids, [*row.reply, *row.draft])
-            if finite and (token != self.chat.end_id or params.ignore_eos):
-                row.draft.append(token)
+        for row, *answer in zip(rows, logits, logits.argmax(dim=-1).tolist(), _finite(logits), strict=True):
+            self._call([row], partial(self._draft_token, row, *answer))
+
+    def _draft_token(self, row: Row, logits: torch.Tensor, best: int, finite: bool) -> None:
+        """Add a token to a row's draft, unless the reply would end there."""
+        if not finite:
+            return
+        follow = row.matcher.follow(row.draft) if row.matcher else None
+        if follow and (follow.complete or follow.failure):
+            return
+        token = _next_token(row, logits, best, row.draft, follow)
+        if token != self.chat.end_id or row.request.params.ignore_eos:
+            row.draft.append(token)
 
     def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
         """One backbone call for one token of each row, `offset` places behind the chosen one."""
@@ -374,18 +380,26 @@ class Engine:
 
         logits (C, V), their argmax and whether they are finite, at the positions of the row's span.
         """
-        params, prompt, stream = row.request.params, row.request.prompt_ids, self._streams[row]
+        params, stream, follow = row.request.params, self._streams[row], None
         ids: list[int] = []
         text = ""
         logprobs: list[TokenLogprobs] = []
         traces: list[TokenTrace] = []
         reason: FinishReason | None = None
-        failed = False
+        error: TRMError | None = None
         places = 1 + len(row.draft)
         for place in range(places):
-            if failed := not finite[place]:
+            if not finite[place]:
+                error = DeviceError("the model gave a logit that is not finite; the request was ended")
                 break
-            token = best[place] if params.plain_greedy else choose(logits[place], params, prompt, row.reply)
+            if row.matcher:
+                follow = row.matcher.follow()
+                if follow.failure:
+                    error = BadRequest(
+                        f"response_format: after {len(row.reply)} tokens {follow.failure}", param="response_format"
+                    )
+                    break
+            token = _next_token(row, logits[place], best[place], (), follow)
             ids.append(token)
             text += stream.push(token)
             if params.logprobs is not None:
@@ -395,7 +409,7 @@ class Engine:
             row.reply.append(token)
             row.cached += 1
             row.supervision_steps += row.steps_taken(place)
-            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped:
+            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped or _completes(row, token):
                 reason = "stop"
             elif len(row.reply) >= params.max_tokens:
                 reason = "length"
@@ -407,7 +421,7 @@ class Engine:
         if row.draft and not all(finite[:places]):
             # A draft that overflowed poisons the tokens before it, even masked: go on without drafts.
             self.runner.clear(row.slot, row.cached, row.cached + places)
-            row.may_draft = failed = False
+            row.may_draft, error = False, None
         row.thinking, row.draft = False, []
         said = Event(tuple(ids), text, None, _usage(row), logprobs=tuple(logprobs), traces=tuple(traces))
         if reason:
@@ -415,8 +429,8 @@ class Engine:
             return
         if ids:
             self._emit(row, said)
-        if failed:
-            self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
+        if error:
+            self._fail(row, error)
 
     def _count(self, row: Row, ids: Sequence[int]) -> None:
         """Book the tokens that a row has just got, and what became of its draft."""
@@ -523,6 +537,23 @@ class Engine:
                 "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)
+
+
+def _next_token(row: Row, logits: torch.Tensor, best: int, draft: Sequence[int], follow: Follow | None) -> int:
+    """The token behind a row's reply and `draft`. logits (V,), and `best` their argmax."""
+    request = row.request
+    if request.params.plain_greedy and (follow is None or follow.allows(best)):
+        return best
+    reply = [*row.reply, *draft] if draft else row.reply
+    return choose(logits, request.params, request.prompt_ids, reply, None if follow is None else follow.mask)
+
+
+def _completes(row: Row, token: int) -> bool:
+    """Tell a row's grammar of the token it got, if it has one; whether nothing may follow."""
+    if row.matcher is None:
+        return False
+    row.matcher.advance(token)
+    return row.matcher.follow().complete
 
 
 def _usage(row: Row) -> Usage:

@@ -16,13 +16,22 @@ from trm.engine.request import Candidates, SamplingParams, TokenLogprobs
 Scores = npt.NDArray[np.float64]
 
 
-def adjusted_scores(logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:
+def adjusted_scores(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    reply: Sequence[int],
+    mask: bytes | None = None,
+) -> Scores:
     """Scores (V,) whose argmax is the next token after `prompt_ids` and `reply`.
 
     logits (V,). The scores are the logits with the penalties, and where a token is sampled, filtered,
-    over the temperature, and with noise.
+    over the temperature, and with noise. Tokens that `mask` leaves out (see `Follow`) are -inf from the start.
     """
     scores = logits.double().cpu().numpy()
+    if mask is not None:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(scores), bitorder="little")
+        scores = np.where(bits, scores, -np.inf)
     if params.edits_logits:
         scores = _edited(scores, params, prompt_ids, reply)
     if params.temperature == 0:
@@ -33,11 +42,17 @@ def adjusted_scores(logits: Tensor, params: SamplingParams, prompt_ids: Sequence
     return _filtered(scores, params) + gumbel_noise(len(scores), params.seed, params.sample_index, position)
 
 
-def choose(logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> int:
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    reply: Sequence[int],
+    mask: bytes | None = None,
+) -> int:
     """The next token."""
-    if params.plain_greedy:
+    if params.plain_greedy and mask is None:
         return int(logits.argmax())
-    return int(adjusted_scores(logits, params, prompt_ids, reply).argmax())
+    return int(adjusted_scores(logits, params, prompt_ids, reply, mask).argmax())
 
 
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:

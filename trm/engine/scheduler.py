@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trm.engine.request import Candidates, Event, Request
+from trm.engine.request import Candidates, Event, Matcher, Request
 from trm.errors import BadRequest, Overloaded
 
 PACE_WINDOW = 64  # departures that tell how soon a place becomes free
@@ -51,6 +51,11 @@ class Row:
     accepted_tokens: int = 0
     may_draft: bool = True  # until a draft was not finite
     cancelled: bool = False
+    matcher: Matcher | None = field(init=False)  # has seen the reply
+
+    def __post_init__(self) -> None:
+        grammar = self.request.grammar
+        self.matcher = None if grammar is None else grammar.matcher(may_end=not self.request.params.ignore_eos)
 
     @property
     def to_prefill(self) -> int:
