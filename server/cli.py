@@ -97,7 +97,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
     from trm.device import lay_out_for_decoding, use_device
     from trm.engine.engine import Engine, EngineConfig
 
-    device = use_device(settings.device)
+    device = use_device(settings.device, settings.num_threads)
     default = torch.bfloat16 if device == "cuda" else torch.float32
     dtype = {"auto": default, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     source = settings.model or str(bundled_model_path())

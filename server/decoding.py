@@ -138,8 +138,9 @@ async def submit(
     ids, off the event loop, and there the grammar is compiled. `param` is the field that holds the text.
     """
     submission = serving.reserve(call, count * n)
-    grammar = await asyncio.to_thread(response_grammar, response_format, serving.grammars)
-    prompts = await asyncio.to_thread(lambda: [tuple(ids) for ids in encode()])
+    grammar, prompts = await asyncio.to_thread(
+        lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+    )
     requests: list[EngineRequest] = []
     for prompt in prompts:
         room = serving.engine.max_model_len - len(prompt)

@@ -23,8 +23,8 @@ from server.serving import Call
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", *playground.PATHS})  # probes carry no keys, nor does opening a page
-QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # logged at debug level only
+OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
+QUIET_PATHS = OPEN_PATHS | {"/metrics", *playground.PATHS}  # logged at debug level only
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
 

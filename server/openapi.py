@@ -33,7 +33,8 @@ def install(app: FastAPI) -> None:
             serving: Serving | None = app.state.serving
             if serving is None:
                 raise Unavailable("the server is starting: its model is being loaded", "starting")
-            app.openapi_schema = document(app, limits(serving.engine, serving.settings), bool(serving.settings.keys()))
+            keys = bool(serving.settings.keys())
+            app.openapi_schema = document(app, limits(serving.engine, serving.settings), keys)
         return app.openapi_schema
 
     app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way

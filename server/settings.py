@@ -26,7 +26,7 @@ class ServeSettings(Settings):
     command: ClassVar[str] = "trm-serve"
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
-        "model": ("model", "served_model_name", "device", "dtype"),
+        "model": ("model", "served_model_name", "device", "dtype", "num_threads"),
         "address": ("host", "port", "cors_origins"),
         "keys": ("api_key", "api_key_file", "public_paths"),
         "engine": ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"),
@@ -52,6 +52,7 @@ class ServeSettings(Settings):
     served_model_name: str | None = Field(None, description="the model's id in requests; by default --model as given")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads that decode; default torch's")
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one and logs it")

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
 from server.errors import TimedOut, Unavailable
 from server.metrics import Metrics, Times
@@ -42,6 +42,7 @@ class Submission:
         self.first_token_at: float | None = None  # of any of the requests
         self.queue_s: float | None = None  # the longest of any of the requests, as far as is known
         self._running: set[int] = set()
+        self._spared: set[int] = set()
         self._times: list[Times] = []
 
     @property
@@ -76,6 +77,12 @@ class Submission:
         self._events.put_nowait((0, Event(finish_reason="error", error=error)))
         self.cancel()
 
+    def spare(self, indexes: Iterable[int]) -> None:
+        """Cancel some requests whose replies are not needed any more; the others go on, and iterating too."""
+        self._spared.update(indexes)
+        for index in self._running & self._spared:
+            self._handles[index].cancel()
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         left = len(self._handles)
         while left:
@@ -83,17 +90,22 @@ class Submission:
             if event.finish_reason == "error":
                 self.error = event.error or DeviceError("the engine gave up the request")
                 raise self.error
-            if event.finish_reason == "cancelled":
+            if event.finish_reason == "cancelled" and index not in self._spared:
                 raise Unavailable("the server is stopping and ended the request; send it again", "draining")
             left -= event.finish_reason is not None
             yield index, event
 
-    async def replies(self) -> list[Reply]:
-        """Every reply whole, in order of submission."""
+    async def progress(self) -> AsyncIterator[tuple[int, Event, Reply | None]]:
+        """Events as they come, the final one of each request with its whole reply."""
         events: list[list[Event]] = [[] for _ in self._handles]
         async for index, event in self:
             events[index].append(event)
-        return [Reply.of(own) for own in events]
+            yield index, event, None if event.finish_reason is None else Reply.of(events[index])
+
+    async def replies(self) -> list[Reply]:
+        """Every reply whole, in order of submission."""
+        done = {index: reply async for index, _, reply in self.progress() if reply is not None}
+        return [done[index] for index in sorted(done)]
 
     def deliver(self, index: int, event: Event, at: float) -> None:
         """Take one event, given at time `at`; runs on the loop."""

@@ -1,7 +1,7 @@
 """The majority vote over the replies to one question: the only definition. Knows texts, no model."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from trm.answers import canonical, extract_boxed
@@ -22,10 +22,35 @@ class Vote(NamedTuple):
     agreement: float
 
 
-def majority(texts: Sequence[str]) -> Vote:
+def ballot(text: str) -> str | None:
+    """What a sample votes for: its canonical answer, None where it has no box."""
+    box = extract_boxed(text)
+    return None if box is None else canonical(box)
+
+
+def majority(ballots: Sequence[str | None]) -> Vote:
     """The answer that most samples box; of equally many, the earliest. Only boxed samples vote."""
-    boxes = [extract_boxed(text) for text in texts]
-    keys = [None if box is None else canonical(box) for box in boxes]
-    votes = Counter(key for key in keys if key is not None).most_common()  # ties keep their order
+    votes = Counter(one for one in ballots if one is not None).most_common()  # ties keep their order
     answer, count = votes[0] if votes else (None, 0)
-    return Vote(answer, dict(votes), keys.index(answer) if votes else 0, count / len(texts))
+    return Vote(answer, dict(votes), ballots.index(answer) if votes else 0, count / max(len(ballots), 1))
+
+
+def decided(ballots: Mapping[int, str | None], n: int) -> bool:
+    """Whether the majority of n samples has its answer, however those end that are not in `ballots` yet.
+
+    No rival is stronger than one that gets all the outstanding votes; a new one begins with none.
+    """
+    if len(ballots) == n:
+        return True
+    known = sorted(ballots)
+    leader, votes, *_ = majority([ballots[index] for index in known])
+    if leader is None:
+        return False
+    outstanding = [index for index in range(n) if index not in ballots]
+    first = {answer: index for index in reversed(known) if (answer := ballots[index]) is not None}
+
+    def may_win(votes_so_far: int, first_so_far: int) -> bool:
+        most, earliest = votes_so_far + len(outstanding), min(first_so_far, outstanding[0])
+        return (most, -earliest) > (votes[leader], -first[leader])
+
+    return not (may_win(0, n) or any(may_win(votes[rival], first[rival]) for rival in first if rival != leader))

@@ -7,11 +7,11 @@ export const apiKey = {
   set: (key) => sessionStorage.setItem(KEY, key),
 };
 
-/** The server refused, or failed. `status` is 0 where it was not reached or broke off. */
+/** The server refused, or failed: with a status and a code, unless it was not reached. */
 export class ServerError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status, code) {
     super(message);
-    this.status = status;
+    Object.assign(this, { status, code });
   }
 }
 
@@ -27,7 +27,7 @@ export async function* chat(body, signal) {
   for await (const data of serverSentEvents(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(inWords(0, chunk.error));
+    if (chunk.error) throw refusal(200, chunk.error); // it had begun
     yield chunk;
   }
   throw new ServerError("The connection broke before the reply was complete.");
@@ -45,7 +45,7 @@ async function send(path, body, signal) {
   const response = await reached(fetch(path, { ...options, headers, signal }));
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  throw new ServerError(inWords(response.status, error), response.status);
+  throw refusal(response.status, error ?? {});
 }
 
 /** Wait for the network; what it throws besides our own stopping has no message for people. */
@@ -58,13 +58,19 @@ async function reached(promise) {
   }
 }
 
-function inWords(status, error) {
-  const said = error?.message ?? `the server answered with status ${status}`;
-  if (status === 401) return apiKey.get() ? "The server refused this API key." : "This server wants an API key.";
-  if (status === 429) return "The server is busy and its queue is full. Try again in a moment.";
-  if (error?.code === "context_length_exceeded") return `The question is too long: ${said}.`;
-  if (error?.code === "draining") return "The server is shutting down and takes no more questions.";
-  return `That did not work: ${said}.`;
+const WORDS = {
+  queue_full: "The server is busy and its queue is full. Try again in a moment.",
+  starting: "The server is still loading its model.",
+  draining: "The server is shutting down and takes no more questions.",
+};
+
+function refusal(status, { message = `the server answered with status ${status}`, code }) {
+  const words = {
+    ...WORDS,
+    invalid_api_key: apiKey.get() ? "The server refused this API key." : "This server wants an API key.",
+    context_length_exceeded: `The question is too long: ${message}.`,
+  };
+  return new ServerError(words[code] ?? `That did not work: ${message}.`, status, code);
 }
 
 async function* serverSentEvents(stream) {

@@ -1,11 +1,12 @@
 // The page: a question in, its answer out, and what happened in between.
 
 import { apiKey, chat, servedModel, ServerError, solve } from "./api.js";
-import { find, make } from "./dom.js";
+import { find, make, plural } from "./dom.js";
 import { Thinking } from "./thinking.js";
 import { showVotes } from "./vote.js";
 
 const CANDIDATES = 5; // that the server reports for each step
+const STARTING_MS = 500; // between two questions whether it has loaded its model
 const EXAMPLES = {
   Apples: "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?",
   Stickers:
@@ -34,6 +35,7 @@ async function loadModel() {
     model = await servedModel();
   } catch (error) {
     complain(error);
+    if (error.code === "starting") setTimeout(loadModel, STARTING_MS);
     return;
   }
   const { id, n_supervision: trained, max_supervision: deepest } = model;
@@ -54,7 +56,7 @@ function showEffort() {
   const steps = effort.valueAsNumber;
   const notes = { 0: ", the backbone alone", [model.n_supervision]: ", as trained" };
   const note = notes[steps] ?? (steps > model.n_supervision ? ", beyond training" : "");
-  find("effort-words").textContent = `${steps} ${steps === 1 ? "step" : "steps"} a token${note}`;
+  find("effort-words").textContent = `${plural(steps, "step")} a token${note}`;
 }
 
 const chosenEffort = () => (model ? { supervision_steps: effort.valueAsNumber } : {});
@@ -111,7 +113,7 @@ async function ask(signal) {
     const how = { stop: "", length: "cut off after " }[end?.finish_reason] ?? "stopped after ";
     const seconds = (performance.now() - started) / 1000;
     find("summary").textContent =
-      `${how}${thinking.tokens} tokens, ${thinking.meanSteps.toFixed(1)} steps each, ${seconds.toFixed(1)}\u00a0s`;
+      `${how}${plural(thinking.tokens, "token")}, ${thinking.meanSteps.toFixed(1)} steps each, ${seconds.toFixed(1)}\u00a0s`;
   }
 }
 

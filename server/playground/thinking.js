@@ -1,6 +1,6 @@
 // The reply, token by token, and the steps behind the chosen token.
 
-import { find, make } from "./dom.js";
+import { find, make, plural } from "./dom.js";
 
 const ROWS = 5; // candidates in the table
 
@@ -61,8 +61,8 @@ export class Thinking {
     if (!total) return;
     const changes = this.#changes();
     find("changes").textContent = changes.length
-      ? `The recursion changed its mind about ${changes.length} of ${total} tokens, marked above.`
-      : `The recursion changed its mind about none of the ${total} tokens; choose one to see how sure it was.`;
+      ? `The recursion changed its mind about ${changes.length} of ${plural(total, "token")}, marked above.`
+      : `The recursion changed its mind about none of ${plural(total, "token")}; choose one to see how sure it was.`;
     if (this.#following || this.#selected === undefined) this.#select(changes[0] ?? total - 1);
     this.#following = false;
   }

@@ -1,23 +1,29 @@
-"""POST /solve: questions in, answers out, by a majority vote over the boxes of n replies."""
+"""POST /solve: questions in, answers out, by a majority vote over the boxes of n replies; whole or streamed."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
 
 from server.decoding import num_samples, sampling_params, submit, usage_body
-from server.schemas.solve import Outcome, SolveRequest, SolveResult, SolveResults
+from server.metrics import Metrics
+from server.schemas.solve import Outcome, SolveEnd, SolveRequest, SolveResult, SolveResults, SolveText, SolveVote
 from server.serving import CallDep, ServingDep
+from server.streaming import EventStream
 from server.strict_json import StrictRoute
+from server.worker import Submission
 from trm.answers import find_boxed
 from trm.chat import solve_messages
 from trm.engine.request import Reply
-from trm.voting import VOTING_TEMPERATURE, majority
+from trm.voting import VOTING_TEMPERATURE, ballot, decided, majority
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/solve")
-async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> SolveResult | SolveResults:
+@router.post("/solve", response_model=SolveResult | SolveResults)
+async def solve(
+    body: SolveRequest, serving: ServingDep, call: CallDep
+) -> SolveResult | SolveResults | StreamingResponse:
     """Solve one question, or a list of them all or none."""
     questions = [body.question] if isinstance(body.question, str) else body.question
     n = num_samples(body, serving, len(questions), param="question")
@@ -35,21 +41,64 @@ async def solve(body: SolveRequest, serving: ServingDep, call: CallDep) -> Solve
         n,
         param="question",
     )
-    replies = await submission.replies()
-    results = [vote(replies[first : first + n]) for first in range(0, len(replies), n)]
-    for result in results:
-        serving.metrics.answers.labels(result.outcome).inc()
-    return results[0] if isinstance(body.question, str) else SolveResults(results=results)
+    events = solving(submission, len(questions), n, bool(body.early_stop), serving.metrics)
+    if body.stream:
+        contents = (event.model_dump() async for event in events)
+        return EventStream(contents, f"solve-{call.id}", serving.settings.keep_alive_seconds)
+    results = {event.index: event.result async for event in events if isinstance(event, SolveEnd)}
+    if isinstance(body.question, str):
+        return results[0]
+    return SolveResults(results=[results[index] for index in range(len(questions))])
 
 
-def vote(replies: Sequence[Reply]) -> SolveResult:
-    """The answer of the majority, told by the first sample that has it.
+async def solving(
+    submission: Submission, num_questions: int, n: int, early_stop: bool, metrics: Metrics
+) -> AsyncIterator[SolveText | SolveVote | SolveEnd]:
+    """What happens, question by question as it happens: text or votes, and at the end of each its result."""
+    replies: list[dict[int, Reply]] = [{} for _ in range(num_questions)]
+    ballots: list[dict[int, str | None]] = [{} for _ in range(num_questions)]
+    async for place, event, reply in submission.progress():
+        index, sample = divmod(place, n)
+        if n == 1 and event.text:
+            yield SolveText(index=index, text=event.text)
+        if reply is None:
+            continue
+        replies[index][sample] = reply
+        if reply.finish_reason != "cancelled":
+            ballots[index][sample] = ballot(reply.text)
+            if n > 1:
+                yield vote(index, n, ballots[index])
+            if early_stop and decided(ballots[index], n):
+                submission.spare(range(index * n, (index + 1) * n))
+        if len(replies[index]) == n:
+            result = solved([replies[index][sample] for sample in range(n)])
+            metrics.answers.labels(result.outcome).inc()
+            yield SolveEnd(index=index, result=result)
+
+
+def vote(index: int, n: int, ballots: dict[int, str | None]) -> SolveVote:
+    """Where a vote stands."""
+    counted = [ballots[sample] for sample in sorted(ballots)]
+    winner = majority(counted)
+    return SolveVote(
+        index=index,
+        n=n,
+        answer=winner.answer,
+        votes=winner.votes,
+        samples=len(counted),
+        agreement=winner.agreement,
+    )
+
+
+def solved(replies: Sequence[Reply]) -> SolveResult:
+    """The answer of the majority, told by the first sample that has it. Cancelled samples do not count.
 
     Without any box the first sample speaks: "truncated" if it was cut off, by max_tokens or inside a box, else
     "missing".
     """
-    winner = majority([reply.text for reply in replies])
-    reply = replies[winner.speaker]
+    counted = [reply for reply in replies if reply.finish_reason != "cancelled"]
+    winner = majority([ballot(reply.text) for reply in counted])
+    reply = counted[winner.speaker]
     box = find_boxed(reply.text)
     cut_off = winner.answer is None and reply.finish_reason == "length"
     outcome: Outcome = "truncated" if cut_off else box.outcome
@@ -59,6 +108,7 @@ def vote(replies: Sequence[Reply]) -> SolveResult:
         boxed=None if box.value is None else rf"\boxed{{{box.value}}}",
         solution=reply.text,
         votes=winner.votes,
+        samples=len(counted),
         agreement=winner.agreement,
         finish_reason=reply.finish_reason,
         usage=usage_body([reply.usage for reply in replies], len(replies)),

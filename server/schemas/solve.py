@@ -35,25 +35,64 @@ _VARIED = Rule(
 
 
 class SolveRequest(Decoding):
-    """Body of POST /solve."""
+    """Body of POST /solve.
+
+    early_stop: cancel the samples of a question that can no longer change its answer. Which ones those are
+    depends on what else the server is doing; the answer does not, but votes and solution may.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)
 
     question: Annotated[str | list[str], BeforeValidator(_questions)]
+    stream: bool | None = None
+    early_stop: bool | None = None
 
 
-class SolveResult(BaseModel):
-    """One question's answer. `answer` and `boxed` are null exactly when `outcome` is not "boxed"."""
+class Tally(BaseModel):
+    """A vote so far, or at its end. samples: how many are counted; agreement: the answer's share of them."""
 
     answer: str | None
+    votes: dict[str, int]
+    samples: int
+    agreement: float
+
+
+class SolveResult(Tally):
+    """One question's answer. `answer` and `boxed` are null exactly when `outcome` is not "boxed".
+
+    usage counts samples that were cancelled, too.
+    """
+
     outcome: Outcome
     boxed: str | None
     solution: str
-    votes: dict[str, int]
-    agreement: float
     finish_reason: FinishReason
     usage: UsageBody
 
 
 class SolveResults(BaseModel):
     results: list[SolveResult]
+
+
+class SolveText(BaseModel):
+    """In a stream with n = 1: the next piece of a question's solution."""
+
+    type: Literal["text"] = "text"
+    index: int
+    text: str
+
+
+class SolveVote(Tally):
+    """In a stream with n > 1: one more sample of a question has ended."""
+
+    type: Literal["vote"] = "vote"
+    index: int
+    n: int
+
+
+class SolveEnd(BaseModel):
+    """In a stream, once for each question: what it would have been answered without one."""
+
+    type: Literal["result"] = "result"
+    index: int
+    result: SolveResult

@@ -5,18 +5,29 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from server.app import attach, create_app
+from server.cli import listen
+from server.settings import ServeSettings
 from tests.e2e.conftest import ServerProcess
+from tests.server.conftest import FakeEngine
+from trm.engine.request import Event, Usage
+from trm.errors import DeviceError
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WAIT_S = 60
@@ -36,13 +47,13 @@ class Page:
         self.pictures = pictures
         self.expected_errors = ""  # of the console, as a pattern
 
-    def open(self, server: ServerProcess) -> "Page":
+    def open(self, server: ServerProcess | SimpleNamespace) -> "Page":
         self.driver.get(f"{server.url}/")
         self.driver.execute_script("sessionStorage.clear()")
         self.driver.refresh()
         return self
 
-    def open_ready(self, server: ServerProcess) -> "Page":
+    def open_ready(self, server: ServerProcess | SimpleNamespace) -> "Page":
         self.open(server)
         self.wait(lambda: self["effort"].is_enabled())
         return self
@@ -115,7 +126,7 @@ def driver() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(argument)  # no sandbox: tests may run as root
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
@@ -136,7 +147,7 @@ def page(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def locked(start_server: Callable[..., ServerProcess]) -> ServerProcess:
-    return start_server("--api-key", "sesame")
+    return start_server("--api-key", "sesame", "--public-paths", "/", "/playground/*")
 
 
 def test_a_question_is_answered_and_one_sees_where_the_recursion_changed_its_mind(
@@ -352,3 +363,77 @@ def test_without_motion_the_table_waits_for_the_end(page: Page, server: ServerPr
 
     assert page.selected == 1
     assert page["answer"].text == "77"
+
+
+# On a fake engine, which says what no model would
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[SimpleNamespace]:
+    """Serve an app in a thread of this process."""
+    with listen("127.0.0.1", 0) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            yield SimpleNamespace(url=f"http://127.0.0.1:{sock.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert not thread.is_alive()
+
+
+def saying(*tokens: bytes, error: DeviceError | None = None) -> Callable[[Any], Iterator[Event]]:
+    """A script of the fake engine: each byte an id, and of each token one step, which chose its first byte."""
+
+    def script(request: Any) -> Iterator[Event]:
+        usage = Usage(len(request.prompt_ids), len(tokens), 0)
+        for token in tokens:
+            traces = tuple((((byte + 1, -0.1),),) for byte in token) if request.params.trace else ()
+            text = token.decode(errors="ignore")
+            yield Event(tuple(byte + 1 for byte in token), text, traces=traces)
+        yield Event((), "", "error" if error else "stop", usage, error)
+
+    return script
+
+
+def test_it_waits_for_a_server_that_is_starting(page: Page) -> None:
+    page.expected_errors = "503"
+    app = create_app(None, ServeSettings())
+    with serving(app) as server:
+        page.open(server)
+        page.wait(lambda: page["problem"].text == "The server is still loading its model.")
+        assert not page["effort"].is_enabled()
+
+        attach(app, FakeEngine())
+        page.wait(lambda: page["effort"].is_enabled())
+
+        assert not page["problem"].is_displayed()
+
+
+def test_what_a_model_says_is_text_never_markup(page: Page) -> None:
+    engine = FakeEngine(saying(rb"\boxed{<img src=x onerror=alert(1)>}", "<b>é".encode()), max_queue=16)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server)
+        page.ask("?")
+
+        assert page["answer"].text == "<img src=x onerror=alert(1)>"
+        assert page["tokens"].text == r"\boxed{<img src=x onerror=alert(1)>}<b>◌é"
+        page.press(Keys.TAB)
+        page.tokens()[-2].click()
+        assert page["steps-title"].text == "Token 40: c3"
+        page["vote"].click()
+        page.wait(lambda: page.all("#bars li"))
+        assert page.all("#bars .said")[0].text == "<img src=x onerror=alert(1)>"
+        assert page.all("main img, main b") == []
+
+
+def test_a_reply_that_breaks_off_says_so(page: Page) -> None:
+    engine = FakeEngine(saying(b"1", b"2", error=DeviceError("a logit is not finite")))
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server)
+        page.ask("?")
+
+        assert page["problem"].text == "That did not work: a logit is not finite."
+        assert page["answer"].text == "?"
+        assert page["summary"].text.startswith("stopped after 2 tokens")

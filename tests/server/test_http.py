@@ -259,7 +259,7 @@ async def test_a_response_says_where_its_time_went(client, engine, chat_body):
     timings = dict(item.split(";dur=") for item in headers["server-timing"].split(", "))
     ms = {name: float(duration) for name, duration in timings.items()}
     assert list(ms) == ["prepare", "queue", "first_token", "total"]
-    assert ms["total"] >= 49
+    assert ms["total"] >= 40  # the wait began a little earlier than the request
     assert ms["prepare"] < ms["total"]
     assert ms["prepare"] + ms["first_token"] <= ms["total"] + 0.2  # rounded, each of them
     assert int(headers["openai-processing-ms"]) == pytest.approx(ms["total"], abs=1)

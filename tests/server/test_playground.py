@@ -67,10 +67,12 @@ async def test_no_other_path_leads_to_a_file(client, path):
     assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
 
 
-async def test_the_page_opens_without_a_key_but_gets_nothing_done(make_app, connect):
+async def test_the_page_may_be_opened_to_all_and_gets_nothing_done_without_a_key(make_app, connect):
     async with connect(make_app(api_key=["secret"])) as client:
+        assert (await client.get("/")).status_code == 401
+    async with connect(make_app(api_key=["secret"], public_paths=["/", "/playground/*"])) as client:
         for path in PATHS:
             assert (await client.get(path)).status_code == 200
-        for path in ("/v1/models", "/playground/nothing.js", "/docs"):
+        for path in ("/v1/models", "/docs"):
             assert (await client.get(path)).status_code == 401
         assert (await client.post("/v1/chat/completions", json={})).status_code == 401

@@ -171,6 +171,19 @@ async def test_cancel_reaches_only_what_has_not_ended(worker, engine, say):
     assert [handle.cancelled for handle in engine.handles] == [False, True]
 
 
+async def test_a_spared_request_ends_and_the_others_go_on(worker, engine):
+    engine.hold()
+    submission = submit(worker, requests(3))
+
+    submission.spare([1])
+    await until(lambda: engine.handles[1].ended)
+    engine.release()
+    replies = await submission.replies()
+
+    assert [reply.finish_reason for reply in replies] == ["stop", "cancelled", "stop"]
+    assert [handle.cancelled for handle in engine.handles] == [False, True, False]
+
+
 async def test_draining_waits_for_accepted_work_and_takes_no_more(worker, engine):
     engine.hold()
     submission = submit(worker, requests())

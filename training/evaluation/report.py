@@ -11,7 +11,7 @@ from training.evaluation.candidates import Candidate, Run
 from training.evaluation.decoding import keys
 from training.evaluation.statistics import holm, paired, wilson_interval
 from trm import checkpoint
-from trm.voting import VOTING_TEMPERATURE, majority
+from trm.voting import VOTING_TEMPERATURE, ballot, majority
 
 CSV_FILE = "report.csv"
 OWN_BACKBONE = "frozen backbone"  # the baseline that every model of ours brings along: itself at effort 0
@@ -67,7 +67,7 @@ def summarize_votes(replies: Sequence[Answer], run: Run) -> dict[str, Any]:
     by_agreement: dict[float, list[bool]] = defaultdict(list)
     for first in range(0, len(replies), run.samples):
         samples = replies[first : first + run.samples]
-        vote = majority([sample.reply for sample in samples])
+        vote = majority([ballot(sample.reply) for sample in samples])
         by_agreement[vote.agreement].append(samples[vote.speaker].right)
     right = [one for group in by_agreement.values() for one in group]
     return {

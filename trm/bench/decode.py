@@ -274,5 +274,78 @@ def ratios(raw: Raw) -> dict[str, float]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result for people: a Markdown table, then the curves if there are any."""
+    raw, median = result["raw"], statistics.median
+    throughput, mixed, halting = raw["throughput"], raw["mixed_effort"], raw["halting"]
+    single, many, sizes = raw["speculation_1_row"], raw["speculation_all_rows"], raw["reference_sizes"]
+    tokens, count, rows = throughput["tokens"], result["requests"], result["max_rows"]
+
+    def rate(seconds: list[float], number: int = tokens) -> str:
+        return f"{number / median(seconds):.0f} tokens/s"
+
+    def mixed_rate(way: str) -> str:
+        return rate(mixed[f"{way}_s"], mixed[way]["generation_tokens"])
+
+    batching = (many["without"]["generation_tokens"] / median(many["without_s"])) / (
+        single["without"]["generation_tokens"] / median(single["without_s"])
+    )
+
+    def accepted(run: dict[str, Any]) -> str:
+        drafted = max(run["draft_tokens"], 1)
+        return f"{run['accepted_tokens'] / drafted:.0%} of {run['draft_tokens']} drafted tokens accepted"
+
+    def per_pass(run: dict[str, Any]) -> str:
+        return f"{run['generation_tokens'] / (run['row_steps'] / throughput['effort']):.2f} tokens a pass"
+
+    lines = [
+        f"{count} requests, {tokens} tokens, {rows} rows, {result['threads']} threads, torch {result['torch']}",
+        "",
+        "| | ratio | measured |",
+        "|---|---|---|",
+        f"| engine / generate(), one request at a time (once) | {result['continuous_vs_sequential']:.2f} | "
+        f"{rate(throughput['engine_s'])} against {rate(throughput['sequential_s'])}, effort {throughput['effort']}; "
+        f"{throughput['requests_equal_to_sequential']} of {count} replies equal |",
+        f"| engine / generate() in static batches of {rows} | {result['continuous_vs_static']:.2f} | against "
+        f"{rate(throughput['static_s'])} |",
+        f"| mixed effort {mixed['efforts']} / all rows as deep as the deepest | "
+        f"{result['mixed_effort_vs_lockstep']:.2f} | {mixed_rate('continuous')} against {mixed_rate('lockstep')}, "
+        f"{mixed['requests']} requests |",
+        f"| mixed effort / one effort after another | {result['mixed_effort_vs_grouped']:.2f} | against "
+        f"{rate(mixed['grouped_s'], mixed['continuous']['generation_tokens'])} |",
+        f"| mixed effort / shallow rows wait for the deepest | {result['mixed_effort_vs_waiting']:.2f} | against "
+        f"{mixed_rate('waiting')}; {mixed['requests_equal']} of {mixed['requests']} replies equal |",
+        f"| row-steps of the ideal | {result['ideal_row_steps']:.3f} | {mixed['continuous']['row_steps']} of "
+        f"{mixed['continuous']['row_places']}; with waiting "
+        f"{mixed['waiting']['row_steps'] / mixed['waiting']['row_places']:.3f} |",
+        f"| batching alone: engine without drafts, {rows} rows / 1 row | {batching:.2f} | |",
+        f"| drafting, 1 row | {result['speculation_1_row']:.2f} | {accepted(single['with'])}, "
+        f"{per_pass(single['with'])}; {single['requests_equal']} of {single['requests']} replies equal |",
+        f"| drafting, {rows} rows | {result['speculation_32_rows']:.2f} | {accepted(many['with'])}, "
+        f"{per_pass(many['with'])}; {many['requests_equal']} of {many['requests']} replies equal |",
+        f"| halting at effort {halting['effort']} | {result['halting_speedup']:.2f} | tolerance "
+        f"{halting['chosen']['tolerance']}: {halting['halted_steps'] / halting['tokens']:.2f} steps a token; "
+        f"{result['halting_agreement']:.2%} of {halting['chosen']['positions']} positions agree "
+        f"(chosen on these replies), {halting['requests_equal']} of {count} replies equal |",
+        f"| time outside model calls | {result['overhead_share_32_rows']:.3f} | "
+        f"{sum(raw['overhead']['total_s']) - sum(raw['overhead']['model_s']):.2f} of "
+        f"{sum(raw['overhead']['total_s']):.2f} s at {raw['overhead']['rows']} rows |",
+        f"| D = 256, 4 layers, 336 calls a token, 1 row, 1 thread | | "
+        f"{sizes['tokens'] / sizes['context_s']:.1f} tokens/s, "
+        f"with keys from the state {sizes['tokens'] / sizes['state_s']:.1f} |",
+    ]
+    for kv_source, curve in raw.get("context_curve", {}).items():
+        lengths = list(curve["seconds"])
+        lines += [
+            "",
+            f"| keys from the {kv_source}, {curve['rows']} rows, context | " + " | ".join(map(str, lengths)) + " |",
+            "|---|" + "---|" * len(lengths),
+            "| ms per token | "
+            + " | ".join(f"{seconds / curve['rows'] * 1e3:.2f}" for seconds in curve["seconds"].values())
+            + " |",
+        ]
+    return "\n".join(lines)
+
+
 def _num_equal(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
     return sum(one == other for one, other in zip(ours, theirs, strict=True))

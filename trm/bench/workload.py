@@ -35,21 +35,28 @@ TokenIds = tuple[int, ...]
 Result = TypeVar("Result")
 
 
-def make_requests(
-    chat: ChatFormat, count: int, efforts: Sequence[int], seed: int, median_tokens: int = MEDIAN_TOKENS
-) -> list[Request]:
-    """Prompts of one to six sentences and replies of mixed length; efforts take turns."""
+def make_questions(
+    count: int, efforts: Sequence[int], seed: int, median_tokens: int = MEDIAN_TOKENS
+) -> list[tuple[str, SamplingParams]]:
+    """Questions of one to six sentences and replies of mixed length; efforts take turns."""
     rng = random.Random(seed)
-    requests = []
+    questions = []
     for index in range(count):
         story = " ".join(SENTENCES[: rng.randint(1, len(SENTENCES))])
         numbers = {name: rng.randint(2, 40) for name in "abc"}
-        prompt = chat.encode(solve_messages(f"{story.format(**numbers)} {QUESTION}"))
         length = rng.lognormvariate(math.log(median_tokens), SIGMA)
         length = max(8, min(round(length), round(LONGEST_RATIO * median_tokens)))
         params = SamplingParams(max_tokens=length, n_supervision=efforts[index % len(efforts)], ignore_eos=True)
-        requests.append(Request(tuple(prompt), params))
-    return requests
+        questions.append((f"{story.format(**numbers)} {QUESTION}", params))
+    return questions
+
+
+def make_requests(
+    chat: ChatFormat, count: int, efforts: Sequence[int], seed: int, median_tokens: int = MEDIAN_TOKENS
+) -> list[Request]:
+    """`make_questions` as the engine takes them."""
+    questions = make_questions(count, efforts, seed, median_tokens)
+    return [Request(tuple(chat.encode(solve_messages(question))), params) for question, params in questions]
 
 
 def with_params(requests: Sequence[Request], **params: Any) -> list[Request]:

@@ -1,0 +1,62 @@
+"""The majority vote, and when it is over before its end."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trm.voting import ballot, decided, majority
+
+
+@pytest.mark.parametrize(
+    ("text", "vote"), [(r"so \boxed{1,000.0}", "1000"), ("no box", None), (r"\boxed{7", None)], ids=str
+)
+def test_a_ballot_is_the_canonical_answer(text, vote):
+    assert ballot(text) == vote
+
+
+def test_ties_go_to_the_earliest_sample_and_blanks_do_not_vote():
+    assert majority([None, "2", "1", "1", None, "2"]) == ("2", {"2": 2, "1": 2}, 1, 2 / 6)
+    assert majority([None, None]) == (None, {}, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("ballots", "n", "over"),
+    [
+        ({}, 1, False),
+        ({0: None}, 1, True),
+        ({0: "1"}, 2, True),  # a tie would be the first sample's
+        ({1: "1"}, 2, False),
+        ({0: "1", 1: "2"}, 3, False),
+        ({0: "1", 2: "1"}, 4, True),
+        ({1: "1", 2: "1"}, 4, False),
+        ({0: None, 1: None}, 3, False),
+        ({0: "1", 1: "1", 2: "2"}, 4, True),
+        ({0: "2", 1: "1", 2: "1"}, 4, False),
+    ],
+    ids=str,
+)
+def test_examples(ballots, n, over):
+    assert decided(ballots, n) == over
+
+
+@st.composite
+def votes_in_progress(draw):
+    """Up to 7 ballots, up to 3 of them outstanding."""
+    ballots = draw(st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=7))
+    outstanding = draw(st.sets(st.integers(0, len(ballots) - 1), max_size=3))
+    return {index: one for index, one in enumerate(ballots) if index not in outstanding}, len(ballots)
+
+
+@settings(deadline=None)
+@given(votes_in_progress())
+def test_a_vote_is_decided_exactly_if_every_way_of_ending_gives_the_same_answer(vote):
+    ballots, n = vote
+    outstanding = [index for index in range(n) if index not in ballots]
+    answers = set()
+    for ends in product(["1", "2", "3", "new", "other", None], repeat=len(outstanding)):
+        complete = ballots | dict(zip(outstanding, ends, strict=True))
+        answers.add(majority([complete[index] for index in range(n)]).answer)
+
+    assert decided(ballots, n) == (len(answers) == 1)
