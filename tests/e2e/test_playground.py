@@ -147,7 +147,7 @@ def page(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def locked(start_server: Callable[..., ServerProcess]) -> ServerProcess:
-    return start_server("--api-key", "sesame")
+    return start_server("--api-key", "sesame", "--public-paths", "/", "/playground/*")
 
 
 def test_a_question_is_answered_and_one_sees_where_the_recursion_changed_its_mind(
