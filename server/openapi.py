@@ -45,9 +45,10 @@ def limits(engine: Engine, settings: ServeSettings) -> dict[str, JSONSchema]:
     vocabulary = engine.model.config.vocab_size
     stop = {"type": "string", "minLength": 1, "maxLength": settings.max_stop_chars}
     return {name: _range(allowed) for name, allowed in RANGES.items()} | {
-        "n": {"maximum": min(settings.max_n, engine.config.max_rows + engine.config.max_queue)},
+        "n": {"minimum": 1, "maximum": min(settings.max_n, engine.config.max_rows + engine.config.max_queue)},
         "supervision_steps": {"minimum": 0, "maximum": engine.max_supervision},
-        "top_logprobs": {"maximum": min(RANGES["logprobs"].most, vocabulary)},
+        "max_completion_tokens": _range(RANGES["max_tokens"]),
+        "top_logprobs": {"minimum": 0, "maximum": min(RANGES["logprobs"].most, vocabulary)},
         "logit_bias": {
             "propertyNames": {"pattern": f"^({up_to(vocabulary - 1)})$"},
             "additionalProperties": {"type": "number", **_range(BIASES)},
@@ -108,11 +109,11 @@ def up_to(largest: int) -> str:
 
 
 def _bound(schema: Any, largest: int) -> None:
-    """Give every integer inside of a schema its maximum."""
+    """Give every integer inside of a schema its range, from 0."""
     for inner in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
         _bound(inner, largest)
     if isinstance(schema, dict) and schema.get("type") == "integer":
-        schema["maximum"] = largest
+        schema |= {"minimum": 0, "maximum": largest}
 
 
 def _range(allowed: Range) -> JSONSchema:

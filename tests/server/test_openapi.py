@@ -40,6 +40,10 @@ def test_ids_up_to_the_largest(largest):
         ({"halt_threshold": 1}, False),
         ({"n": 12.0}, True),
         ({"n": 13}, False),
+        ({"n": 0}, False),
+        ({"max_completion_tokens": 0}, False),
+        ({"top_logprobs": -1, "logprobs": True}, False),
+        ({"trace": 0}, False),
         ({"supervision_steps": 16}, True),
         ({"supervision_steps": 3, "reasoning_effort": None}, True),
         ({"supervision_steps": 3, "reasoning_effort": "low"}, False),
@@ -91,6 +95,7 @@ async def test_what_only_the_engine_checks_is_documented_too(described, chat_bod
     assert not accepts(described, "ChatRequest", chat_body(supervision_steps=17))
     assert not accepts(described, "ChatRequest", chat_body(logit_bias={"99999999": 1}))
     assert not accepts(described, "DetokenizeRequest", {"tokens": [99999999]})
+    assert not accepts(described, "DetokenizeRequest", {"tokens": [-1]})
     assert not accepts(described, "CompletionRequest", {"prompt": [[99999999]]})
 
 

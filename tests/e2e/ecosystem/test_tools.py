@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -69,3 +70,22 @@ def test_guidellm_gets_every_token_it_asked_for(server: ServerProcess, tmp_path:
     assert not requests["errored"]
     assert not requests["incomplete"]
     assert {request["output_metrics"]["text_tokens"] for request in requests["successful"]} == {24}
+
+
+def test_schemathesis_finds_nothing_to_complain_about(
+    start_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    """Valid and invalid requests, all checks; a short context and few samples, so that thousands are answered in time."""
+    server = start_server("--max-model-len", "128", "--max-n", "2", "--api-key", "sesame")
+
+    done = run_tool(
+        "schemathesis",
+        *("run", f"{server.url}/openapi.json", "--header", "Authorization: Bearer sesame"),
+        *("--mode", "all", "--checks", "all", "--max-examples", "20", "--seed", "7", "--request-timeout", "120"),
+        *("--continue-on-failure", "--no-color"),
+        cwd=tmp_path,
+        timeout=600,
+    )
+
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "passed" in done.stdout
