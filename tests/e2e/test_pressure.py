@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import statistics
 import subprocess
 import time
@@ -228,6 +229,30 @@ def test_clients_that_leave_free_their_rows_and_their_places(start_server: Start
     gone = [line for line in server.requests if line["status"] == 499]
     assert len(gone) == 4
     assert server.stop() == 0
+
+
+# What is left of them in the log
+
+
+def test_the_log_is_json_and_holds_no_secrets(start_server: Start) -> None:
+    server = start_server("--api-key", "sesame-key", "--log-level", "debug")
+    headers = {"Authorization": "Bearer sesame-key", "Cookie": "sesame", "X-Request-Id": "known"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        for body in ({"question": "sesame?", "max_tokens": 2}, {"question": ["sesame", 1]}, {"sesame": 1}):
+            client.post("/solve?q=sesame", json=body)
+        client.post("/v1/chat/completions", json={**LONG, "max_tokens": 2, "stream": True, "stop": "sesame"})
+        client.get("/v1/models", headers={"Authorization": "Bearer sesame"})
+        client.post("/solve", content=b'{"sesame')
+    with socket.create_connection((httpx.URL(server.url).host, httpx.URL(server.url).port)) as connection:
+        connection.sendall(b"sesame open\r\n\r\n")
+        assert b"400 Bad Request" in connection.recv(1000)
+    assert server.stop() == 0
+
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert "Invalid HTTP request received." in [line["message"] for line in lines]
+    assert [line["status"] for line in server.requests if line["path"] == "/solve"] == [200, 400, 400, 400]
+    assert {line["request_id"] for line in server.requests} == {"known"}
+    assert "sesame" not in server.log.read_text()
 
 
 # Stopped

@@ -7,7 +7,7 @@ import pytest
 
 from server.app import attach, create_app
 from server.settings import ServeSettings
-from trm.errors import Overloaded
+from trm.errors import DeviceError, Overloaded
 
 pytestmark = pytest.mark.anyio
 
@@ -126,6 +126,16 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_and_done(make_app
     assert '"code":"timeout"' in error
     assert done == "data: [DONE]"
     assert rejected == {'trm_request_rejected_total{reason="timeout"}': 1}
+
+
+async def test_a_stream_that_fails_is_counted_too(client, engine, chat_body, say):
+    engine.script = say("so", finish="error", error=DeviceError("a logit is not finite"))
+
+    response = await client.post("/v1/chat/completions", json=chat_body(stream=True))
+
+    assert response.status_code == 200
+    assert '"code":"device_error"' in response.text
+    assert await samples_of(client, "trm_request_rejected_total") == {'trm_request_rejected_total{reason="failed"}': 1}
 
 
 async def test_a_starting_server_is_alive_and_takes_no_work_until_it_has_an_engine(connect, engine, chat_body):

@@ -1,6 +1,8 @@
 """Routes for operators and the list of models."""
 
+import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,6 +11,8 @@ from trm.engine.request import Event, Usage
 from trm.errors import DeviceError
 
 pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 async def samples(client):
@@ -139,3 +143,12 @@ async def test_apps_do_not_share_their_counts(client, make_app, connect):
 
     async with connect(make_app()) as other:
         assert ("trm_request_success_total", "stop") not in await samples(other)
+
+
+async def test_the_docs_tell_of_every_metric(client):
+    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    shown = {family.name for family in families if not family.name.endswith("_created")}
+
+    told = set(re.findall(r"`(trm_\w+)", (ROOT / "docs/serving.md").read_text()))
+
+    assert {name.removesuffix("_total") for name in told} == shown
