@@ -15,7 +15,7 @@ REQUESTS = 4
 def trm_bench(*arguments: str) -> list[str]:
     """The lines that it prints."""
     command = [str(Path(sys.executable).parent / "trm-bench"), *arguments]
-    sizes = ["--num-requests", str(REQUESTS), "--max-rows", "2"]
+    sizes = ["--num-requests", str(REQUESTS), "--max-rows", "2", "--num-threads", "1"]
     done = subprocess.run(command + sizes, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -94,7 +94,7 @@ def test_table_and_curves_come_before_the_json(lines: list[str], result: dict[st
 
 
 def test_the_server_decodes_what_the_bare_engine_does() -> None:
-    *table, last = trm_bench("serve", "--repeats", "2", "--num-threads", "1")
+    *table, last = trm_bench("serve", "--repeats", "2")
     result = json.loads(last)
     raw = result["raw"]
 
