@@ -15,9 +15,9 @@ serve: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
-# Crowds of clients against real servers, a few minutes; everything else of tests/e2e belongs to `make test`.
-e2e: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest tests/e2e/load
+# Crowds of clients, and other people's tools, against real servers; everything else of tests/e2e belongs to `make test`.
+e2e: $(VENV)/installed-tools
+	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -43,3 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-tools: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --constraint constraints.txt --editable '.[dev,tools]'
+	touch $@ $(VENV)/installed-dev $(VENV)/installed

@@ -3,16 +3,18 @@
 import time
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from server import errors
+from server import errors, openapi
 from server.metrics import Metrics
 from server.middleware import ReadBody, RequireKey, Trace
-from server.routes import chat, completions, models, solve, status, tokens
+from server.routes import chat, completions, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 
 
 def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
@@ -25,12 +27,23 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.serving = None
-    for routes in (chat, completions, models, solve, status, tokens):
+    for routes in (chat, completions, models, playground, solve, status, tokens):
         app.include_router(routes.router)
     errors.install(app)
-    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)  # each one added wraps those before it
-    app.add_middleware(RequireKey, keys=settings.api_key)
+    openapi.install(app)
+    app.add_middleware(  # each one added wraps those before it
+        ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
+    )
+    app.add_middleware(RequireKey, keys=settings.keys(), public=settings.public_paths)
     app.add_middleware(Trace, metrics=metrics)
+    if settings.cors_origins:  # outermost: a preflight has no key, and pages may read errors and headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     if engine is not None:
         attach(app, engine)
     return app
@@ -41,11 +54,13 @@ def attach(app: FastAPI, engine: Engine) -> None:
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
     metrics.watch(engine)
+    token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,
         worker=Worker(engine, metrics, settings.request_timeout_seconds),
         metrics=metrics,
-        token_bytes=TokenBytes(engine.chat.tokenizer),
+        token_bytes=token_bytes,
+        grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
         model_id=settings.model_id,
         settings=settings,
         created=int(time.time()),

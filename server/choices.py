@@ -6,19 +6,20 @@ How its choices look each route says in a `Wording`.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from server.decoding import usage_body
-from server.logprobs import Scored
 from server.schemas.common import Generation, StreamOptions
 from server.serving import Call, Serving
 from server.streaming import EventStream
 from server.worker import Submission
 from trm.answers import extract_boxed
 from trm.engine.request import Event, Reply, SamplingParams, Usage
+
+Found = TypeVar("Found")
 
 
 class Wording(ABC):
@@ -30,7 +31,7 @@ class Wording(ABC):
 
     def __init__(self, serving: Serving, params: SamplingParams) -> None:
         self.serving = serving
-        self._with_logprobs = params.logprobs is not None
+        self.params = params
         self._end_id = None if params.ignore_eos else serving.engine.chat.end_id
 
     @abstractmethod
@@ -50,19 +51,17 @@ class Wording(ABC):
         """What a streamed choice says with its finish_reason."""
 
     @abstractmethod
-    def tell_logprobs(self, index: int, tokens: Scored) -> BaseModel:
-        """What a choice says of its next tokens, all of them if it is told whole."""
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        """What else a choice says of its next tokens, all of them if it is told whole: what was asked for."""
 
-    def logprobs(self, index: int, said: Event | Reply) -> BaseModel | None:
-        """`tell_logprobs` where that is asked for. The end token is no content and is left out."""
-        if not self._with_logprobs:
-            return None
-        tokens = zip(said.token_ids, said.logprobs, strict=True)
-        return self.tell_logprobs(index, [(id_, found) for id_, found in tokens if id_ != self._end_id])
+    def content(self, said: Event | Reply, found: Sequence[Found]) -> list[tuple[int, Found]]:
+        """The tokens, each with what was found of it. The end token is no content and is left out."""
+        return [(id_, one) for id_, one in zip(said.token_ids, found, strict=True) if id_ != self._end_id]
 
     def has_content(self, event: Event) -> bool:
-        """Whether a stream must tell of it: a token whose text is held back still brings its logprobs at once."""
-        return bool(event.text) or (self._with_logprobs and any(id_ != self._end_id for id_ in event.token_ids))
+        """Whether a stream must tell of it: of a token whose text is held back, what else is said comes at once."""
+        found = event.logprobs or event.traces
+        return bool(event.text or (found and self.content(event, found)))
 
 
 async def respond(
@@ -81,7 +80,7 @@ async def respond(
         {
             "index": index,
             **wording.whole(reply.text),
-            "logprobs": wording.logprobs(index, reply),
+            **wording.about(index, reply),
             "finish_reason": reply.finish_reason,
             "boxed_answer": extract_boxed(reply.text),
         }
@@ -122,8 +121,7 @@ async def _chunks(
             if (opening := wording.opening()) is not None:
                 yield chunk(index, opening)
         if wording.has_content(event):
-            logprobs = wording.logprobs(index, event)
-            yield chunk(index, wording.piece(event.text), logprobs=logprobs and logprobs.model_dump())
+            yield chunk(index, wording.piece(event.text), **wording.about(index, event))
         if event.finish_reason is not None:
             boxed = extract_boxed(texts[index])
             yield chunk(index, wording.ending(), finish_reason=event.finish_reason, boxed_answer=boxed)

@@ -1,5 +1,6 @@
 """`trm-serve`: parse, take the port, load, serve. Heavy imports wait until the settings are known to be good."""
 
+import gc
 import logging
 import os
 import socket
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from server.settings import ServeSettings
 from trm.errors import ConfigError, DeviceError
-from trm.settings import configure_logging, run_command
+from trm.logs import configure_logging
+from trm.settings import run_command
 
 if TYPE_CHECKING:
     from trm.engine.engine import Engine
@@ -23,7 +25,7 @@ def main() -> None:
 
 def _serve() -> None:
     settings = ServeSettings.from_command_line()
-    configure_logging(settings.log_level.upper())
+    configure_logging(settings.log_level.upper(), settings.log_format)
     with listen(settings.host, settings.port) as sock:  # before loading: a taken port should not cost a minute
         serve(settings, sock)
     logger.info("stopped")
@@ -40,7 +42,9 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
     from server.draining import DrainingServer
 
     app = create_app(None, settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=settings.idle_connection_seconds
+    )
     server = DrainingServer(config, app, settings.drain_seconds, settings.exit_on_failure)
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -51,6 +55,8 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
             engine = load_engine(settings)
             engine.start()
             attach(app, engine)
+            gc.collect()
+            gc.freeze()  # or each full collection walks through all of torch, while nobody is answered
             logger.info("serving %s on %s", settings.model_id, url)
         except Exception as error:  # noqa: BLE001 - raised again below
             failures.append(error)
@@ -73,7 +79,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
+        sock = socket.create_server(address[:2], family=family)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it: no token waits for an ACK
+        return sock
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error

@@ -10,13 +10,25 @@ from dataclasses import replace
 from typing import Any
 
 from server.schemas.chat import ChatMessage
-from server.schemas.common import Decoding, Generation, PromptTokensDetails, TRMUsage, UsageBody
+from server.schemas.common import (
+    ChoiceFormat,
+    Decoding,
+    Generation,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    PromptTokensDetails,
+    RegexFormat,
+    ResponseFormat,
+    TRMUsage,
+    UsageBody,
+)
 from server.serving import Call, Serving
 from server.worker import Submission
 from trm.chat import SYSTEM_PROMPT, Message
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
+from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
-from trm.engine.request import SamplingParams, Usage
 from trm.errors import BadRequest
 
 
@@ -25,8 +37,6 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
 
     A sampled reply without a seed gets a fresh one.
     """
-    if fields.reasoning_effort is not None and fields.supervision_steps is not None:
-        raise BadRequest("give either reasoning_effort or supervision_steps, not both", param="supervision_steps")
     steps = fields.supervision_steps
     if fields.reasoning_effort is not None:
         steps = engine.model.config.effort_steps(fields.reasoning_effort)
@@ -47,12 +57,7 @@ def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingP
 
 def generation_params(fields: Generation, serving: Serving, **given: Any) -> SamplingParams:
     """`sampling_params` of one of OpenAI's routes."""
-    options, stop, settings = fields.stream_options, fields.stop or (), serving.settings
-    if options is not None and not fields.stream:
-        raise BadRequest("stream_options needs stream: true", param="stream_options")
-    if options is not None and options.continuous_usage_stats and not options.include_usage:
-        message = "continuous_usage_stats needs include_usage: true"
-        raise BadRequest(message, param="stream_options.continuous_usage_stats")
+    stop, settings = fields.stop or (), serving.settings
     at_most(settings.max_stop, "--max-stop", len(stop), f"stop holds {len(stop)} strings", "stop")
     for string in stop:
         said = f"a stop string has {len(string)} characters"
@@ -103,6 +108,20 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1, param:
     return n
 
 
+def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> Grammar | None:
+    """The grammar of a response_format, None where any text will do."""
+    match wanted:
+        case JsonObjectFormat():
+            return compiler.json_schema({"type": "object"})
+        case JsonSchemaFormat(json_schema=described):
+            return compiler.json_schema(described.schema_)
+        case RegexFormat(regex=pattern):
+            return compiler.regex(pattern)
+        case ChoiceFormat(choice=options):
+            return compiler.choice(options)
+    return None
+
+
 async def submit(
     serving: Serving,
     call: Call,
@@ -111,14 +130,17 @@ async def submit(
     params: SamplingParams,
     n: int,
     param: str,
+    response_format: ResponseFormat | None = None,
 ) -> Submission:
     """n requests for each of `count` prompts, its samples side by side.
 
     Their places are reserved before anything is tokenised: a full queue refuses at once. `encode` gives the prompts'
-    ids, off the event loop. `param` is the field that holds the text.
+    ids, off the event loop, and there the grammar is compiled. `param` is the field that holds the text.
     """
     submission = serving.reserve(call, count * n)
-    prompts = await asyncio.to_thread(lambda: [tuple(ids) for ids in encode()])
+    grammar, prompts = await asyncio.to_thread(
+        lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+    )
     requests: list[EngineRequest] = []
     for prompt in prompts:
         room = serving.engine.max_model_len - len(prompt)
@@ -130,7 +152,7 @@ async def submit(
                 code="context_length_exceeded",
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
-        requests += [EngineRequest(prompt, replace(fitting, sample_index=index)) for index in range(n)]
+        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar) for index in range(n)]
     serving.worker.submit(submission, requests)
     return submission
 

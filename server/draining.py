@@ -1,9 +1,14 @@
-"""How the process ends: the first signal drains, the second one exits at once, and so may an engine that died."""
+"""How connections and the process end.
+
+The first signal drains, the second one exits at once; an engine that died may end the process too.
+"""
 
 import asyncio
 import logging
 import os
+import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,6 +36,7 @@ class DrainingServer(uvicorn.Server):
         self._exit_on_failure = exit_on_failure
         self._drain: asyncio.Task[None] | None = None
         self._stopping = False
+        self._idle_since: dict[tuple[Any, Any], float] = {}
 
     @property
     def _serving(self) -> Serving | None:
@@ -57,4 +63,22 @@ class DrainingServer(uvicorn.Server):
         """Called by uvicorn ten times a second; True ends the server."""
         if self._exit_on_failure and self._serving is not None and not self._serving.engine.alive():
             self.engine_failed = True
+        if counter % 10 == 0:
+            self._close_idle()
         return await super().on_tick(counter) or self.engine_failed
+
+    def _close_idle(self) -> None:
+        """Close connections that have been without a whole request for too long.
+
+        Uvicorn's own timer runs only after a response, and only until the next byte.
+        """
+        now = time.monotonic()
+        idle: set[tuple[Any, Any]] = set()
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)  # of the latest request
+            if cycle is None or cycle.response_complete:
+                idle.add((connection, cycle))
+        self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
+        for (connection, _), since in self._idle_since.items():
+            if now - since > self.config.timeout_keep_alive:
+                connection.shutdown()

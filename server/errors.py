@@ -30,6 +30,10 @@ class BodyTooLarge(BadRequest):
     """More bytes than a request may have."""
 
 
+class SlowBody(BadRequest):
+    """A body that did not arrive in time."""
+
+
 class TimedOut(TRMError):
     """A request that took longer than the server lets one take."""
 
@@ -48,6 +52,7 @@ STATUS: Mapping[type[TRMError], tuple[int, str]] = {
     BadRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "invalid_request_error"),
     UnknownModel: (404, "invalid_request_error"),
+    SlowBody: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
     DeviceError: (500, "server_error"),
@@ -77,9 +82,13 @@ def describe(error: TRMError) -> tuple[int, dict[str, Any]]:
 def error_response(error: TRMError) -> JSONResponse:
     """The response for an error raised on purpose."""
     status, body = describe(error)
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    if isinstance(error, Overloaded):
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, SlowBody):
+        headers["Connection"] = "close"  # who knows when the rest would come
     return JSONResponse(body, status, headers)
 
 
@@ -99,7 +108,11 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         """The first thing wrong with a body, by its dotted path."""
         problem = error.errors()[0]
-        path = ".".join(str(part) for part in problem["loc"][1:])[:MAX_PATH_CHARS]
+        broken = problem["type"] == "rule"  # of server.schemas.rules
+        place = (*problem["loc"][1:], problem["ctx"]["param"]) if broken else problem["loc"][1:]
+        path = ".".join(str(part) for part in place)[:MAX_PATH_CHARS]
+        if broken:
+            return error_response(BadRequest(problem["msg"], param=path))
         if not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
             return error_response(BadRequest(message))

@@ -1,17 +1,18 @@
-"""OpenAI's two `logprobs` objects, of a chat choice and of a completion's, from the engine's numbers.
+"""What choices say of their tokens, from the engine's numbers: OpenAI's two `logprobs`, and our `trace`.
 
 Tokens that spell a stop string are there though the text stops before them: they were decoded, and a stream cannot
 know them when it sends them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from server.schemas.chat import ChoiceLogprobs, ContentLogprob, TokenLogprob
+from server.schemas.chat import ChoiceLogprobs, ContentLogprob, TokenLogprob, TracedToken
 from server.schemas.completions import CompletionLogprobs
 from server.token_bytes import TokenBytes
 from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
-from trm.engine.request import TokenLogprobs
+from trm.engine.request import Candidates, TokenLogprobs, TokenTrace
 
 LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot hold
 
@@ -24,9 +25,18 @@ def choice_logprobs(token_bytes: TokenBytes, tokens: Scored) -> ChoiceLogprobs:
     """What a chat choice says of some tokens."""
     content = []
     for id_, found in tokens:
-        top = [_token(token_bytes, *pair) for pair in found.top]
-        content.append(ContentLogprob(**_token(token_bytes, id_, found.logprob).model_dump(), top_logprobs=top))
+        top = _candidates(token_bytes, found.top)
+        spelt = _spelt(token_bytes, id_)
+        content.append(ContentLogprob(**spelt, logprob=_finite(found.logprob), top_logprobs=top))
     return ChoiceLogprobs(content=content)
+
+
+def choice_trace(token_bytes: TokenBytes, tokens: Sequence[tuple[int, TokenTrace]]) -> list[TracedToken]:
+    """The steps behind some tokens."""
+    return [
+        TracedToken(**_spelt(token_bytes, id_), steps=[_candidates(token_bytes, step) for step in trace])
+        for id_, trace in tokens
+    ]
 
 
 class Offsets:
@@ -49,18 +59,24 @@ def completion_logprobs(token_bytes: TokenBytes, offsets: Offsets, tokens: Score
     for id_, found in tokens:
         likeliest: dict[str, float] = {}
         for rival, logprob in (*found.top, (id_, found.logprob)):
-            likeliest.setdefault(token_bytes.spell(rival), max(logprob, LEAST_LOGPROB))
+            likeliest.setdefault(token_bytes.spell(rival), _finite(logprob))
         said.tokens.append(token_bytes.spell(id_))
-        said.token_logprobs.append(max(found.logprob, LEAST_LOGPROB))
+        said.token_logprobs.append(_finite(found.logprob))
         said.top_logprobs.append(likeliest)
         said.text_offset.append(offsets.next(id_))
     return said
 
 
-def _token(token_bytes: TokenBytes, id_: int, logprob: float) -> TokenLogprob:
+def _candidates(token_bytes: TokenBytes, candidates: Candidates) -> list[TokenLogprob]:
+    return [TokenLogprob(**_spelt(token_bytes, id_), logprob=_finite(logprob)) for id_, logprob in candidates]
+
+
+def _spelt(token_bytes: TokenBytes, id_: int) -> dict[str, Any]:
     spelt = token_bytes(id_)
-    return TokenLogprob(
-        token="" if spelt is None else spelt.decode(errors="replace"),
-        logprob=max(logprob, LEAST_LOGPROB),
-        bytes=None if spelt is None else list(spelt),
-    )
+    if spelt is None:
+        return {"token": "", "bytes": None}
+    return {"token": spelt.decode(errors="replace"), "bytes": list(spelt)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

@@ -22,12 +22,14 @@ REJECTIONS = {
     401: "unauthorized",
     404: "not_found",
     405: "wrong_method",
+    408: "slow_body",
     413: "too_large",
     429: "overloaded",
+    500: "failed",
     503: "unavailable",
     504: "timeout",
 }
-"""Status of a refused POST -> label `reason`."""
+"""Status of a POST that was refused, or of the error that ended its stream -> label `reason`."""
 
 
 @dataclass
@@ -48,6 +50,9 @@ class Metrics:
             "trm_request_success", "Accepted requests that ended, by how", ["finished_reason"], registry=registry
         )
         self.rejected = Counter("trm_request_rejected", "HTTP requests refused, by why", ["reason"], registry=registry)
+        self.departures = Counter(
+            "trm_client_disconnects", "HTTP requests whose client left before the response was whole", registry=registry
+        )
         self.answers = Counter("trm_solve_answers", "Questions solved, by outcome", ["outcome"], registry=registry)
         self.first_token_s = Histogram(
             "trm_time_to_first_token_seconds",

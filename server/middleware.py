@@ -11,18 +11,20 @@ import secrets
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import STATUS, BodyTooLarge, TimedOut, Unauthorized, error_response, internal_error_response
+from server.errors import BodyTooLarge, SlowBody, Unauthorized, describe, error_response, internal_error_response
 from server.metrics import REJECTIONS, Metrics
+from server.routes import playground
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
-QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # logged at debug level only
+QUIET_PATHS = OPEN_PATHS | {"/metrics", *playground.PATHS}  # logged at debug level only
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
 
@@ -50,6 +52,8 @@ class Trace:
                 headers["OpenAI-Processing-Ms"] = f"{timings['total']:.0f}"
                 headers["Server-Timing"] = ", ".join(f"{name};dur={ms:.1f}" for name, ms in timings.items())
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                call.answered = True
 
         try:
             await self.app(scope, receive, tagged)
@@ -62,36 +66,49 @@ class Trace:
             self._finish(scope, call)
 
     def _finish(self, scope: Scope, call: Call) -> None:
-        submission, status = call.submission, call.status or CLIENT_CLOSED_REQUEST
+        """Nothing goes on for a request that is over; count it and log it."""
+        submission = call.submission
+        status = CLIENT_CLOSED_REQUEST if call.abandoned or call.status is None else call.status
+        facts: dict[str, Any] = {"request_id": call.id, "method": scope["method"], "path": scope["path"]}
+        facts["status"] = failure = status
         if submission is not None:
             submission.cancel()
-        refusal = status  # of a stream, that is in its last event
-        if submission is not None and isinstance(submission.error, TimedOut):
-            refusal = STATUS[TimedOut][0]
-        if scope["method"] == "POST" and refusal in REJECTIONS:
-            self.metrics.rejected.labels(REJECTIONS[refusal]).inc()
-        logger.log(
-            logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
-            "request %s: %s %r %d, %d prompt tokens, %d completion tokens, %.0f ms",
-            call.id,
-            scope["method"],
-            scope["path"],
-            status,
-            submission.prompt_tokens if submission else 0,
-            submission.completion_tokens if submission else 0,
-            (time.perf_counter() - call.started_at) * 1000,
-        )
+            facts["prompt_tokens"] = submission.prompt_tokens
+            facts["completion_tokens"] = submission.completion_tokens
+            facts["finish_reasons"] = dict(submission.finish_reasons)
+            if submission.error is not None:  # a stream has told of it in its last event only
+                failure = describe(submission.error)[0]
+        if failure in REJECTIONS:
+            facts["reason"] = REJECTIONS[failure]
+            if scope["method"] == "POST":
+                self.metrics.rejected.labels(REJECTIONS[failure]).inc()
+        if call.abandoned:
+            self.metrics.departures.inc()
+        facts["ms"] = round((time.perf_counter() - call.started_at) * 1000)
+        logger.log(logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO, "request", extra=facts)
+
+
+def is_public(path: str, public: Sequence[str]) -> bool:
+    """Whether a path needs no key. What ends in /* stands for all that begin so."""
+    prefixes = tuple(pattern.removesuffix("*") for pattern in public if pattern.endswith("/*"))
+    return path in OPEN_PATHS or path in public or path.startswith(prefixes)
 
 
 class RequireKey:
-    """Refuses requests without one of `keys`; probes pass. No keys: all pass."""
+    """Refuses requests without one of `keys`. No keys: all pass; probes do, and so do `public` paths."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], public: Sequence[str]) -> None:
         self.app = app
         self.keys = [key.encode() for key in keys]
+        self.public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] not in OPEN_PATHS and not self._known(scope):
+        if (
+            scope["type"] == "http"
+            and self.keys
+            and not is_public(scope["path"], self.public)
+            and not self._known(scope)
+        ):
             error = Unauthorized("missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
@@ -105,23 +122,31 @@ class RequireKey:
 
 
 class ReadBody:
-    """Reads the body, `max_bytes` at most, then runs the handler for as long as the client stays."""
+    """Reads the body, `max_bytes` in `timeout_s` at most, then runs the handler for as long as the client stays."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        call: Call = scope["state"]["call"]
         try:
-            body = await self._read(scope, receive)
+            async with asyncio.timeout(self.timeout_s):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            slow = f"the body did not arrive within {self.timeout_s:g} s, this server's limit"
+            await error_response(SlowBody(slow, code="body_timeout"))(scope, receive, send)
         except BodyTooLarge as error:
             await error_response(error)(scope, receive, send)
-            return
-        if body is not None:
-            await self._run(scope, body, receive, send)
+        else:
+            if body is None:
+                call.abandoned = True
+            else:
+                await self._run(scope, body, receive, send, call)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None where the client left before its end."""
@@ -141,7 +166,7 @@ class ReadBody:
             more = message.get("more_body", False)
         return b"".join(chunks)
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send, call: Call) -> None:
         pending = [body]
 
         async def replay() -> Message:
@@ -157,6 +182,7 @@ class ReadBody:
         watcher = asyncio.ensure_future(left())
         try:
             await asyncio.wait((handler, watcher), return_when=asyncio.FIRST_COMPLETED)
+            call.abandoned = watcher.done() and not call.answered
         finally:
             handler.cancel()  # nothing happens to one that is done
             watcher.cancel()

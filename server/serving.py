@@ -12,6 +12,7 @@ from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
+from trm.engine.grammar import GrammarCompiler
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Call:
     id: str
     started_at: float = field(default_factory=time.perf_counter)
     status: int | None = None  # None until a response starts
+    answered: bool = False  # the whole response has been sent
+    abandoned: bool = False  # the client left before
     submission: Submission | None = None
 
     def timings_ms(self) -> dict[str, float]:
@@ -45,6 +48,7 @@ class Serving:
     worker: Worker
     metrics: Metrics
     token_bytes: TokenBytes
+    grammars: GrammarCompiler
     model_id: str
     settings: ServeSettings
     created: int  # unix time

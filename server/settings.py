@@ -1,18 +1,23 @@
 """What `trm-serve` can be told. Every knob here is read; `trm.settings` says from where."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
 from trm.errors import ConfigError
+from trm.logs import LogFormat
 from trm.settings import Settings
 
 BUNDLED_MODEL_ID = "qwen-trm"
 
 ApiKey = Annotated[str, Field(min_length=1)]
+PublicPath = Annotated[str, Field(pattern=r"^/([^*]*|[^*]*/\*)$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")]
+LISTS = ("api_key", "public_paths", "cors_origins")  # flags that take several values at once
 
 
 class ServeSettings(Settings):
@@ -20,18 +25,55 @@ class ServeSettings(Settings):
 
     command: ClassVar[str] = "trm-serve"
 
+    groups: ClassVar[Mapping[str, Sequence[str]]] = {
+        "model": ("model", "served_model_name", "device", "dtype", "num_threads"),
+        "address": ("host", "port", "cors_origins"),
+        "keys": ("api_key", "api_key_file", "public_paths"),
+        "engine": ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"),
+        "limits of one request": (
+            "max_body_bytes",
+            "max_body_fields",
+            "max_n",
+            "max_messages",
+            "max_stop",
+            "max_stop_chars",
+        ),
+        "time": (
+            "request_timeout_seconds",
+            "body_timeout_seconds",
+            "idle_connection_seconds",
+            "keep_alive_seconds",
+            "drain_seconds",
+        ),
+        "operation": ("exit_on_failure", "log_level", "log_format"),
+    }
+
     model: str | None = Field(None, description="checkpoint directory or hub id; without it the bundled model")
     served_model_name: str | None = Field(None, description="the model's id in requests; by default --model as given")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads that decode; default torch's")
+
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one and logs it")
+    cors_origins: Annotated[CliVariadicArg[list[Origin]], NoDecode] = Field(
+        [], description="origins whose pages may use this server, such as https://example.org, or * for all"
+    )
+
     api_key: Annotated[CliVariadicArg[list[ApiKey]], NoDecode] = Field(
         [],
         description="keys that clients send as 'Authorization: Bearer KEY', separated by commas in TRM_API_KEY; "
         "without any the server is open",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads that decode; default torch's")
+    api_key_file: Path | None = Field(
+        None, description="file with more keys, one a line; empty lines and those that begin with # do not count"
+    )
+    public_paths: Annotated[CliVariadicArg[list[PublicPath]], NoDecode] = Field(
+        [],
+        description="paths besides /health and /ready that need no key, such as /metrics; "
+        "/ and /playground/* open the playground's page, not what it asks for",
+    )
+
     max_rows: int = Field(32, ge=1, description="requests decoded together")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow"
@@ -46,37 +88,65 @@ class ServeSettings(Settings):
         description="tokens that the backbone may draft for the recursion to verify at once, where that pays; "
         "0 for none",
     )
+
     max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
+    max_body_fields: int = Field(
+        4096, ge=1, description="most fields that the objects of a request body may have together"
+    )
     max_n: int = Field(64, ge=1, description="largest n of one request")
     max_messages: int = Field(512, ge=1, description="most messages of one conversation")
     max_stop: int = Field(16, ge=0, description="most stop strings of one request")
     max_stop_chars: int = Field(256, ge=1, description="longest stop string")
-    keep_alive_seconds: float = Field(15.0, gt=0, description="a stream that says nothing for so long sends a comment")
+
     request_timeout_seconds: float = Field(
         600.0, ge=0, description="how long a request may take, queue included, before it gets 504; 0 for no limit"
     )
+    body_timeout_seconds: float = Field(30.0, gt=0, description="how long a request's body may take to arrive")
+    idle_connection_seconds: int = Field(
+        75, ge=1, description="how long a connection may stay open without a request, or with half a one"
+    )
+    keep_alive_seconds: float = Field(15.0, gt=0, description="a stream that says nothing for so long sends a comment")
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")
+
     exit_on_failure: bool = Field(
         False, description="exit with status 1 when the engine or its device has failed, for a supervisor to restart"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
+    log_format: LogFormat = Field("auto", description="auto: text on a terminal, else one JSON object a line")
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
-        """As for every command, but a key that the shell left empty must not open the server to all."""
+        """As for every command, but a list that the shell left empty must not open the server to all."""
         given = list(sys.argv[1:] if argv is None else argv)
         settings = super().from_command_line(given)
-        times = sum(arg.partition("=")[0] == "--api-key" for arg in given)
-        if times > 1:
-            raise ConfigError(f"--api-key is given {times} times; give it once, with all keys behind it")
-        if times and not settings.api_key:
-            raise ConfigError("--api-key has no key behind it; leave it out to serve without keys")
+        for name in LISTS:
+            flag = f"--{name.replace('_', '-')}"
+            times = sum(arg.partition("=")[0] == flag for arg in given)
+            if times > 1:
+                raise ConfigError(f"{flag} is given {times} times; give it once, with all its values behind it")
+            if times and not getattr(settings, name):
+                raise ConfigError(f"{flag} has nothing behind it; leave it out where there is nothing to say")
+        settings.keys()  # now, before a model is loaded
         return settings
 
-    @field_validator("api_key", mode="before")
+    @field_validator(*LISTS, mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
-        return [key.strip() for key in value.split(",")] if isinstance(value, str) else value
+    def _split(cls, value: Any) -> Any:
+        return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+
+    def keys(self) -> list[str]:
+        """All keys that open the server; none if it is open. Raises ConfigError for a file that has none."""
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            lines = [line.strip() for line in self.api_key_file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a text file"
+            raise ConfigError(f"--api-key-file {self.api_key_file}: {reason}") from None
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key; leave it out to serve without keys")
+        return [*self.api_key, *found]
 
     @property
     def model_id(self) -> str:

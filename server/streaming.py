@@ -18,14 +18,17 @@ logger = logging.getLogger(__name__)
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must pass each token on
 DONE = b"data: [DONE]\n\n"
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
+"""What the OpenAPI document says of a route that can stream, besides its body."""
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, so that no proxy takes a long wait for a dead connection
 
 
 def sse(content: dict[str, Any]) -> bytes:
     """One server-sent event, in ASCII: some clients take U+2028 and its like for line ends."""
-    data = to_json(content)  # a sixth of the time of json.dumps, but cannot escape
+    data = to_json(content)  # several times as fast as json.dumps, but it cannot escape
     if not data.isascii():
-        data = json.dumps(content, separators=(",", ":")).encode()
+        data = json.dumps(json.loads(data), separators=(",", ":")).encode()
     return b"data: %s\n\n" % data
 
 

@@ -1,4 +1,7 @@
-"""Request bodies parsed without the leniency of Python's JSON: no NaN, no Infinity, no lone surrogates."""
+"""Request bodies parsed without the leniency of Python's JSON: no NaN, no Infinity, no lone surrogates.
+
+Nor so many fields that checking them would keep everybody else waiting.
+"""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -11,10 +14,25 @@ from starlette.exceptions import HTTPException
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
+        body, limit = await self.body(), self.app.state.settings.max_body_fields
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            content = from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is not valid JSON: {error}") from None
+        if body.count(b":") > limit:  # each field has one; few texts have so many
+            _check_fields(content, limit)
+        return content
+
+
+def _check_fields(content: Any, limit: int) -> None:
+    """Raise a 400 where the objects in `content` have more fields than `limit` together."""
+    level, fields = [content], 0
+    while level:
+        fields += sum(len(value) for value in level if isinstance(value, dict))
+        if fields > limit:
+            raise HTTPException(400, f"the body has more than {limit} fields, this server's limit (--max-body-fields)")
+        inside = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
 
 
 class StrictRoute(APIRoute):

@@ -20,6 +20,8 @@ class TokenBytes:
         self._tokenizer = tokenizer.backend_tokenizer
         self._byte_level = "ByteLevel(" in repr(self._tokenizer.decoder)
         self._added = {id_: str(token.content) for id_, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special |= set(tokenizer.all_special_ids)
 
     def __call__(self, token_id: int) -> bytes | None:
         """The token's bytes, a special token's name included; None for an id that the tokenizer gives no token."""
@@ -45,3 +47,7 @@ class TokenBytes:
             return spelt.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
+
+    def texts(self, count: int) -> list[bytes | None]:
+        """What the first `count` ids add to a text; None for special tokens and for ids without a token."""
+        return [None if id_ in self._special else self(id_) for id_ in range(count)]

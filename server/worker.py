@@ -29,7 +29,7 @@ class Submission:
 
     def __init__(self, reservation: Reservation, metrics: Metrics, on_end: Callable[["Submission"], None]) -> None:
         self.reservation = reservation
-        self.error: TRMError | None = None  # that the server ended it with
+        self.error: TRMError | None = None  # that it ended with
         self.requests: Sequence[EngineRequest] = ()
         self.completion_tokens = 0  # so far
         self.finish_reasons: Counter[str] = Counter()
@@ -40,7 +40,7 @@ class Submission:
         self.reserved_at = time.perf_counter()
         self.submitted_at: float | None = None
         self.first_token_at: float | None = None  # of any of the requests
-        self.queue_s: float | None = None  # the longest of any of the requests, once it has ended
+        self.queue_s: float | None = None  # the longest of any of the requests, as far as is known
         self._running: set[int] = set()
         self._spared: set[int] = set()
         self._times: list[Times] = []
@@ -88,7 +88,8 @@ class Submission:
         while left:
             index, event = await self._events.get()
             if event.finish_reason == "error":
-                raise event.error or DeviceError("the engine gave up the request")
+                self.error = event.error or DeviceError("the engine gave up the request")
+                raise self.error
             if event.finish_reason == "cancelled" and index not in self._spared:
                 raise Unavailable("the server is stopping and ended the request; send it again", "draining")
             left -= event.finish_reason is not None

@@ -20,7 +20,7 @@ from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
-from trm.settings import configure_logging
+from trm.logs import configure_logging
 
 DECODER: dict[str, Any] = {
     "dataset": "synthetic:easy,all",  # easy problems twice as often

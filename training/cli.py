@@ -4,7 +4,8 @@ import signal
 import sys
 
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from trm.settings import configure_logging, run_command
+from trm.logs import configure_logging
+from trm.settings import run_command
 
 
 def train() -> None:

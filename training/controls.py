@@ -30,7 +30,8 @@ from training.trainer import Trainer
 from trm import checkpoint
 from trm.device import has_fast_bfloat16, use_device
 from trm.errors import DeviceError
-from trm.settings import Settings, configure_logging, run_command
+from trm.logs import configure_logging
+from trm.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trm.engine.request import SamplingParams
+from trm.engine.request import Follow, Grammar, SamplingParams
 from trm.engine.sampling import adjusted_scores
 from trm.layers import Attending, causal_mask
 from trm.model import TRMForCausalLM
@@ -32,20 +32,27 @@ class ReferenceReply:
 
 @torch.inference_mode()
 def decode(
-    model: TRMForCausalLM, prompt_ids: Sequence[int], params: SamplingParams, end_id: int | None
+    model: TRMForCausalLM,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    end_id: int | None,
+    grammar: Grammar | None = None,
 ) -> ReferenceReply:
-    """Decode one prompt. `end_id` None: only `max_tokens` ends the reply. Stop strings are not looked for."""
+    """Decode one prompt, without stop strings. `end_id` None: only `max_tokens` or a grammar ends the reply."""
     reply: list[int] = []
     gaps: list[float] = []
     all_steps: list[int] = []
     for _ in range(params.max_tokens):
+        follow = None if grammar is None else _follow(grammar, params, reply)
+        if follow is not None and follow.complete:
+            break
         tokens = torch.tensor([[*prompt_ids, *reply]], device=model.device)
         if params.halts:
             logits, steps, margin = _halted(model, tokens, params)
         else:
             steps, margin = model.check_effort(params.n_supervision), float("inf")
             logits = model(tokens, n_supervision=steps, logits_to_keep=1, use_cache=False).logits[0, -1]
-        scores = adjusted_scores(logits, params, prompt_ids, reply)
+        scores = adjusted_scores(logits, params, prompt_ids, reply, None if follow is None else follow.mask)
         second, first = np.sort(scores)[-2:]
         gaps.append(min(float(first - second), margin))
         all_steps.append(steps)
@@ -53,6 +60,16 @@ def decode(
         if reply[-1] == end_id and not params.ignore_eos:
             break
     return ReferenceReply(tuple(reply), tuple(gaps), tuple(all_steps))
+
+
+def _follow(grammar: Grammar, params: SamplingParams, reply: Sequence[int]) -> Follow:
+    """What may come next, from the beginning each time."""
+    matcher = grammar.matcher(may_end=not params.ignore_eos)
+    for token in reply:
+        matcher.advance(token)
+    follow = matcher.follow()
+    assert follow.failure is None, follow.failure
+    return follow
 
 
 def _halted(model: TRMForCausalLM, tokens: Tensor, params: SamplingParams) -> tuple[Tensor, int, float]:

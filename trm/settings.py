@@ -7,7 +7,6 @@ command with one line and status 2.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -120,11 +119,3 @@ def run_command(main: Callable[[], None], command: str) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def configure_logging(level: str = "INFO") -> None:
-    """What commands do once; libraries only log."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)

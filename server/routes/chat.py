@@ -8,33 +8,38 @@ from pydantic import BaseModel
 
 from server.choices import Wording, respond
 from server.decoding import conversation, generation_params, num_samples, submit
-from server.logprobs import Scored, choice_logprobs
-from server.schemas.chat import ChatCompletion, ChatRequest, ChoiceLogprobs
+from server.logprobs import choice_logprobs, choice_trace
+from server.schemas.chat import ChatCompletion, ChatRequest
 from server.serving import CallDep, ServingDep
+from server.streaming import STREAMED
 from server.strict_json import StrictRoute
-from trm.errors import BadRequest
+from trm.engine.request import Event, Reply
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
-@router.post("/chat/completions", response_model=ChatCompletion)
+@router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode n replies to a conversation."""
     serving.check_model(body.model)
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise BadRequest("give either max_tokens or max_completion_tokens, not both", param="max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     n = num_samples(body, serving)
     params = generation_params(
         body,
         serving,
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        trace=body.trace,
     )
     messages = conversation(body.messages, serving)
     submission = await submit(
-        serving, call, 1, lambda: [serving.engine.chat.encode(messages)], params, n, param="messages"
+        serving,
+        call,
+        1,
+        lambda: [serving.engine.chat.encode(messages)],
+        params,
+        n,
+        param="messages",
+        response_format=body.response_format,
     )
     return await respond(ChatWording(serving, params), submission, n, body, call)
 
@@ -58,5 +63,10 @@ class ChatWording(Wording):
     def ending(self) -> dict[str, Any]:
         return {"delta": {}}
 
-    def tell_logprobs(self, index: int, tokens: Scored) -> ChoiceLogprobs:
-        return choice_logprobs(self.serving.token_bytes, tokens)
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.params.logprobs is not None:
+            found["logprobs"] = choice_logprobs(self.serving.token_bytes, self.content(said, said.logprobs))
+        if self.params.trace is not None:
+            found["trace"] = choice_trace(self.serving.token_bytes, self.content(said, said.traces))
+        return found

@@ -8,16 +8,17 @@ from pydantic import BaseModel
 
 from server.choices import Wording, respond
 from server.decoding import generation_params, num_samples, submit
-from server.logprobs import Offsets, Scored, completion_logprobs
-from server.schemas.completions import Completion, CompletionLogprobs, CompletionRequest
+from server.logprobs import Offsets, completion_logprobs
+from server.schemas.completions import Completion, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
+from server.streaming import STREAMED
 from server.strict_json import StrictRoute
-from trm.engine.request import SamplingParams
+from trm.engine.request import Event, Reply, SamplingParams
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
-@router.post("/completions", response_model=Completion)
+@router.post("/completions", response_model=Completion, responses=STREAMED)
 async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Continue one prompt, or a list of them all or none; the choices of a prompt stand side by side."""
     serving.check_model(body.model)
@@ -32,6 +33,7 @@ async def completions(body: CompletionRequest, serving: ServingDep, call: CallDe
         params,
         n,
         param="prompt",
+        response_format=body.response_format,
     )
     return await respond(CompletionWording(serving, params, len(submission.requests)), submission, n, body, call)
 
@@ -59,5 +61,8 @@ class CompletionWording(Wording):
     def ending(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def tell_logprobs(self, index: int, tokens: Scored) -> CompletionLogprobs:
-        return completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)
+    def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
+        if self.params.logprobs is None:
+            return {}
+        tokens = self.content(said, said.logprobs)
+        return {"logprobs": completion_logprobs(self.serving.token_bytes, self._offsets[index], tokens)}

@@ -14,12 +14,19 @@ async def models(serving: ServingDep) -> ModelList:
     return ModelList(data=[_model(serving)])
 
 
-@router.get("/models/{name:path}")
-async def model(name: str, serving: ServingDep) -> ModelBody:
+@router.get("/models/{model:path}")
+async def model_by_name(model: str, serving: ServingDep) -> ModelBody:
     """The model, if that is its name; ids may hold slashes."""
-    serving.check_model(name)
+    serving.check_model(model)
     return _model(serving)
 
 
 def _model(serving: Serving) -> ModelBody:
-    return ModelBody(id=serving.model_id, created=serving.created, max_model_len=serving.engine.max_model_len)
+    engine = serving.engine
+    return ModelBody(
+        id=serving.model_id,
+        created=serving.created,
+        max_model_len=engine.max_model_len,
+        n_supervision=engine.model.config.n_supervision,
+        max_supervision=engine.max_supervision,
+    )

@@ -9,19 +9,18 @@ from server.decoding import num_samples, sampling_params, submit, usage_body
 from server.metrics import Metrics
 from server.schemas.solve import Outcome, SolveEnd, SolveRequest, SolveResult, SolveResults, SolveText, SolveVote
 from server.serving import CallDep, ServingDep
-from server.streaming import EventStream
+from server.streaming import STREAMED, EventStream
 from server.strict_json import StrictRoute
 from server.worker import Submission
 from trm.answers import find_boxed
 from trm.chat import solve_messages
 from trm.engine.request import Reply
-from trm.errors import BadRequest
 from trm.voting import VOTING_TEMPERATURE, ballot, decided, majority
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/solve", response_model=SolveResult | SolveResults)
+@router.post("/solve", response_model=SolveResult | SolveResults, responses=STREAMED)
 async def solve(
     body: SolveRequest, serving: ServingDep, call: CallDep
 ) -> SolveResult | SolveResults | StreamingResponse:
@@ -29,9 +28,6 @@ async def solve(
     questions = [body.question] if isinstance(body.question, str) else body.question
     n = num_samples(body, serving, len(questions), param="question")
     temperature = body.temperature
-    if n > 1 and temperature == 0:
-        message = f"temperature is 0, so {n} samples would all be equal; leave it out, or take n = 1"
-        raise BadRequest(message, param="temperature")
     if n > 1 and temperature is None:
         temperature = VOTING_TEMPERATURE
     params = sampling_params(body, serving.engine, temperature=temperature)

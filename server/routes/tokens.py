@@ -2,6 +2,8 @@
 
 import asyncio
 import reprlib
+from collections.abc import Callable
+from functools import partial
 
 from fastapi import APIRouter
 
@@ -18,24 +20,21 @@ router = APIRouter(route_class=StrictRoute)
 async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeResponse:
     """The ids of a prompt or a conversation, as the decoding routes encode them."""
     serving.check_model(body.model)
-    chat, prompt, messages = serving.engine.chat, body.prompt, body.messages
-    if prompt is not None and messages is not None:
-        raise BadRequest("give either prompt or messages, not both", param="prompt")
-    if messages is not None:
-        turns = conversation(messages, serving)
-        ids = await asyncio.to_thread(chat.encode, turns, body.add_generation_prompt is not False)
-    elif prompt is None:
-        raise BadRequest("give either prompt or messages", param="prompt")
-    elif body.add_generation_prompt is not None:
-        raise BadRequest("add_generation_prompt needs messages", param="add_generation_prompt")
+    chat = serving.engine.chat
+    encode: Callable[[], list[int]]
+    if body.messages is not None:
+        encode = partial(chat.encode, conversation(body.messages, serving), body.add_generation_prompt is not False)
     else:
-        ids = await asyncio.to_thread(chat.encode_prompt, prompt)
-    return TokenizeResponse(
-        count=len(ids),
-        max_model_len=serving.engine.max_model_len,
-        tokens=ids,
-        token_strs=[serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None,
-    )
+        encode = partial(chat.encode_prompt, body.prompt or "")
+
+    def respond() -> TokenizeResponse:
+        ids = encode()
+        spelt = [serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(ids), max_model_len=serving.engine.max_model_len, tokens=ids, token_strs=spelt
+        )
+
+    return await asyncio.to_thread(respond)
 
 
 @router.post("/detokenize")

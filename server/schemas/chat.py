@@ -1,12 +1,13 @@
 """Bodies of POST /v1/chat/completions."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import Body, Generation, UsageBody
-from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
+from server.schemas.common import Body, Generation, Integer, UsageBody
+from server.schemas.rules import Rule, at_most_one, needs_true
+from trm.engine.request import MAX_TOP_LOGPROBS, MAX_TRACE, FinishReason
 
 Role = Literal["system", "developer", "user", "assistant"]
 
@@ -14,6 +15,9 @@ Role = Literal["system", "developer", "user", "assistant"]
 class TextPart(Body):
     type: Literal["text"]
     text: str
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1)]
 
 
 def _parts(content: Any) -> Any:
@@ -28,7 +32,9 @@ def _parts(content: Any) -> Any:
 class ChatMessage(Body):
     role: Role
     content: Annotated[
-        list[TextPart], Field(min_length=1), BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])
+        list[TextPart],
+        Field(min_length=1, fail_fast=True),
+        BeforeValidator(_parts, json_schema_input_type=str | Parts),
     ]
 
     @property
@@ -38,13 +44,20 @@ class ChatMessage(Body):
 
 class ChatRequest(Generation):
     """logprobs asks for each token's log probability, top_logprobs, which needs it, for those of so many of the
-    likeliest tokens.
+    likeliest tokens. trace asks for so many of the likeliest tokens after every supervision step behind each token.
     """
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Generation.rules,
+        at_most_one("max_tokens", "max_completion_tokens", param="max_tokens"),
+        needs_true("top_logprobs", "logprobs"),
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    trace: Integer | None = Field(None, ge=1, le=MAX_TRACE)
 
 
 class ReplyMessage(BaseModel):
@@ -54,12 +67,15 @@ class ReplyMessage(BaseModel):
     content: str
 
 
-class TokenLogprob(BaseModel):
+class SpeltToken(BaseModel):
     """token: its bytes as text, U+FFFD for what is not a whole character. bytes: null for an id without a token."""
 
     token: str
-    logprob: float
     bytes: list[int] | None
+
+
+class TokenLogprob(SpeltToken):
+    logprob: float
 
 
 class ContentLogprob(TokenLogprob):
@@ -75,10 +91,19 @@ class ChoiceLogprobs(BaseModel):
     refusal: None = None
 
 
+class TracedToken(SpeltToken):
+    """A token of the reply and its likeliest rivals, best first: after step 0, the backbone's own answer, and after
+    each supervision step that was taken. The last step is the one that the token was chosen from.
+    """
+
+    steps: list[list[TokenLogprob]]
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ReplyMessage
-    logprobs: ChoiceLogprobs | None
+    logprobs: ChoiceLogprobs | None = None
+    trace: list[TracedToken] | None = None
     finish_reason: FinishReason
     boxed_answer: str | None
 

@@ -6,29 +6,68 @@ they are defined, in `trm.engine.request.SamplingParams`.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from server.schemas.rules import Rule, at_most_one, needs_true
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def _integral(value: Any) -> Any:
+    """JSON knows one kind of number: 5.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
 
 
 class Body(BaseModel):
     """Base of everything that a client sends."""
 
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _obeys_rules(self) -> Self:
+        for rule in self.rules:
+            if not rule.holds(self):
+                raise PydanticCustomError("rule", "{message}", {"param": rule.param, "message": rule.message})
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        if cls.rules:
+            schema["allOf"] = [rule.schema for rule in cls.rules]
+        return schema
 
 
 class Decoding(Body):
     """What every decoding route takes. max_tokens is clipped to the room that the prompt leaves."""
 
-    n: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("reasoning_effort", "supervision_steps", param="supervision_steps"),
+    )
+
+    n: Integer | None = Field(None, ge=1)
+    max_tokens: Integer | None = Field(None, ge=1)
     temperature: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     reasoning_effort: Effort | None = None
-    supervision_steps: int | None = None
+    supervision_steps: Integer | None = None
     halt_threshold: float | None = None
     halt_tolerance: float | None = None
 
@@ -48,10 +87,80 @@ def _token_ids(bias: dict[str, float] | None) -> dict[str, float] | None:
     return bias
 
 
+class TextFormat(Body):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """name and description are labels of the caller's; the schema is kept to whatever `strict` says."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]+$", max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class RegexFormat(Body):
+    """Text that all of a regular expression matches. Ours, not OpenAI's."""
+
+    type: Literal["regex"]
+    regex: str = Field(min_length=1)
+
+
+class ChoiceFormat(Body):
+    """One of some strings. Ours, not OpenAI's."""
+
+    type: Literal["choice"]
+    choice: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+
+
+_FORMATS: dict[str, type[Body]] = {
+    "text": TextFormat,
+    "json_object": JsonObjectFormat,
+    "json_schema": JsonSchemaFormat,
+    "regex": RegexFormat,
+    "choice": ChoiceFormat,
+}
+
+
+def _format(value: Any) -> Any:
+    """The format that `type` names, so that an error's path needs no union in it."""
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("type")
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise PydanticCustomError("response_format", f"type should be one of {', '.join(_FORMATS)}")
+    return _FORMATS[kind].model_validate(value)
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat,
+    Field(discriminator="type"),
+    BeforeValidator(_format),
+]
+
+
 class StreamOptions(Body):
     """include_usage: a last chunk with the usage. continuous_usage_stats, which needs it: the usage so far in every
     chunk.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = (needs_true("continuous_usage_stats", "include_usage"),)
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -61,12 +170,14 @@ class Generation(Decoding):
     """What OpenAI's decoding routes take besides.
 
     logit_bias: token ids, as strings, to numbers. `user` and `metadata` are labels of the caller's; OpenAI
-    gives them no effect on the reply either.
+    gives them no effect on the reply either. response_format: what the reply must look like.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, needs_true("stream_options", "stream"))
 
     model: str | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
@@ -74,6 +185,7 @@ class Generation(Decoding):
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_token_ids)] = None
     stop: Annotated[list[str] | None, BeforeValidator(_strings, json_schema_input_type=str | list[str] | None)] = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -112,3 +224,18 @@ class UsageBody(BaseModel):
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
     trm: TRMUsage
+
+
+class ErrorDetails(BaseModel):
+    """param: the field that is wrong, if one is. code: the kind of error, if it has a name."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """How every error looks."""
+
+    error: ErrorDetails

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal, LiteralString
 from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
-from server.schemas.common import Generation, UsageBody
+from server.schemas.common import Generation, Integer, UsageBody
 from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
 
 Text = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[Integer, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompt = Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
 
@@ -36,7 +36,7 @@ class CompletionRequest(Generation):
     prompt: Annotated[
         Prompt, _or_say("Input should be a text, a list of token ids, or a list of either, none of them empty")
     ]
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Annotated[Literal[False] | None, _or_say("prompts are not told back; leave it out")] = None
     suffix: Annotated[Literal[""] | None, _or_say("nothing can be inserted before a suffix; leave it out")] = None
     best_of: Annotated[Literal[1] | None, _or_say("samples are not ranked; ask for n of them instead")] = None
@@ -65,7 +65,7 @@ class CompletionLogprobs(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: CompletionLogprobs | None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason
     boxed_answer: str | None
 

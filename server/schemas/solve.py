@@ -1,14 +1,19 @@
 """Bodies of POST /solve."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Decoding, UsageBody
+from server.schemas.rules import Rule
 from trm.engine.request import FinishReason
 
 Outcome = Literal["boxed", "truncated", "missing"]
+
+
+Question = Annotated[str, Field(pattern=r"\S")]
+Questions = Annotated[list[Question], Field(min_length=1)]
 
 
 def _questions(question: Any) -> Any:
@@ -20,6 +25,19 @@ def _questions(question: Any) -> Any:
     return question
 
 
+_VARIED = Rule(
+    "temperature",
+    "temperature is 0, so the samples would all be equal; leave it out, or take n = 1",
+    lambda body: body.n in (None, 1) or body.temperature != 0,
+    {
+        "anyOf": [
+            {"properties": {"n": {"enum": [None, 1]}}},
+            {"properties": {"temperature": {"not": {"const": 0}}}},
+        ]
+    },
+)
+
+
 class SolveRequest(Decoding):
     """Body of POST /solve.
 
@@ -27,7 +45,9 @@ class SolveRequest(Decoding):
     depends on what else the server is doing; the answer does not, but votes and solution may.
     """
 
-    question: Annotated[str | list[str], BeforeValidator(_questions)]
+    rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)
+
+    question: Annotated[str | list[str], BeforeValidator(_questions, json_schema_input_type=Question | Questions)]
     stream: bool | None = None
     early_stop: bool | None = None
 

@@ -6,11 +6,15 @@ from pydantic import BaseModel
 
 
 class ModelBody(BaseModel):
+    """n_supervision: the supervision steps that the model was trained with; max_supervision: the most that it takes."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "qwen-trm"
     max_model_len: int
+    n_supervision: int
+    max_supervision: int
 
 
 class ModelList(BaseModel):

@@ -1,19 +1,12 @@
 """Bodies of POST /tokenize and /detokenize."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, Field
 
 from server.schemas.chat import ChatMessage
-from server.schemas.common import Body
-
-_EITHER: list[JsonValue] = [
-    {
-        "required": ["prompt"],
-        "properties": {"prompt": {"type": "string"}, "add_generation_prompt": {"type": "null"}},
-    },
-    {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
-]
+from server.schemas.common import Body, Integer
+from server.schemas.rules import Rule, at_least_one, at_most_one, needs
 
 
 class TokenizeRequest(Body):
@@ -23,13 +16,23 @@ class TokenizeRequest(Body):
     add_special_tokens: false is what happens anyway. return_token_strs: spell every token, too.
     """
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _EITHER})
+    rules: ClassVar[tuple[Rule, ...]] = (
+        at_most_one("prompt", "messages", param="prompt"),
+        at_least_one("prompt", "messages"),
+        needs("add_generation_prompt", "messages"),
+        Rule(
+            "add_special_tokens",
+            "add_special_tokens: this model has none to add; leave it out",
+            lambda body: body.add_special_tokens is not True,
+            {"properties": {"add_special_tokens": {"enum": [None, False]}}},
+        ),
+    )
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_generation_prompt: bool | None = None
-    add_special_tokens: Literal[False] | None = None
+    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -44,7 +47,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[Integer, Field(ge=0)]]
 
 
 class DetokenizeResponse(BaseModel):

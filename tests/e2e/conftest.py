@@ -1,12 +1,15 @@
 """Real processes: `trm-serve` on a free port, as a user starts it."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,30 +19,42 @@ START_TIMEOUT_S = 120
 
 
 class ServerProcess:
-    """A running `trm-serve`; its log goes to a file."""
+    """A running `trm-serve`; its log goes to a file. `before`: Python to be run in its process first."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, before: str = "") -> None:
         self.log = log
-        command = [str(COMMANDS / "trm-serve"), "--port", "0", *arguments]
+        command = [str(COMMANDS / "trm-serve")]
+        if before:
+            command = [sys.executable, "-c", f"{before}\nfrom server.cli import main\nmain()"]
         with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=clean_environment())
-        self.url = self._wait()
+            self.process = subprocess.Popen(
+                [*command, "--port", "0", *arguments], stdout=out, stderr=subprocess.STDOUT, env=clean_environment()
+            )
 
-    def _wait(self) -> str:
+    def url_in(self, line: str) -> str:
+        """Wait for a line of the log, a regular expression, and take the address out of it."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if found := re.search(r"serving \S+ on (http://\S+)", self.log.read_text()):
-                url = found[1]
-                while time.monotonic() < deadline:
-                    try:
-                        if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                            return url
-                    except httpx.TransportError:
-                        time.sleep(0.05)
-            if self.process.poll() is not None:
-                break
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := re.search(line, self.log.read_text()):
+                return found[1]
             time.sleep(0.05)
         raise AssertionError(f"trm-serve did not start:\n{self.log.read_text()}")
+
+    @cached_property
+    def url(self) -> str:
+        """Where it serves; waits until it does."""
+        return self.url_in(r'serving \S+ on (http://[^\s"]+)')
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """What the log says of each request."""
+        lines = map(json.loads, self.log.read_text().splitlines())
+        return [line for line in lines if line["logger"] == "server.middleware"]
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
     def stop(self) -> int:
         self.process.terminate()
@@ -63,8 +78,10 @@ def run_command(name: str, *arguments: str, timeout: float = 300) -> subprocess.
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
     started: list[ServerProcess] = []
 
-    def start(*arguments: str) -> ServerProcess:
-        started.append(ServerProcess(list(arguments), tmp_path_factory.mktemp("server") / "log.txt"))
+    def start(*arguments: str, before: str = "", ready: bool = True) -> ServerProcess:
+        started.append(ServerProcess(list(arguments), tmp_path_factory.mktemp("server") / "log.txt", before))
+        if ready:
+            assert started[-1].url
         return started[-1]
 
     yield start

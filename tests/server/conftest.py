@@ -29,13 +29,16 @@ def say(*pieces, finish="stop", error=None):
     """A script: one token per piece of text, then the end token."""
 
     def script(request):
-        logprobs = () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),)
+        about = {
+            "logprobs": () if request.params.logprobs is None else (TokenLogprobs(-1.0, ()),),
+            "traces": () if request.params.trace is None else ((((END_ID, -1.0),),),),
+        }
 
         def usage(tokens):
             return Usage(len(request.prompt_ids), tokens, tokens * N_SUPERVISION)
 
-        events = [Event((10 + i,), piece, None, usage(i + 1), logprobs=logprobs) for i, piece in enumerate(pieces)]
-        return [*events, Event((END_ID,), "", finish, usage(len(pieces) + 1), error, logprobs)]
+        events = [Event((10 + i,), piece, None, usage(i + 1), **about) for i, piece in enumerate(pieces)]
+        return [*events, Event((END_ID,), "", finish, usage(len(pieces) + 1), error, **about)]
 
     return script
 
@@ -123,6 +126,7 @@ class FakeEngine:
         self.chat = FakeChat()
         self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
         self.max_model_len = max_model_len
+        self.max_supervision = 16
         self.script = script or say("so ", r"\boxed{72}")
         self.refuse: TRMError | None = None
         self.dead = False

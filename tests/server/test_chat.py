@@ -39,6 +39,7 @@ async def test_a_reply(client, engine, chat_body):
                 "index": 0,
                 "message": {"role": "assistant", "content": "so \\boxed{72}"},
                 "logprobs": None,
+                "trace": None,
                 "finish_reason": "stop",
                 "boxed_answer": "72",
             }
@@ -62,13 +63,14 @@ async def test_defaults(client, engine, chat_body):
     assert (params.temperature, params.max_tokens, params.n_supervision, params.seed) == (0, 512, None, 0)
     assert (params.top_p, params.top_k, params.min_p, params.stop, params.ignore_eos) == (1, 0, 0, (), False)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
-    assert (params.logit_bias, params.logprobs, params.halt_threshold, params.halt_tolerance) == ((), None, None, None)
+    assert (params.logprobs, params.trace) == (None, None)
+    assert (params.logit_bias, params.halt_threshold, params.halt_tolerance) == ((), None, None)
 
 
 async def test_every_field_reaches_the_engine(client, engine, chat_body):
     fields = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 11}
     fields |= {"repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.25}
-    fields |= {"halt_threshold": 0.75, "halt_tolerance": 0.01}
+    fields |= {"halt_threshold": 0.75, "halt_tolerance": 0.01, "trace": 3}
     body = chat_body(**fields, stop=["x", "y"], ignore_eos=True, supervision_steps=2, user="me", metadata={"a": "b"})
 
     assert (await client.post(URL, json=body)).status_code == 200
@@ -471,3 +473,85 @@ async def test_a_probability_of_zero_has_a_number(client, engine, chat_body):
 
     (token,) = choice["logprobs"]["content"]
     assert [token["logprob"], token["top_logprobs"][0]["logprob"]] == [-9999.0, -9999.0]
+
+
+# Traces
+
+
+def likeliest(*ids):
+    """One step's candidates."""
+    return tuple((id_, -0.5 * place) for place, id_ in enumerate(ids))
+
+
+def traced(request):
+    """What `scored` says, in two steps a token."""
+    first, half, other = byte_ids("aé".encode())
+    yield Event((first,), "a", traces=((likeliest(99, first), likeliest(first, 99)),))
+    yield Event((half,), "", traces=((likeliest(half), likeliest(half, 9999)),))
+    usage = Usage(len(request.prompt_ids), 4, 8)
+    yield Event((other, 0), "é", "stop", usage, traces=((likeliest(0), likeliest(other)), (likeliest(0), likeliest(0))))
+
+
+TRACED_A = {
+    "token": "a",
+    "bytes": [97],
+    "steps": [[entry(b"b", 0.0), entry(b"a", -0.5)], [entry(b"a", 0.0), entry(b"b", -0.5)]],
+}
+TRACED_HALF = {
+    "token": "\ufffd",
+    "bytes": [0xC3],
+    "steps": [
+        [entry(b"\xc3", 0.0)],
+        [entry(b"\xc3", 0.0), {"token": "", "logprob": -0.5, "bytes": None}],  # an id without a token
+    ],
+}
+TRACED_OTHER_HALF = {"token": "\ufffd", "bytes": [0xA9], "steps": [[entry(b"<|im_end|>", 0.0)], [entry(b"\xa9", 0.0)]]}
+
+
+async def test_a_trace_is_that_of_the_text(client, engine, chat_body):
+    engine.script = traced
+
+    choice = (await client.post(URL, json=chat_body(trace=2))).json()["choices"][0]
+
+    assert engine.requests[0].params.trace == 2
+    assert choice["trace"] == [TRACED_A, TRACED_HALF, TRACED_OTHER_HALF]
+    assert bytes(byte for token in choice["trace"] for byte in token["bytes"]).decode() == choice["message"]["content"]
+
+
+async def test_a_trace_is_streamed_with_its_tokens(client, engine, chat_body):
+    engine.script = traced
+
+    chunks = await stream(client, chat_body(trace=2))
+
+    assert [chunk["choices"][0] for chunk in chunks] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None},
+        {"index": 0, "delta": {"content": "a"}, "logprobs": None, "finish_reason": None, "trace": [TRACED_A]},
+        {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": None, "trace": [TRACED_HALF]},
+        {"index": 0, "delta": {"content": "é"}, "logprobs": None, "finish_reason": None, "trace": [TRACED_OTHER_HALF]},
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop", "boxed_answer": None},
+    ]
+
+
+async def test_a_trace_and_logprobs_share_a_chunk(client, engine, chat_body):
+    def script(request):
+        both = {"logprobs": (score(0),), "traces": ((likeliest(98),),)}
+        return [Event((98,), "a", **both), Event((0,), "", "stop", Usage(3, 2, 4), **both)]
+
+    engine.script = script
+
+    chunks = await stream(client, chat_body(trace=1, logprobs=True))
+
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [(bool(choice["logprobs"]), "trace" in choice) for choice in choices] == [
+        (False, False),
+        (True, True),
+        (False, False),
+    ]
+
+
+@pytest.mark.parametrize("trace", [0, 11, "3", 1.5, True], ids=repr)
+async def test_a_trace_has_limits(client, engine, chat_body, trace):
+    response = await client.post(URL, json=chat_body(trace=trace))
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "trace")
+    assert not engine.requests

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from server.metrics import REJECTIONS
+from trm.logs import JsonFormatter, TextFormatter
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +84,128 @@ async def test_only_probes_pass_without_a_key(make_app, connect, path, status):
         assert (await client.get(path)).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/metrics", 200),
+        ("/", 200),
+        ("/playground/main.js", 200),
+        ("/version", 401),
+        ("/metrics/", 401),
+        ("/playground", 401),
+        ("/v1/models", 401),
+    ],
+)
+async def test_public_paths_need_no_key(make_app, connect, path, status):
+    app = make_app(api_key=["one"], public_paths=["/metrics", "/", "/playground/*"])
+    async with connect(app) as client:
+        assert (await client.get(path)).status_code == status
+
+
+async def test_keys_of_a_file_open_the_server_too(make_app, connect, tmp_path):
+    (tmp_path / "keys").write_text("two\n")
+    async with connect(make_app(api_key=["one"], api_key_file=tmp_path / "keys")) as client:
+        for key, status in (("one", 200), ("two", 200), ("three", 401)):
+            response = await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert response.status_code == status
+
+
+# Pages of other origins
+
+PAGE = "https://page.example"
+PREFLIGHT = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization, content-type",
+}
+
+
+async def test_other_origins_are_out_by_default(client):
+    response = await client.get("/version", headers={"Origin": PAGE})
+
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert (await client.options("/solve", headers=PREFLIGHT)).status_code == 405
+
+
+@pytest.mark.parametrize("allowed", [PAGE, "*"])
+async def test_pages_of_allowed_origins_ask_first_without_a_key_and_may_read_errors_and_headers(
+    make_app, connect, engine, allowed
+):
+    engine.chat.encode = lambda messages: 1 / 0
+    async with connect(make_app(api_key=["one"], cors_origins=[allowed])) as client:
+        preflight = await client.options("/solve", headers=PREFLIGHT)
+        page = {"Origin": PAGE, "Authorization": "Bearer one"}
+        responses = [
+            await client.get("/version", headers=page),
+            await client.post("/solve", json=QUESTION, headers={"Origin": PAGE}),
+            await client.post("/solve", json={}, headers=page),
+            await client.post("/solve", json=QUESTION, headers=page),
+        ]
+
+    assert preflight.status_code == 200
+    assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+    assert [response.status_code for response in responses] == [200, 401, 400, 500]
+    for response in (preflight, *responses):
+        assert response.headers["access-control-allow-origin"] == allowed
+        assert "access-control-allow-credentials" not in response.headers
+    assert all(response.headers["access-control-expose-headers"] == "*" for response in responses)
+    assert responses[1].headers["x-request-id"]
+
+
+async def test_pages_of_origins_that_are_not_allowed_learn_nothing(make_app, connect):
+    async with connect(make_app(cors_origins=["https://other.example"])) as client:
+        assert (await client.options("/solve", headers=PREFLIGHT)).status_code == 400
+        response = await client.get("/version", headers={"Origin": PAGE})
+
+    assert "access-control-allow-origin" not in response.headers
+
+
 # Body
+
+
+async def test_a_body_that_trickles_in_is_a_408(make_app, connect, engine):
+    async def trickle():
+        yield b'{"question": '
+        await asyncio.sleep(5)
+        yield b'"a"}'
+
+    async with connect(make_app(body_timeout_seconds=0.05)) as client:
+        response = await client.post("/solve", content=trickle())
+        metrics = (await client.get("/metrics")).text
+
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "body_timeout")
+    assert "0.05 s" in response.json()["error"]["message"]
+    assert response.headers["connection"] == "close"
+    assert 'trm_request_rejected_total{reason="slow_body"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {str(number): 1 for number in range(5)},
+        {"messages": [{"role": "user", "content": "a"}] * 3},
+        {"metadata": {"a": [[{"b": 1, "c": 2}], {"d": 3}], "e": 4}},
+    ],
+    ids=["flat", "in a list", "deep"],
+)
+async def test_a_body_of_too_many_fields_is_not_looked_at(make_app, connect, body):
+    async with connect(make_app(max_body_fields=4)) as client:
+        response = await client.post("/v1/chat/completions", json=body)
+
+    assert response.status_code == 400
+    assert "more than 4 fields" in response.json()["error"]["message"]
+
+
+async def test_colons_are_no_fields(make_app, connect):
+    async with connect(make_app(max_body_fields=4)) as client:
+        assert (await client.post("/solve", json={"question": ["::::", ":::"], "n": 1})).status_code == 200
+
+
+async def test_a_list_of_wrong_things_is_refused_at_its_first(client):
+    response = await client.post("/v1/chat/completions", json={"messages": [1] * 100_000})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages.0"
 
 
 async def test_a_large_body_is_a_413_and_never_read_whole(make_app, connect):
@@ -121,9 +243,11 @@ async def test_a_request_id_that_could_forge_the_log_is_replaced(client, given):
 
 
 async def after_a_wait(client, engine, body):
-    """The response to a chat that gets its first token after 50 ms."""
+    """The response to a chat that gets its first token 50 ms after the engine got it."""
     engine.hold()
     waiting = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
+    while not engine.requests:
+        await asyncio.sleep(0.001)
     await asyncio.sleep(0.05)
     engine.release()
     return await waiting
@@ -150,17 +274,54 @@ async def test_what_is_not_known_of_its_time_a_response_leaves_out(client, engin
     assert int(probed.headers["openai-processing-ms"]) < 5000
 
 
-async def test_the_log_has_id_counts_and_time_but_no_text(client, engine, caplog):
+def logged(caplog):
+    """What the log says of each request."""
+    return [vars(record) for record in caplog.records if record.name == "server.middleware"]
+
+
+async def test_the_log_has_id_counts_and_time(client, engine, caplog):
     caplog.set_level(logging.INFO)
 
-    await client.post("/solve", json=QUESTION, headers={"X-Request-Id": "abc"})
+    await client.post("/solve", json={**QUESTION, "n": 2}, headers={"X-Request-Id": "abc"})
+    await client.post("/solve", json={"question": 5})
+    await client.get("/v1/models")
 
-    prompt_tokens = len(engine.requests[0].prompt_ids)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "server.middleware"]
-    assert line.startswith(f"request abc: POST '/solve' 200, {prompt_tokens} prompt tokens, 3 completion tokens, ")
-    assert line.endswith(" ms")
-    assert "secret" not in caplog.text
-    assert "boxed" not in caplog.text
+    solved, refused, listed = logged(caplog)
+    facts = {"request_id": "abc", "method": "POST", "path": "/solve", "status": 200, "completion_tokens": 6}
+    assert facts.items() <= solved.items()
+    assert solved["prompt_tokens"] == 2 * len(engine.requests[0].prompt_ids)
+    assert solved["finish_reasons"] == {"stop": 2}
+    assert solved["ms"] >= 0
+    assert (refused["status"], refused["reason"]) == (400, "invalid")
+    assert "prompt_tokens" not in refused
+    assert (listed["path"], listed["status"]) == ("/v1/models", 200)
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()], ids=["json", "text"])
+async def test_the_log_holds_nothing_of_prompts_replies_keys_and_queries(make_app, connect, engine, caplog, formatter):
+    """Neither where all goes well nor where it fails."""
+    caplog.set_level(logging.DEBUG)
+    engine.chat.encode = lambda messages: 1 / 0 if "fail" in str(messages) else [1]
+    secret = {"Authorization": "Bearer sesame", "Cookie": "sesame", "User-Agent": "sesame"}
+    async with connect(make_app(api_key=["sesame"])) as client:
+        for body in (
+            {"question": "sesame"},
+            {"question": "sesame fail"},
+            {"question": "sesame", "sesame": 1},
+            {"question": ["sesame", 5]},
+            {"messages": [{"role": "user", "content": "sesame"}], "stream": True},
+        ):
+            for path in ("/solve?key=sesame", "/v1/chat/completions?sesame"):
+                await client.post(path, json=body, headers=secret)
+        await client.post("/solve", content=b'{"sesame', headers=secret)
+        await client.get("/solve", headers={"Authorization": "sesame"})
+
+    ours = [record for record in caplog.records if not record.name.startswith("http")]  # the test's own client logs
+    text = "\n".join(formatter.format(record) for record in ours)
+    assert text.count("request") >= 12
+    assert "ZeroDivisionError" in text
+    assert "sesame" not in text
+    assert "boxed" not in text
 
 
 async def test_probes_do_not_fill_the_log(client, caplog):
@@ -169,7 +330,7 @@ async def test_probes_do_not_fill_the_log(client, caplog):
     for path in ("/health", "/ready", "/metrics"):
         await client.get(path)
 
-    assert not [r for r in caplog.records if r.name == "server.middleware"]
+    assert not logged(caplog)
 
 
 async def test_a_path_cannot_forge_a_line_of_the_log(client, caplog):
@@ -177,8 +338,11 @@ async def test_a_path_cannot_forge_a_line_of_the_log(client, caplog):
 
     await client.get("/a%0Arequest%20b:%20forged")
 
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "server.middleware"]
-    assert "\n" not in line
+    (record,) = [r for r in caplog.records if r.name == "server.middleware"]
+    for formatter in (TextFormatter(), JsonFormatter()):
+        assert "\n" not in formatter.format(record)
+    assert "path=/a" not in TextFormatter().format(record)
+    assert json.loads(JsonFormatter().format(record))["path"] == "/a\nrequest b: forged"
 
 
 async def test_refused_work_is_counted_by_reason(client, app, make_app, connect):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -20,9 +21,10 @@ def start(engine):
     """Serve an app in a thread; gives its url, how to signal it, and the thread."""
     threads = []
 
-    def run(app, drain_s=10.0):
+    def run(app, drain_s=10.0, exit_on_failure=False, idle_s=75):
         sock = listen("127.0.0.1", 0)
-        server = DrainingServer(uvicorn.Config(app, log_config=None, lifespan="off"), app, drain_s)
+        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=idle_s)
+        server = DrainingServer(config, app, drain_s, exit_on_failure)
         loops = []
 
         async def serve():
@@ -37,11 +39,11 @@ def start(engine):
         stops = []
 
         def stop():
-            if not stops:  # a second signal would exit
+            if not stops and thread.is_alive():  # a second signal would exit
                 stops.append(loops[0].call_soon_threadsafe(server.handle_exit, signal.SIGTERM, None))
 
         threads.append((thread, stop))
-        return SimpleNamespace(url=url, stop=stop, thread=thread)
+        return SimpleNamespace(url=url, stop=stop, thread=thread, server=server)
 
     yield run
     engine.release()
@@ -162,3 +164,41 @@ def test_a_stopping_server_finishes_accepted_work_and_refuses_new(start, app, en
 
     assert replies[0].status_code == 200
     assert not live.thread.is_alive()
+
+
+HALF = {
+    "nothing": b"",
+    "half a head": b"GET /health HTTP/1.1\r\nHost: te",
+    "a request, then half a head": b"GET /health HTTP/1.1\r\nHost: test\r\n\r\nGET /he",
+}
+
+
+@pytest.mark.parametrize("sent", HALF.values(), ids=HALF)
+def test_connections_without_a_whole_request_are_closed(start, app, sent):
+    live = start(app, idle_s=1)
+
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(sent)
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))  # until the server closes it
+
+    assert answer.startswith(b"HTTP/1.1 200") == sent.startswith(b"GET /health HTTP/1.1\r\nHost: test\r\n")
+
+
+def test_connections_that_wait_for_their_reply_are_not_idle(start, app, engine, chat_body):
+    live = start(app, idle_s=1)
+    engine.hold()
+    release = threading.Timer(3.5, engine.release)
+    release.start()
+
+    assert httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize("exits", [False, True], ids=["stays", "exits"])
+def test_an_engine_that_died_ends_the_server_if_told_so(start, app, engine, exits):
+    live = start(app, exit_on_failure=exits)
+
+    engine.dead = True
+    live.thread.join(1)
+
+    assert live.thread.is_alive() != exits
+    assert live.server.engine_failed == exits

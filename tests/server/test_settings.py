@@ -94,6 +94,51 @@ def test_keys_from_the_file(yaml, text):
     assert ServeSettings.from_command_line(["--config", yaml(text)]).api_key == ["a", "b"]
 
 
+def test_keys_of_a_file_are_added(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# who may\n\n  sk-1  \nsk-2#not a comment\r\n")
+
+    settings = ServeSettings.from_command_line(["--api-key", "a", "--api-key-file", str(file)])
+
+    assert settings.keys() == ["a", "sk-1", "sk-2#not a comment"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"# nobody\n\n", "holds no key"), (b"\xff\xfe", "not a text file")],
+    ids=["missing", "empty", "binary"],
+)
+def test_a_file_without_keys_does_not_open_the_server(tmp_path, content, message):
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+
+    with pytest.raises(ConfigError, match=f"--api-key-file .*keys: {message}"):
+        ServeSettings.from_command_line(["--api-key-file", str(file)])
+
+
+@pytest.mark.parametrize("name", ["public_paths", "cors_origins"])
+def test_other_lists_come_from_flags_and_environment_too(monkeypatch, name):
+    values = {"public_paths": ["/metrics", "/", "/playground/*"], "cors_origins": ["https://a.org:8080", "null://x"]}[
+        name
+    ]
+    flag = f"--{name.replace('_', '-')}"
+
+    assert getattr(ServeSettings.from_command_line([flag, *values]), name) == values
+    with pytest.raises(ConfigError, match=f"{flag} is given 2 times"):
+        ServeSettings.from_command_line([flag, values[0], flag, values[1]])
+    with pytest.raises(ConfigError, match=f"{flag} has nothing behind it"):
+        ServeSettings.from_command_line([flag])
+    monkeypatch.setenv(f"TRM_{name.upper()}", ", ".join(values))
+    assert getattr(ServeSettings.from_command_line([]), name) == values
+
+
+def test_every_setting_has_its_place_in_the_help():
+    placed = [name for names in ServeSettings.groups.values() for name in names]
+
+    assert sorted([*placed, "config"]) == sorted(ServeSettings.model_fields)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -103,6 +148,12 @@ def test_keys_from_the_file(yaml, text):
         (["--device", "tpu"], "--device 'tpu'"),
         (["--dtype", "int8"], "--dtype 'int8'"),
         (["--drain-seconds", "-1"], "--drain-seconds '-1'"),
+        (["--body-timeout-seconds", "0"], "--body-timeout-seconds '0'"),
+        (["--public-paths", "metrics"], "--public-paths 'metrics'"),
+        (["--public-paths", "/*/x"], r"--public-paths '/\*/x'"),
+        (["--cors-origins", "example.org"], "--cors-origins 'example.org'"),
+        (["--cors-origins", "https://example.org/"], "--cors-origins 'https://example.org/'"),
+        (["--log-format", "xml"], "--log-format 'xml'"),
         (["--config", "missing.yaml"], "missing.yaml: no such file"),
     ],
     ids=str,

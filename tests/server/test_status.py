@@ -57,7 +57,14 @@ async def test_models(client):
 
     assert listed["object"] == "list"
     assert model.pop("created") > 0
-    assert model == {"id": "test/model", "object": "model", "owned_by": "qwen-trm", "max_model_len": 400}
+    assert model == {
+        "id": "test/model",
+        "object": "model",
+        "owned_by": "qwen-trm",
+        "max_model_len": 400,
+        "n_supervision": 4,
+        "max_supervision": 16,
+    }
     for path in ("/v1/models/test/model", "/v1/models/test%2Fmodel"):
         assert (await client.get(path)).json()["id"] == "test/model"
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import threading
 
 import pytest
@@ -250,6 +251,10 @@ def leave(app):
     return run
 
 
+def departures(app):
+    return app.state.metrics.registry.get_sample_value("trm_client_disconnects_total")
+
+
 BODIES = {
     "plain": ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "n": 2}'),
     "stream": ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "n": 2, "stream": true}'),
@@ -268,6 +273,7 @@ async def test_a_client_that_leaves_takes_its_rows_along(leave, app, engine, kin
     sent = await request
 
     assert all(handle.cancelled for handle in engine.handles)
+    assert departures(app) == 1
     assert [message["type"] for message in sent] == (["http.response.start"] if kind == "stream" else [])
     engine.join()
     await app.state.serving.worker.drain(5)  # the final events have arrived: nothing leaks
@@ -304,12 +310,39 @@ async def test_a_client_that_leaves_in_mid_stream_takes_its_rows_along(leave, en
     assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
 
 
-async def test_a_client_that_leaves_while_sending_is_forgotten(leave, engine):
+async def test_a_client_that_leaves_while_sending_is_forgotten(leave, app, engine):
     gone = asyncio.Event()
     gone.set()
 
     assert await leave("/solve", b'{"question"', gone, body_arrives=False) == []
     assert not engine.requests
+    assert departures(app) == 1
+
+
+@pytest.mark.parametrize("kind", BODIES)
+async def test_a_client_that_leaves_with_the_whole_response_has_not_left_early(app, engine, kind, caplog):
+    """Servers tell of a disconnection then too."""
+    caplog.set_level(logging.INFO)
+    path, body = BODIES[kind]
+    whole, messages = asyncio.Event(), [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if not messages:
+            await whole.wait()
+            return {"type": "http.disconnect"}
+        return messages.pop()
+
+    async def send(message):
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            whole.set()
+            await asyncio.sleep(0)  # what waits for the disconnection gets to run
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    await app({**scope, "asgi": {"version": "3.0"}}, receive, send)
+
+    assert departures(app) == 0
+    assert [vars(record)["status"] for record in caplog.records if record.name == "server.middleware"] == [200]
 
 
 async def test_a_server_told_to_cancel_its_handlers_cancels_the_rows(leave, engine):

@@ -15,6 +15,7 @@ from trm import TRMForCausalLM, reference
 from trm.chat import ChatFormat
 from trm.checkpoint import backbone_record
 from trm.engine import SamplingParams
+from trm.engine.request import Grammar
 
 NEAR_TIE = 1e-3  # DESIGN section 3: scores closer than this may come out either way in float32
 END = 2
@@ -74,9 +75,11 @@ def exact_model(kv_source: str, scale: float = 1.0) -> TRMForCausalLM:
 
 
 @functools.cache
-def solo(kv_source: str, prompt: tuple[int, ...], params: SamplingParams) -> reference.ReferenceReply:
+def solo(
+    kv_source: str, prompt: tuple[int, ...], params: SamplingParams, grammar: Grammar | None = None
+) -> reference.ReferenceReply:
     """What `exact_model` says to one prompt when it is alone in the world."""
-    return reference.decode(exact_model(kv_source), prompt, params, END)
+    return reference.decode(exact_model(kv_source), prompt, params, END, grammar)
 
 
 @pytest.fixture

@@ -9,14 +9,17 @@ from tests.trm.conftest import END, exact_model, solo, some_prompt
 from trm import reference
 from trm.chat import ChatFormat
 from trm.engine import Engine, EngineConfig, Event, Handle, Reply, Request, SamplingParams
+from trm.engine.request import Grammar
 
 KV_SOURCES = ("context", "state")
+TEXTS = (None, None, None, b"a", b"b", b"ab", b"ba", b"1", b"2", b"12", b" ", b"{", b"}", b'"', b":", b",")
+"""What the tokens of `exact_model` spell, in the eyes of a grammar."""
 
 
-def request(length: int = 4, seed: int = 0, **params: Any) -> Request:
+def request(length: int = 4, seed: int = 0, *, grammar: Grammar | None = None, **params: Any) -> Request:
     """A random prompt for `exact_model`."""
     prompt = some_prompt(length, seed, vocab_size=16)
-    return Request(tuple(prompt), SamplingParams(**({"max_tokens": 5} | params)))
+    return Request(tuple(prompt), SamplingParams(**({"max_tokens": 5} | params)), grammar)
 
 
 def make_engine(chat: ChatFormat, kv_source: str = "context", *, draft: int = 0, **config: Any) -> Engine:
@@ -29,7 +32,7 @@ def make_engine(chat: ChatFormat, kv_source: str = "context", *, draft: int = 0,
 
 
 def expected(engine: Engine, one: Request) -> reference.ReferenceReply:
-    return solo(engine.model.config.kv_source, one.prompt_ids, one.params)
+    return solo(engine.model.config.kv_source, one.prompt_ids, one.params, one.grammar)
 
 
 def run(engine: Engine) -> None:
@@ -62,10 +65,7 @@ class Listener:
         assert last.usage is not None
         so_far = accumulate(len(event.token_ids) for event in events)
         assert [event.usage and event.usage.completion_tokens for event in events] == list(so_far)
-        ids = tuple(token for event in events for token in event.token_ids)
-        text = "".join(event.text for event in events)
-        logprobs = tuple(one for event in events for one in event.logprobs)
-        return Reply(ids, text, last.finish_reason or "error", last.usage, logprobs)
+        return Reply.of(events)
 
 
 def assert_empty(engine: Engine) -> None:

@@ -259,9 +259,9 @@ def test_normalisation_is_stable(text):
 
 
 def test_special_tokens_are_shown_by_name_on_request(any_chat):
-    ids = any_chat.encode([{"role": "user", "content": "Hi"}])
+    ids = any_chat.encode([{"role": "system", "content": "Hi"}])
 
-    assert any_chat.decode_with_specials(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert any_chat.decode_with_specials(ids) == "<|im_start|>system\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert any_chat.decode_with_specials([]) == ""
 
 

@@ -3,6 +3,7 @@
 Promises P2, P7, P8 and P9 of the design, under every schedule, against the slow reference in float64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +14,7 @@ from tests.conftest import make_model
 from tests.trm.conftest import END, NEAR_TIE, assert_same_tokens, some_prompt
 from tests.trm.engines import (
     KV_SOURCES,
+    TEXTS,
     Listener,
     assert_empty,
     expected,
@@ -25,6 +27,7 @@ from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat, solve_messages
 from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
+from trm.engine.grammar import GrammarCompiler
 
 # P2 and P9: as if alone
 
@@ -80,9 +83,15 @@ PROMPTS = st.one_of(  # many of them begin alike
     ),
     st.builds(lambda shared, rest: STORY[:shared] + rest, st.integers(1, 21), st.sampled_from([(), (3,), (4, 5, 6)])),
 )
+SMALL = GrammarCompiler(TEXTS, END)
+GRAMMARS = st.sampled_from(
+    [None] * 4
+    + [SMALL.regex("(a|b){2,4}( 1*)?"), SMALL.regex("[^a]*"), SMALL.choice(["ab12", "ba", "b", "{}"])]
+    + [SMALL.json_schema({"type": "object", "additionalProperties": {"type": "integer"}})]
+)
 CASES = st.builds(
     Case,
-    st.builds(Request, PROMPTS, PARAMS),
+    st.builds(Request, PROMPTS, PARAMS, GRAMMARS),
     halting=HALTING,
     arrival=st.integers(0, 12),
     cancel_at=st.one_of(st.none(), st.none(), st.integers(0, 16)),
@@ -102,7 +111,7 @@ def test_every_reply_is_as_if_alone(chat, kv_source, cases, max_rows, prefill_ch
     engine = make_engine(chat, kv_source, draft=draft, max_rows=max_rows, prefill_chunk=prefill_chunk)
     if kv_source == "context":
         cases = [
-            replace(case, request=Request(case.request.prompt_ids, replace(case.request.params, **case.halting)))
+            replace(case, request=replace(case.request, params=replace(case.request.params, **case.halting)))
             for case in cases
         ]
     listener = Listener(engine)
@@ -127,10 +136,20 @@ def test_every_reply_is_as_if_alone(chat, kv_source, cases, max_rows, prefill_ch
             assert reply.token_ids == want.token_ids[: len(reply.token_ids)]
         else:
             assert reply.token_ids == want.token_ids
-            ended = want.token_ids[-1] == END and not params.ignore_eos
+            ended = (want.token_ids[-1] == END and not params.ignore_eos) or completes(case.request, want.token_ids)
             assert reply.finish_reason == ("stop" if ended else "length")
             assert reply.usage.supervision_steps == sum(want.steps)
     assert_empty(engine)
+
+
+def completes(one: Request, token_ids: Sequence[int]) -> bool:
+    """Whether its grammar lets nothing follow those tokens."""
+    if one.grammar is None or token_ids[-1] == END:
+        return False
+    matcher = one.grammar.matcher(may_end=True)
+    for token in token_ids:
+        matcher.advance(token)
+    return matcher.follow().complete
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "sampled"])

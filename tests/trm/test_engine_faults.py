@@ -238,9 +238,12 @@ class ErraticRunner:
 
     def call(self, *args: Any) -> None:
         if self.rng.random() < 0.03:
-            raise RuntimeError("device lost")
+            raise RuntimeError("out of memory")
 
     prefill = feed = copy = call
+
+    def probe(self) -> None:
+        """The device is well."""
 
     def tick(self, *args: Any) -> list[list[bool]]:
         self.call()

@@ -210,6 +210,25 @@ def test_engine_that_was_never_started_closes_too(chat):
     assert_empty(engine)
 
 
+def test_device_that_computes_no_more_ends_the_engine(started, monkeypatch):
+    """A call fails, then the smallest sum does: no row can be served, not even those that had no part in it."""
+    engine = started(max_rows=1)
+    gate = Gate(engine, monkeypatch)
+    handles = engine.submit([request(3), request(4)])
+    gate.wait()
+    engine.runner.device = torch.device("meta")  # which holds no numbers to add
+    monkeypatch.setattr(engine.runner, "logits", lambda *args, **kwargs: 1 / 0)
+    gate.opened.set()
+
+    for handle in handles:
+        with pytest.raises(DeviceError, match="engine died"):
+            in_threads(handle.result)
+    engine._thread.join(TIMEOUT_S)
+    assert not engine.alive()
+    with pytest.raises(DeviceError):
+        engine.reserve(1)
+
+
 def test_dead_device_ends_every_request_and_takes_no_more(started, monkeypatch):
     """Even clearing a slot fails: nothing can be served any more, and nobody may wait for ever."""
     engine = started(max_rows=1)

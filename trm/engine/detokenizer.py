@@ -42,15 +42,17 @@ class TextStream:
         if found and not self.stopped:
             self.stopped = True
             self._decoded = self._decoded[: min(found)]
-        end = len(self._decoded) if final or self.stopped else len(self._decoded) - self._held_back()
+        end = len(self._decoded)
+        if not (final or self.stopped):
+            end -= max((_begun(stop, self._decoded) for stop in self.stop), default=0)
         text = self._decoded[self._released : end]
         self._released = max(self._released, end)
         return text
 
-    def _held_back(self) -> int:
-        """Length of the longest ending that could still become a stop string."""
-        for length in range(max(map(len, self.stop), default=1) - 1, 0, -1):
-            ending = self._decoded[-length:]
-            if len(ending) == length and any(stop.startswith(ending) for stop in self.stop):
-                return length
-        return 0
+
+def _begun(stop: str, text: str) -> int:
+    """How much of `stop`, short of all of it, `text` ends with: it must be held back."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

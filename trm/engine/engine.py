@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,9 @@ from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
 from trm.engine.handle import Handle, Reservation
-from trm.engine.request import Event, FinishReason, Reply, Request, Stats, TokenLogprobs, Usage
+from trm.engine.request import Event, FinishReason, Follow, Reply, Request, Stats, TokenLogprobs, TokenTrace, Usage
 from trm.engine.runner import Halting, Runner, Span
-from trm.engine.sampling import choose, token_logprobs
+from trm.engine.sampling import candidates, choose, token_logprobs
 from trm.engine.scheduler import Copy, Row, Scheduler
 from trm.errors import BadRequest, ConfigError, DeviceError, TRMError
 from trm.model import TRMForCausalLM
@@ -131,8 +131,9 @@ class Engine:
             )
         if not all(0 <= token < vocabulary for token, _ in params.logit_bias):
             raise BadRequest(f"logit_bias names token ids outside 0 to {vocabulary - 1}", param="logit_bias")
-        if (params.logprobs or 0) > vocabulary:
-            raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param="logprobs")
+        for name, wanted in (("logprobs", params.logprobs), ("trace", params.trace)):
+            if (wanted or 0) > vocabulary:
+                raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param=name)
         return steps
 
     def reserve(self, count: int) -> Reservation:
@@ -292,7 +293,8 @@ class Engine:
         if not rows or not self._pass(rows, [row.token for row in rows], offset=0):
             return
         for row in rows:
-            row.thinking, row.step, row.draft, row.halted_at = True, 0, [], []
+            row.thinking, row.step, row.draft, row.halted_at, row.seen = True, 0, [], [], []
+        self._trace(rows)
         length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
         for offset in range(1, length + 1):
             rows = [row for row in rows if row.room_for_draft >= offset]
@@ -305,13 +307,19 @@ class Engine:
     def _draft(self, rows: Sequence[Row]) -> None:
         """Choose each row's next draft as its token would be chosen, but from the backbone's own logits."""
         logits = self.runner.logits([row.slot for row in rows], len(rows[0].draft))[:, 0]
-        best = logits.argmax(dim=-1).tolist()
-        for row, scores, token, finite in zip(rows, logits, best, _finite(logits), strict=True):
-            params = row.request.params
-            if finite and not params.plain_greedy:
-                token = choose(scores, params, row.request.prompt_ids, [*row.reply, *row.draft])
-            if finite and (token != self.chat.end_id or params.ignore_eos):
-                row.draft.append(token)
+        for row, *answer in zip(rows, logits, logits.argmax(dim=-1).tolist(), _finite(logits), strict=True):
+            self._call([row], partial(self._draft_token, row, *answer))
+
+    def _draft_token(self, row: Row, logits: torch.Tensor, best: int, finite: bool) -> None:
+        """Add a token to a row's draft, unless the reply would end there."""
+        if not finite:
+            return
+        follow = row.matcher.follow(row.draft) if row.matcher else None
+        if follow and (follow.complete or follow.failure):
+            return
+        token = _next_token(row, logits, best, row.draft, follow)
+        if token != self.chat.end_id or row.request.params.ignore_eos:
+            row.draft.append(token)
 
     def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
         """One backbone call for one token of each row, `offset` places behind the chosen one."""
@@ -341,6 +349,18 @@ class Engine:
             row.step += 1
         for row, stopped in zip(rows, halted, strict=limits is not None):
             row.note_halted(stopped)
+        self._trace(rows)
+
+    def _trace(self, rows: Sequence[Row]) -> None:
+        """Note the candidates of rows that are traced, where they think on; those of the last step lead to a token."""
+        rows = [row for row in rows if row.request.params.trace is not None and not row.answered]
+
+        def note() -> None:
+            for row, logits in zip(rows, self.runner.logits([row.slot for row in rows]), strict=True):
+                row.seen.append(candidates(logits[0], row.request.params.trace or 0))
+
+        if rows:
+            self._call(rows, note)
 
     def _answer(self) -> None:
         """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
@@ -360,25 +380,36 @@ class Engine:
 
         logits (C, V), their argmax and whether they are finite, at the positions of the row's span.
         """
-        params, prompt, stream = row.request.params, row.request.prompt_ids, self._streams[row]
+        params, stream, follow = row.request.params, self._streams[row], None
         ids: list[int] = []
         text = ""
         logprobs: list[TokenLogprobs] = []
+        traces: list[TokenTrace] = []
         reason: FinishReason | None = None
-        failed = False
+        error: TRMError | None = None
         places = 1 + len(row.draft)
         for place in range(places):
-            if failed := not finite[place]:
+            if not finite[place]:
+                error = DeviceError("the model gave a logit that is not finite; the request was ended")
                 break
-            token = best[place] if params.plain_greedy else choose(logits[place], params, prompt, row.reply)
+            if row.matcher:
+                follow = row.matcher.follow()
+                if follow.failure:
+                    error = BadRequest(
+                        f"response_format: after {len(row.reply)} tokens {follow.failure}", param="response_format"
+                    )
+                    break
+            token = _next_token(row, logits[place], best[place], (), follow)
             ids.append(token)
             text += stream.push(token)
             if params.logprobs is not None:
                 logprobs.append(token_logprobs(logits[place], token, params.logprobs))
+            if params.trace is not None:
+                traces.append((*row.seen, candidates(logits[place], params.trace)))
             row.reply.append(token)
             row.cached += 1
             row.supervision_steps += row.steps_taken(place)
-            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped:
+            if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped or _completes(row, token):
                 reason = "stop"
             elif len(row.reply) >= params.max_tokens:
                 reason = "length"
@@ -390,15 +421,16 @@ class Engine:
         if row.draft and not all(finite[:places]):
             # A draft that overflowed poisons the tokens before it, even masked: go on without drafts.
             self.runner.clear(row.slot, row.cached, row.cached + places)
-            row.may_draft = failed = False
+            row.may_draft, error = False, None
         row.thinking, row.draft = False, []
+        said = Event(tuple(ids), text, None, _usage(row), logprobs=tuple(logprobs), traces=tuple(traces))
         if reason:
-            self._finish(row, reason, tuple(ids), text, logprobs=tuple(logprobs))
+            self._finish(row, reason, said)
             return
         if ids:
-            self._emit(row, Event(tuple(ids), text, usage=_usage(row), logprobs=tuple(logprobs)))
-        if failed:
-            self._fail(row, DeviceError("the model gave a logit that is not finite; the request was ended"))
+            self._emit(row, said)
+        if error:
+            self._fail(row, error)
 
     def _count(self, row: Row, ids: Sequence[int]) -> None:
         """Book the tokens that a row has just got, and what became of its draft."""
@@ -415,12 +447,16 @@ class Engine:
             self.drafter.learn(row, judged=min(len(ids), len(row.draft)), accepted=accepted)
 
     def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
-        """Do something for some rows; where it fails, those rows fail and the engine goes on."""
+        """Do something for some rows; where it fails, those rows fail and the engine goes on.
+
+        Raises DeviceError, and so ends the engine, where the device is what failed.
+        """
         try:
             run()
             return True
         except Exception as error:
             logger.exception("a step of %d rows failed", len(rows))
+            self.runner.probe()
             for row in rows:
                 self._fail(
                     row, DeviceError(f"decoding failed: {type(error).__name__}; the server's log has the details")
@@ -430,16 +466,8 @@ class Engine:
     def _fail(self, row: Row, error: TRMError) -> None:
         self._finish(row, "error", error=error)
 
-    def _finish(
-        self,
-        row: Row,
-        reason: FinishReason,
-        ids: tuple[int, ...] = (),
-        text: str = "",
-        error: TRMError | None = None,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> None:
-        """Free the row's slot and send its final event.
+    def _finish(self, row: Row, reason: FinishReason, said: Event | None = None, error: TRMError | None = None) -> None:
+        """Free the row's slot and send its final event, which brings what is yet to be `said`.
 
         What lies in the slot stays for others, if finite logits have shown that it is finite; at effort 0
         nobody has read the keys from the context yet.
@@ -454,12 +482,14 @@ class Engine:
         with self._changed:
             self.scheduler.release(row, keep)
             stream = self._streams.pop(row)
+        said = said or Event()
+        text = said.text
         try:
             text += "" if error else stream.finish()
         except Exception as failure:
             logger.exception("the end of a reply could not be decoded")
             reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
-        self._emit(row, Event(ids, text, reason, _usage(row), error, logprobs))
+        self._emit(row, replace(said, text=text, finish_reason=reason, usage=_usage(row), error=error))
 
     def _emit(self, row: Row, event: Event) -> None:
         """Tell the listener. One that raises loses its request, not everybody's."""
@@ -507,6 +537,23 @@ class Engine:
                 "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)
+
+
+def _next_token(row: Row, logits: torch.Tensor, best: int, draft: Sequence[int], follow: Follow | None) -> int:
+    """The token behind a row's reply and `draft`. logits (V,), and `best` their argmax."""
+    request = row.request
+    if request.params.plain_greedy and (follow is None or follow.allows(best)):
+        return best
+    reply = [*row.reply, *draft] if draft else row.reply
+    return choose(logits, request.params, request.prompt_ids, reply, None if follow is None else follow.mask)
+
+
+def _completes(row: Row, token: int) -> bool:
+    """Tell a row's grammar of the token it got, if it has one; whether nothing may follow."""
+    if row.matcher is None:
+        return False
+    row.matcher.advance(token)
+    return row.matcher.follow().complete
 
 
 def _usage(row: Row) -> Usage:

@@ -1,16 +1,58 @@
 """What callers and the engine say to each other: requests in, events out. Touches no tensors."""
 
+import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from trm.errors import BadRequest, TRMError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
+Candidates = tuple[tuple[int, float], ...]  # token ids and their log probabilities, best first
+TokenTrace = tuple[Candidates, ...]  # of one token: after step 0, which is the backbone's answer, and each step taken
 
 MAX_TOP_LOGPROBS = 20
+MAX_TRACE = 10
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`, which belong to it unless they are open ends."""
+
+    least: float
+    most: float = math.inf
+    open_least: bool = False
+    open_most: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.least if self.open_least else value >= self.least
+        return above and (value < self.most if self.open_most else value <= self.most)
+
+    def __str__(self) -> str:
+        lower = f"above {self.least}" if self.open_least else f"at least {self.least}"
+        return lower if self.most == math.inf else f"{lower} and {'below' if self.open_most else 'at most'} {self.most}"
+
+
+RANGES: Mapping[str, Range] = {
+    "max_tokens": Range(1),
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1, open_least=True),
+    "top_k": Range(0),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0.01, 2),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "seed": Range(0, 2**63 - 1),
+    "halt_threshold": Range(0, 1, open_least=True, open_most=True),
+    "halt_tolerance": Range(0, 1, open_least=True),
+    "logprobs": Range(0, MAX_TOP_LOGPROBS),
+    "trace": Range(1, MAX_TRACE),
+}
+"""What the numbers of SamplingParams may be."""
+
+BIASES = Range(-100, 100)
+"""What the numbers in logit_bias may be."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +66,8 @@ class SamplingParams:
     logit_bias, pairs of token id and number, is added last. All of them act at temperature 0 too.
     logprobs: how many of the likeliest tokens to report with each token, 0 for the token alone, None
     for nothing; probabilities are the model's own, before penalties and temperature.
+    trace: how many of the likeliest tokens to report after every step behind each token, None for nothing;
+    a request that is traced is not drafted for.
     halt_threshold, halt_tolerance: end a token's recursion early, when the halting head's probability
     exceeds the one, or the token's probabilities move less than the other in a step (total variation).
     stop: strings that end the reply and are not part of it. ignore_eos: go on past the end token.
@@ -44,33 +88,20 @@ class SamplingParams:
     halt_threshold: float | None = None
     halt_tolerance: float | None = None
     logprobs: int | None = None
+    trace: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        limits: tuple[tuple[str, bool, str], ...] = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 2, "between 0 and 2"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 2, "between 0.01 and 2"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
-            ("logit_bias", all(-100 <= bias <= 100 for _, bias in self.logit_bias), "numbers between -100 and 100"),
-            ("seed", 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
-            ("halt_threshold", self.halt_threshold is None or 0 < self.halt_threshold < 1, "between 0 and 1"),
-            ("halt_tolerance", self.halt_tolerance is None or 0 < self.halt_tolerance <= 1, "above 0 and at most 1"),
-            (
-                "logprobs",
-                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
-                f"between 0 and {MAX_TOP_LOGPROBS}",
-            ),
-            ("stop", all(self.stop), "strings that are not empty"),
-        )
-        for name, holds, rule in limits:
-            if not holds:
-                raise BadRequest(f"{name} is {reprlib.repr(getattr(self, name))}; it must be {rule}", param=name)
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise BadRequest(f"{name} is {value}; it must be {allowed}", param=name)
+        if not all(bias in BIASES for _, bias in self.logit_bias):
+            given = reprlib.repr(self.logit_bias)
+            raise BadRequest(f"logit_bias is {given}; it must be numbers {BIASES}", param="logit_bias")
+        if not all(self.stop):
+            raise BadRequest(f"stop is {reprlib.repr(self.stop)}; it must be strings that are not empty", param="stop")
 
     @property
     def halts(self) -> bool:
@@ -89,11 +120,50 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Follow:
+    """What may follow some tokens of a reply under its grammar.
+
+    mask: one bit for each token id, the lowest bit of a byte first. complete: nothing may follow but the end.
+    failure: why no token may follow, not even the end token.
+    """
+
+    mask: bytes
+    complete: bool = False
+    failure: str | None = None
+
+    def allows(self, token: int) -> bool:
+        """Whether `token` may follow."""
+        return bool(self.mask[token // 8] >> token % 8 & 1)
+
+
+class Matcher(Protocol):
+    """Walks one reply through its grammar. A pure function of the tokens, whatever was asked before."""
+
+    def follow(self, draft: Sequence[int] = ()) -> Follow:
+        """What may follow the reply so far and then `draft`, each token of which must have been free to follow."""
+
+    def advance(self, token: int) -> None:
+        """Add a token to the reply: one that may follow, and not the end token."""
+
+
+class Grammar(Protocol):
+    """What replies may look like; see `trm.engine.grammar`."""
+
+    def matcher(self, may_end: bool) -> Matcher:
+        """For one reply, empty so far. `may_end`: whether the end token may follow where the grammar is satisfied."""
+
+
+@dataclass(frozen=True)
 class Request:
-    """One prompt and how to decode its reply."""
+    """One prompt and how to decode its reply.
+
+    With a grammar only tokens that it allows are chosen, whatever penalties and bias say. The reply ends where
+    the grammar lets nothing follow, without an end token, even if that is to be ignored.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    grammar: Grammar | None = None
 
     @property
     def positions(self) -> int:
@@ -120,10 +190,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probability of one token, and of the likeliest ones: pairs of id and log probability, best first."""
+    """Log probability of one token, and the likeliest ones."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top: Candidates
 
 
 @dataclass(frozen=True)
@@ -131,8 +201,8 @@ class Event:
     """News of one request. Every accepted request ends in exactly one event with a finish_reason.
 
     token_ids: what was decoded since the last event, the end token included; text: the text that is
-    now certain, never half a character nor the beginning of a stop string. logprobs, one for each token,
-    where they were asked for. usage: what the request has taken so far. error comes with finish_reason "error".
+    now certain, never half a character nor the beginning of a stop string. logprobs and traces, one for each
+    token, where they were asked for. usage: what the request has taken so far. error comes with finish_reason "error".
     """
 
     token_ids: tuple[int, ...] = ()
@@ -141,6 +211,7 @@ class Event:
     usage: Usage | None = None
     error: TRMError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    traces: tuple[TokenTrace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,10 +223,11 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
+    traces: tuple[TokenTrace, ...] = ()
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Self:
-        """All events of one request, the final one last, as one reply."""
+        """All that a request's events said, the final one included."""
         last = events[-1]
         assert last.finish_reason is not None, "the last event is final"
         assert last.usage is not None, "a final event has its usage"
@@ -165,6 +237,7 @@ class Reply:
             last.finish_reason,
             last.usage,
             tuple(one for event in events for one in event.logprobs),
+            tuple(one for event in events for one in event.traces),
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trm.engine.drafting import Costs
 from trm.engine.request import SamplingParams
+from trm.errors import DeviceError
 from trm.layers import Attending, KeyValue, signed
 from trm.model import TRMForCausalLM
 
@@ -209,6 +210,15 @@ class Runner:
         for table in self._tables():
             table[:, slot, :, start:end] = 0
         self.state[:, slot] = 0
+
+    def probe(self) -> None:
+        """Raise DeviceError unless the device still computes. After some CUDA errors it never does again."""
+        try:
+            computes = torch.ones(2, device=self.device).sum().item() == 2
+        except Exception as error:
+            raise DeviceError(f"{self.device} computes no more: {type(error).__name__}") from error
+        if not computes:
+            raise DeviceError(f"{self.device} computes wrong sums")
 
     @torch.inference_mode()
     def measure(self) -> Costs:

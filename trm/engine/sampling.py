@@ -11,18 +11,27 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from trm.engine.request import SamplingParams, TokenLogprobs
+from trm.engine.request import Candidates, SamplingParams, TokenLogprobs
 
 Scores = npt.NDArray[np.float64]
 
 
-def adjusted_scores(logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:
+def adjusted_scores(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    reply: Sequence[int],
+    mask: bytes | None = None,
+) -> Scores:
     """Scores (V,) whose argmax is the next token after `prompt_ids` and `reply`.
 
     logits (V,). The scores are the logits with the penalties, and where a token is sampled, filtered,
-    over the temperature, and with noise.
+    over the temperature, and with noise. Tokens that `mask` leaves out (see `Follow`) are -inf from the start.
     """
     scores = logits.double().cpu().numpy()
+    if mask is not None:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(scores), bitorder="little")
+        scores = np.where(bits, scores, -np.inf)
     if params.edits_logits:
         scores = _edited(scores, params, prompt_ids, reply)
     if params.temperature == 0:
@@ -33,18 +42,28 @@ def adjusted_scores(logits: Tensor, params: SamplingParams, prompt_ids: Sequence
     return _filtered(scores, params) + gumbel_noise(len(scores), params.seed, params.sample_index, position)
 
 
-def choose(logits: Tensor, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> int:
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    reply: Sequence[int],
+    mask: bytes | None = None,
+) -> int:
     """The next token."""
-    if params.plain_greedy:
+    if params.plain_greedy and mask is None:
         return int(logits.argmax())
-    return int(adjusted_scores(logits, params, prompt_ids, reply).argmax())
+    return int(adjusted_scores(logits, params, prompt_ids, reply, mask).argmax())
 
 
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
     """Log probabilities of `token` and of the `num_top` likeliest tokens under the model's own logits (V,)."""
     logprobs = logits.float().log_softmax(dim=-1)
-    top = logprobs.topk(num_top)
-    return TokenLogprobs(float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+    return TokenLogprobs(float(logprobs[token]), _likeliest(logprobs, num_top))
+
+
+def candidates(logits: Tensor, num: int) -> Candidates:
+    """The `num` likeliest tokens under the model's own logits (V,)."""
+    return _likeliest(logits.float().log_softmax(dim=-1), num)
 
 
 def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scores:
@@ -55,6 +74,11 @@ def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scor
     generator = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64), counter=[0, 0, 0, position])
     uniform = ((generator.random_raw(size) >> 11) + 0.5) * 2.0**-53  # strictly between 0 and 1
     return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
+
+
+def _likeliest(logprobs: Tensor, num: int) -> Candidates:
+    top = logprobs.topk(num)
+    return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 def _edited(scores: Scores, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trm.engine.request import Event, Request
+from trm.engine.request import Candidates, Event, Matcher, Request
 from trm.errors import BadRequest, Overloaded
 
 PACE_WINDOW = 64  # departures that tell how soon a place becomes free
@@ -41,6 +41,7 @@ class Row:
     reply: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     halted_at: list[int] = field(default_factory=list)  # steps that each position took, 0 while it goes on
+    seen: list[Candidates] = field(default_factory=list)  # of a request that is traced: after each step but the last
     acceptance: float | None = None  # share of drafted tokens that were right, lately
     passes: int = 0  # through the recursion, each for one token and what was drafted behind it
     pass_steps: int = 0  # supervision steps of all of them
@@ -50,6 +51,11 @@ class Row:
     accepted_tokens: int = 0
     may_draft: bool = True  # until a draft was not finite
     cancelled: bool = False
+    matcher: Matcher | None = field(init=False)  # has seen the reply
+
+    def __post_init__(self) -> None:
+        grammar = self.request.grammar
+        self.matcher = None if grammar is None else grammar.matcher(may_end=not self.request.params.ignore_eos)
 
     @property
     def to_prefill(self) -> int:
@@ -70,7 +76,7 @@ class Row:
     @property
     def room_for_draft(self) -> int:
         """Tokens that may be drafted behind the next one."""
-        if not self.may_draft or self.steps == 0:
+        if not self.may_draft or self.steps == 0 or self.request.params.trace is not None:
             return 0
         return self.request.params.max_tokens - len(self.reply) - 1
 

@@ -1,0 +1,171 @@
+// The page: a question in, its answer out, and what happened in between.
+
+import { apiKey, chat, servedModel, ServerError, solve } from "./api.js";
+import { find, make, plural } from "./dom.js";
+import { Thinking } from "./thinking.js";
+import { showVotes } from "./vote.js";
+
+const CANDIDATES = 5; // that the server reports for each step
+const STARTING_MS = 500; // between two questions whether it has loaded its model
+const EXAMPLES = {
+  Apples: "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?",
+  Stickers:
+    "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. " +
+    "How many stickers does he have altogether now?",
+  Stamps:
+    "Julia filled 7 cases. Each case held 7 stamps. On Monday, Julia broke 5 of the stamps. " +
+    "How many stamps does she have left?",
+  Cakes: "Carlos gets $101 from his neighbor. Then he buys 11 cakes for $9 each. How much does he still have?",
+  Shells:
+    "Mia had 45 shells. She shared them equally among 5 friends and kept none. Each friend found 2 more. " +
+    "How many shells does each friend have?",
+};
+
+const question = find("question");
+const effort = find("effort");
+const thinking = new Thinking();
+let model; // as the server describes it
+let controller; // of the newest request
+let last = Promise.resolve(); // when the one before it has cleaned up
+
+async function loadModel() {
+  model = undefined;
+  effort.disabled = true;
+  try {
+    model = await servedModel();
+  } catch (error) {
+    complain(error);
+    if (error.code === "starting") setTimeout(loadModel, STARTING_MS);
+    return;
+  }
+  const { id, n_supervision: trained, max_supervision: deepest } = model;
+  find("model").replaceChildren(
+    make("strong", {}, id),
+    ` goes over every token ${trained === 1 ? "once more" : `${trained} times`} before it says it. `,
+    "Here you can see what it changes.",
+  );
+  Object.assign(effort, { max: deepest, value: trained, disabled: false });
+  find("scale").style.setProperty("--trained", trained / deepest);
+  find("trained").textContent = `trained ${trained}`;
+  find("deepest").textContent = deepest > trained ? deepest : "";
+  find("problem").hidden = true;
+  showEffort();
+}
+
+function showEffort() {
+  const steps = effort.valueAsNumber;
+  const notes = { 0: ", the backbone alone", [model.n_supervision]: ", as trained" };
+  const note = notes[steps] ?? (steps > model.n_supervision ? ", beyond training" : "");
+  find("effort-words").textContent = `${plural(steps, "step")} a token${note}`;
+}
+
+const chosenEffort = () => (model ? { supervision_steps: effort.valueAsNumber } : {});
+
+/** One request at a time: a new one stops the one before it, and waits until that has left the page. */
+function exclusively(request) {
+  controller?.abort();
+  const own = (controller = new AbortController());
+  last = last.then(async () => {
+    if (own.signal.aborted) return;
+    find("problem").hidden = true;
+    find("stop").hidden = false;
+    try {
+      await request(own.signal);
+    } catch (error) {
+      if (error.name !== "AbortError") complain(error);
+    } finally {
+      find("stop").hidden = true;
+    }
+  });
+}
+
+function complain(error) {
+  const known = error instanceof ServerError;
+  if (!known) console.error(error);
+  find("problem").textContent = known ? error.message : "Something in this page is broken; the console says what.";
+  find("problem").hidden = false;
+  if (error.status === 401) {
+    find("access").open = true;
+    find("key").focus();
+  }
+}
+
+async function ask(signal) {
+  const started = performance.now();
+  const messages = [{ role: "user", content: question.value }];
+  find("reply").hidden = false;
+  find("poll").hidden = true;
+  showAnswer("", "waiting");
+  find("summary").textContent = "thinking";
+  thinking.begin(model?.n_supervision ?? Infinity);
+  let end;
+  try {
+    for await (const chunk of chat({ messages, trace: CANDIDATES, ...chosenEffort() }, signal)) {
+      const [choice] = chunk.choices;
+      if (choice.trace) thinking.add(choice.trace);
+      if (choice.finish_reason) end = choice;
+    }
+  } finally {
+    thinking.end();
+    find("reply").hidden = !end && !thinking.tokens;
+    if (end?.boxed_answer) showAnswer(end.boxed_answer);
+    else showAnswer(end ? "none" : "?", "missing");
+    const how = { stop: "", length: "cut off after " }[end?.finish_reason] ?? "stopped after ";
+    const seconds = (performance.now() - started) / 1000;
+    find("summary").textContent =
+      `${how}${plural(thinking.tokens, "token")}, ${thinking.meanSteps.toFixed(1)} steps each, ${seconds.toFixed(1)}\u00a0s`;
+  }
+}
+
+function showAnswer(text, kind = "") {
+  Object.assign(find("answer"), { textContent: text, className: kind });
+}
+
+async function vote(signal) {
+  const n = find("samples").valueAsNumber;
+  find("poll").hidden = false;
+  find("reply").hidden = true;
+  find("verdict").ariaBusy = "true"; // to be read aloud when it stands
+  showVotes({ answer: null, votes: {}, samples: 0 }, n);
+  try {
+    for await (const event of solve({ question: question.value, n, ...chosenEffort() }, signal)) {
+      showVotes(event.result ?? event, n);
+    }
+  } finally {
+    find("poll").hidden = !find("bars").children.length;
+    find("verdict").ariaBusy = "false";
+  }
+}
+
+for (const [name, text] of Object.entries(EXAMPLES)) {
+  const button = make("button", { type: "button", title: text }, name);
+  button.addEventListener("click", () => {
+    question.value = text;
+    exclusively(ask);
+  });
+  find("examples").append(make("li", {}, button));
+}
+find("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  exclusively(ask);
+});
+question.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    find("form").requestSubmit(find("ask"));
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") controller?.abort();
+});
+find("vote").addEventListener("click", () => {
+  if (question.reportValidity() && find("samples").reportValidity()) exclusively(vote);
+});
+find("stop").addEventListener("click", () => controller?.abort());
+effort.addEventListener("input", showEffort);
+find("key").value = apiKey.get();
+find("key").addEventListener("change", () => {
+  apiKey.set(find("key").value.trim());
+  loadModel();
+});
+loadModel();

@@ -1,0 +1,469 @@
+"""The playground in a real browser: headless Chromium against a real server."""
+
+import base64
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from server.app import attach, create_app
+from server.cli import listen
+from server.settings import ServeSettings
+from tests.e2e.conftest import ServerProcess
+from tests.server.conftest import FakeEngine
+from trm.engine.request import Event, Usage
+from trm.errors import DeviceError
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+WAIT_S = 120
+STICKERS = "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. "
+STICKERS += "How many stickers does he have altogether now?"  # the bundled backbone divides, its decoder multiplies
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: deploy/debian-packages.txt"
+)
+
+
+class Page:
+    """The playground in a browser, by what a person sees of it."""
+
+    def __init__(self, driver: webdriver.Chrome, pictures: Path) -> None:
+        self.driver = driver
+        self.pictures = pictures
+        self.expected_errors = ""  # of the console, as a pattern
+
+    def open(self, server: ServerProcess | SimpleNamespace) -> "Page":
+        self.driver.get(f"{server.url}/")
+        self.driver.execute_script("sessionStorage.clear()")
+        self.driver.refresh()
+        return self
+
+    def open_ready(self, server: ServerProcess | SimpleNamespace) -> "Page":
+        self.open(server)
+        self.wait(lambda: self["effort"].is_enabled())
+        return self
+
+    def __getitem__(self, id_: str) -> WebElement:
+        return self.driver.find_element(By.ID, id_)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def wait(self, condition: Callable[[], Any]) -> None:
+        WebDriverWait(self.driver, WAIT_S, poll_frequency=0.05).until(lambda _: condition())
+
+    def ask(self, question: str) -> None:
+        self["question"].clear()
+        self["question"].send_keys(question, Keys.ENTER)
+        self.wait_for_answer()
+
+    def wait_for_answer(self) -> None:
+        self.wait(lambda: not self["stop"].is_displayed() and self["reply"].is_displayed())
+
+    def press(self, *keys: str) -> None:
+        """Keys to whatever has the focus."""
+        for key in keys:
+            self.driver.switch_to.active_element.send_keys(key)
+
+    @property
+    def selected(self) -> int:
+        """Which token is selected; exactly one is."""
+        (index,) = [i for i, token in enumerate(self.tokens()) if token.get_attribute("aria-selected") == "true"]
+        return index
+
+    def tokens(self) -> list[WebElement]:
+        return self.all("#tokens [role=option]")
+
+    def heat(self) -> list[list[str]]:
+        """The table under the reply, row by row."""
+        return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in self.all("#heat tr")]
+
+    def emulate(self, command: str, **settings: Any) -> None:
+        self.driver.execute_cdp_cmd(command, settings)
+
+    def resize(self, width: int, height: int) -> None:
+        self.emulate(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+
+    def prefer(self, **features: str) -> None:
+        chosen = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.emulate("Emulation.setEmulatedMedia", features=chosen)
+
+    def picture(self, name: str) -> None:
+        """The whole page, for people to look at."""
+        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+        (self.pictures / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than the window."""
+        script = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        return int(self.driver.execute_script(script))
+
+    def brightness(self) -> float:
+        """Of the page's background, 0 to 1."""
+        colour = self.driver.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+        return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 / 255
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(argument)  # no sandbox: tests may run as root
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Page]:
+    """A page that must not put an error on the console, be it a script's or the security policy's."""
+    page = Page(driver, tmp_path)
+    page.resize(1000, 1100)
+    page.prefer(prefers_color_scheme="light", prefers_reduced_motion="no-preference")
+    driver.get_log("browser")
+    yield page
+    errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [error for error in errors if not (page.expected_errors and re.search(page.expected_errors, error))] == []
+
+
+@pytest.fixture(scope="module")
+def locked(start_server: Callable[..., ServerProcess]) -> ServerProcess:
+    return start_server("--api-key", "sesame", "--public-paths", "/", "/playground/*")
+
+
+def test_a_question_is_answered_and_one_sees_where_the_recursion_changed_its_mind(
+    page: Page, server: ServerProcess
+) -> None:
+    page.open_ready(server)
+    assert "qwen-trm" in page["model"].text
+    assert page["effort-words"].text == "4 steps a token, as trained"
+
+    page.ask(STICKERS)
+
+    assert page["answer"].text == "77"
+    assert "".join(token.text for token in page.tokens()) == r"4*11=44⏎44+33=77⏎\boxed{77}"
+    assert page["tokens"].text.splitlines()[1:] == ["44+33=77⏎", r"\boxed{77}"]
+    assert re.fullmatch(r"22 tokens, 4\.0 steps each, [\d.]+\ss", page["summary"].text)
+    (changed,) = page.all("#tokens .changed")
+    assert (changed.text, changed.get_attribute("title")) == ("*", "the backbone said “/”")
+    assert "1 of 22 tokens" in page["changes"].text
+    assert page.selected == 1, "the page opens where something changed"
+    assert page["story"].text == "The backbone said “/”; step 2 changed it to “*”."
+    header, multiply, divide, *rest = page.heat()
+    assert header == ["step", "0", "1", "2", "3", "4"]
+    assert (multiply[0], divide[0], len(rest)) == ("*", "/", 3)
+    assert [cell.endswith("leads") for cell in multiply[1:]] == [False, False, True, True, True]
+    assert [cell.endswith("leads") for cell in divide[1:]] == [True, True, False, False, False]
+    page.picture("light")
+
+
+def test_tokens_are_walked_through_by_keyboard(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server)
+    page.ask(STICKERS)
+
+    while page.driver.switch_to.active_element.get_attribute("role") != "option":
+        page.press(Keys.TAB)
+    assert page.selected == 1
+    visited = []
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.HOME, Keys.ARROW_LEFT, Keys.ARROW_DOWN):
+        page.press(key)
+        visited.append(page.selected)
+    for key in (Keys.ARROW_DOWN, Keys.END, Keys.ARROW_RIGHT, Keys.ARROW_UP):
+        page.press(key)
+        visited.append(page.selected)
+
+    assert visited == [2, 3, 2, 0, 0, 1, 1, 21, 21, 1]
+    page.press(Keys.END)
+    assert page["steps-title"].text == "Token 22: }"
+    assert page["story"].text == "The backbone said “}”, and all 4 steps agreed."
+    assert page.driver.switch_to.active_element == page.tokens()[21]
+    assert page.tokens()[21].value_of_css_property("outline-style") == "solid"
+    page.tokens()[7].click()
+    assert page["steps-title"].text == "Token 8: ⏎"
+
+
+def test_the_effort_is_chosen_by_keyboard(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server)
+    page["effort"].send_keys(Keys.HOME)
+    assert page["effort-words"].text == "0 steps a token, the backbone alone"
+    page.ask(STICKERS)
+
+    assert "0.0 steps each" in page["summary"].text
+    assert page.heat()[0] == ["step", "0"]
+    assert "the recursion was not asked" in page["story"].text
+    assert page["answer"].text != "77"
+
+    page["effort"].send_keys(*[Keys.ARROW_RIGHT] * 6)
+    assert page["effort-words"].text == "6 steps a token, beyond training"
+    page.ask(STICKERS)
+
+    assert page.heat()[0] == ["step", *map(str, range(7))]
+    assert [header.text for header in page.all("#heat .beyond")] == ["5", "6"]
+
+
+def test_an_example_is_a_click(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server)
+
+    page.all("#examples button")[0].click()
+    page.wait_for_answer()
+
+    assert page["question"].get_attribute("value").startswith("Tom has 12 apples.")
+    assert page["answer"].text == "14"
+
+
+def test_a_vote_is_bars(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server)
+    page["question"].send_keys(STICKERS)
+    page["samples"].clear()
+    page["samples"].send_keys("12")
+
+    page["vote"].click()
+    page.wait(lambda: page.all("#bars li") and not page["stop"].is_displayed())
+
+    bars = {
+        bar.find_element(By.CLASS_NAME, "said").text: int(bar.find_element(By.CLASS_NAME, "count").text.split()[0])
+        for bar in page.all("#bars li")
+    }
+    assert sum(bars.values()) == 12
+    winner = page.all("#bars .winner .said")[0].text
+    assert page["verdict"].text == f"{winner} has {bars[winner]} of 12 votes."
+    assert bars[winner] == max(count for answer, count in bars.items() if answer != "no answer")
+    track, fill = page.all("#bars .winner .track")[0], page.all("#bars .winner .fill")[0]
+    assert fill.size["width"] / track.size["width"] == pytest.approx(bars[winner] / 12, abs=0.02)
+    page.picture("vote")
+
+
+def test_a_reply_can_be_stopped(page: Page, server: ServerProcess) -> None:
+    """The server sleeps meanwhile, so that the reply cannot be over before it is stopped."""
+    page.open_ready(server)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        page["question"].send_keys(STICKERS, Keys.ENTER)
+        page.wait(lambda: page["stop"].is_displayed())
+        page.press(Keys.ESCAPE)
+        page.wait(lambda: not page["stop"].is_displayed())
+        page["vote"].click()
+        page.wait(lambda: page["stop"].is_displayed())
+        page["stop"].click()
+        page.wait(lambda: not page["stop"].is_displayed())
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+    assert not page["problem"].is_displayed(), "to stop is no failure"
+    assert not page["reply"].is_displayed()
+    page.ask(STICKERS)
+    assert page["answer"].text == "77"
+
+
+def test_a_new_question_replaces_the_one_before_it(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server)
+    apples, stickers, *_ = page.all("#examples button")
+
+    page.driver.execute_script("for (const button of arguments) button.click()", apples, stickers, apples, stickers)
+    page.wait_for_answer()
+
+    assert page["answer"].text == "77"
+    assert len(page.tokens()) == 22
+
+
+def test_a_key_is_asked_for_and_kept_for_this_tab_only(page: Page, locked: ServerProcess) -> None:
+    page.expected_errors = "401"
+    page.open(locked)
+    page.wait(lambda: page["problem"].is_displayed())
+    assert page["problem"].text == "This server wants an API key."
+    assert page.driver.switch_to.active_element == page["key"]
+
+    page.press("wrong", Keys.ENTER)
+    page.wait(lambda: page["problem"].text == "The server refused this API key.")
+    page["key"].clear()
+    page["key"].send_keys("sesame", Keys.ENTER)
+    page.wait(lambda: page["effort"].is_enabled())
+    assert not page["problem"].is_displayed()
+    page.ask(STICKERS)
+
+    assert page["answer"].text == "77"
+    assert page.driver.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
+    page.driver.refresh()
+    page.wait(lambda: page["effort"].is_enabled())
+
+
+def test_errors_are_said_in_words(page: Page, server: ServerProcess) -> None:
+    page.expected_errors = "400|ERR_INTERNET_DISCONNECTED"
+    page.open_ready(server)
+    too_long = "How many apples? " * 2000
+    page.driver.execute_script("arguments[0].value = arguments[1]", page["question"], too_long)
+    page["ask"].click()
+    page.wait(lambda: page["problem"].is_displayed())
+    assert page["problem"].text.startswith("The question is too long")
+    assert not page["reply"].is_displayed()
+
+    offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    page.emulate("Network.enable")
+    page.emulate("Network.emulateNetworkConditions", offline=True, **offline)
+    page["question"].clear()
+    page["question"].send_keys(STICKERS, Keys.ENTER)
+    page.wait(lambda: page["problem"].text == "The server cannot be reached. Is it still running?")
+    page.picture("error")
+    page.emulate("Network.emulateNetworkConditions", offline=False, **(offline | dict.fromkeys(list(offline)[1:], -1)))
+    page["ask"].click()
+    page.wait_for_answer()
+    assert not page["problem"].is_displayed()
+
+
+def test_it_is_dark_where_people_want_it_dark(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server)
+    assert page.brightness() > 0.9
+
+    page.prefer(prefers_color_scheme="dark")
+    page.ask(STICKERS)
+
+    assert page.brightness() < 0.15
+    page.picture("dark")
+
+
+def test_it_fits_a_phone(page: Page, server: ServerProcess) -> None:
+    page.resize(360, 740)
+    page.open_ready(server)
+    assert page.overflow() == 0
+    page["effort"].send_keys(Keys.END)
+    page.ask(STICKERS)
+
+    assert page["answer"].text == "77"
+    assert len(page.heat()[0]) == 18, "a wide table, which scrolls by itself"
+    assert page.overflow() == 0
+    page.picture("phone")
+    page["vote"].click()
+    page.wait(lambda: page.all("#bars li"))
+    assert page.overflow() == 0
+
+
+def test_without_motion_the_table_waits_for_the_end(page: Page, server: ServerProcess) -> None:
+    page.prefer(prefers_reduced_motion="reduce")
+    page.open_ready(server)
+    page.ask(STICKERS)
+
+    assert page.selected == 1
+    assert page["answer"].text == "77"
+
+
+# On a fake engine, which says what no model would
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[SimpleNamespace]:
+    """Serve an app in a thread of this process."""
+    with listen("127.0.0.1", 0) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            yield SimpleNamespace(url=f"http://127.0.0.1:{sock.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert not thread.is_alive()
+
+
+def saying(*tokens: bytes, error: DeviceError | None = None) -> Callable[[Any], Iterator[Event]]:
+    """A script of the fake engine: each byte an id, and of each token one step, which chose its first byte."""
+
+    def script(request: Any) -> Iterator[Event]:
+        usage = Usage(len(request.prompt_ids), len(tokens), 0)
+        for token in tokens:
+            traces = tuple((((byte + 1, -0.1),),) for byte in token) if request.params.trace else ()
+            text = token.decode(errors="ignore")
+            yield Event(tuple(byte + 1 for byte in token), text, traces=traces)
+        yield Event((), "", "error" if error else "stop", usage, error)
+
+    return script
+
+
+def test_it_waits_for_a_server_that_is_starting(page: Page) -> None:
+    page.expected_errors = "503"
+    app = create_app(None, ServeSettings())
+    with serving(app) as server:
+        page.open(server)
+        page.wait(lambda: page["problem"].text == "The server is still loading its model.")
+        assert not page["effort"].is_enabled()
+
+        attach(app, FakeEngine())
+        page.wait(lambda: page["effort"].is_enabled())
+
+        assert not page["problem"].is_displayed()
+
+
+def test_what_a_model_says_is_text_never_markup(page: Page) -> None:
+    engine = FakeEngine(saying(rb"\boxed{<img src=x onerror=alert(1)>}", "<b>é".encode()), max_queue=16)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server)
+        page.ask("?")
+
+        assert page["answer"].text == "<img src=x onerror=alert(1)>"
+        assert page["tokens"].text == r"\boxed{<img src=x onerror=alert(1)>}<b>◌é"
+        page.press(Keys.TAB)
+        page.tokens()[-2].click()
+        assert page["steps-title"].text == "Token 40: c3"
+        page["vote"].click()
+        page.wait(lambda: page.all("#bars li"))
+        assert page.all("#bars .said")[0].text == "<img src=x onerror=alert(1)>"
+        assert page.all("main img, main b") == []
+
+
+def test_a_vote_is_counted_while_it_goes_on(page: Page) -> None:
+    engine = FakeEngine(max_rows=8)
+
+    def script(request: Any) -> Iterator[Event]:
+        index = request.params.sample_index
+        if index == 2:
+            engine.hold()  # the ones behind it end when it is released
+        text = "" if index == 1 else rf"\boxed{{{7 if index < 6 else 8}}}"
+        yield Event((5,), text, "stop", Usage(3, 1, 4))
+
+    engine.script = script
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server)
+        page["question"].send_keys("?")
+        page["samples"].clear()
+        page["samples"].send_keys("8")
+        page["vote"].click()
+        page.wait(lambda: page["verdict"].text == "7 has 2 of 3 votes so far; 8 are asked.")
+        assert [bar.text.split() for bar in page.all("#bars li")] == [
+            ["7", "2", "votes"],
+            ["no", "answer", "1", "votes"],
+        ]
+
+        engine.release()
+        page.wait(lambda: not page["stop"].is_displayed())
+
+        assert page["verdict"].text == "7 has 5 of 8 votes."
+        assert len(page.all("#bars li")) == 3
+
+
+def test_a_reply_that_breaks_off_says_so(page: Page) -> None:
+    engine = FakeEngine(saying(b"1", b"2", error=DeviceError("a logit is not finite")))
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server)
+        page.ask("?")
+
+        assert page["problem"].text == "That did not work: a logit is not finite."
+        assert page["answer"].text == "?"
+        assert page["summary"].text.startswith("stopped after 2 tokens")

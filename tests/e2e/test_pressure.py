@@ -1,0 +1,302 @@
+"""A real server process that starts, is full, is left, is stopped, and breaks."""
+
+import asyncio
+import json
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ServerProcess
+
+Start = Callable[..., ServerProcess]
+PROBE_S, REFUSAL_S = 0.05, 0.02  # as promised
+PATIENCE = 5  # how many times as long the median may be where crowd, server and other tests share two cores
+TAIL = 20  # and the 95th percentile
+LONG = {
+    "messages": [{"role": "user", "content": "How many?"}],
+    "max_tokens": 3500,
+    "ignore_eos": True,
+    "supervision_steps": 1,
+}
+
+
+def until(condition: Callable[[], object], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
+
+
+def code(response: httpx.Response) -> Any:
+    return response.json()["error"]["code"]
+
+
+# Starting
+
+WAIT_FOR_A_FILE = """
+import pathlib, time
+from server import cli
+load_engine = cli.load_engine
+def slowly(settings):
+    while not pathlib.Path({file!r}).exists():
+        time.sleep(0.01)
+    {then}
+    return load_engine(settings)
+cli.load_engine = slowly
+"""
+
+
+@pytest.fixture
+def starting(start_server: Start, tmp_path: Path) -> Callable[..., tuple[ServerProcess, str, Path]]:
+    """A server whose model loads once a file is there: the process, its address, the file."""
+
+    def start(then: str = "") -> tuple[ServerProcess, str, Path]:
+        file = tmp_path / "go"
+        server = start_server(before=WAIT_FOR_A_FILE.format(file=str(file), then=then or "pass"), ready=False)
+        return server, server.url_in(r'loading \S+; (http://[^\s"]+) says 503'), file
+
+    return start
+
+
+def test_a_server_whose_model_loads_is_alive_and_not_ready(starting: Any) -> None:
+    server, url, file = starting()
+
+    assert httpx.get(f"{url}/health").status_code == 200
+    for response in (
+        httpx.get(f"{url}/ready"),
+        httpx.get(f"{url}/openapi.json"),
+        httpx.post(f"{url}/v1/chat/completions", json=LONG),
+    ):
+        assert (response.status_code, code(response)) == (503, "starting")
+
+    file.touch()
+    assert server.url == url
+    assert httpx.get(f"{url}/ready").status_code == 200
+    assert server.stop() == 0
+
+
+def test_a_server_whose_model_loads_stops_at_once(starting: Any) -> None:
+    server, url, _ = starting()
+    assert httpx.get(f"{url}/health").status_code == 200
+
+    server.process.terminate()
+
+    assert server.process.wait(timeout=5) == 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_in_one_line(starting: Any) -> None:
+    server, _, file = starting(then="from trm.errors import CheckpointError; raise CheckpointError('weights are torn')")
+
+    file.touch()
+
+    assert server.process.wait(timeout=30) == 1
+    assert server.log.read_text().splitlines()[-1] == "trm-serve: weights are torn"
+    assert "Traceback" not in server.log.read_text()
+
+
+# Full
+
+
+def in_turn(url: str, *work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+    async def run() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            for part in work:
+                await part(client)
+
+    asyncio.run(run())
+
+
+async def timed(request: Callable[[], Awaitable[httpx.Response]], count: int, status: int) -> list[float]:
+    seconds = []
+    for _ in range(count):
+        started = time.perf_counter()
+        response = await request()
+        seconds.append(time.perf_counter() - started)
+        assert response.status_code == status
+        await asyncio.sleep(0.005)
+    return seconds
+
+
+def test_a_full_server_refuses_and_answers_probes_at_once(start_server: Start) -> None:
+    """32 streams, a full queue, and prompts of thousands of tokens being prepared."""
+    server = start_server("--max-queue", "4")
+    tokens = 0
+
+    async def crowd(client: httpx.AsyncClient) -> None:
+        async def stream() -> None:
+            nonlocal tokens
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            content = json.dumps({**LONG, "stream": True}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n"
+            writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+            try:
+                while chunk := await reader.read(2**16):
+                    tokens += chunk.count(b"data: ")
+            finally:
+                writer.close()
+
+        async def tokenize() -> None:
+            while True:
+                await client.post("/tokenize", json={"prompt": "How many apples are there? " * 2000})
+
+        others = [asyncio.create_task(work) for work in (*(stream() for _ in range(36)), tokenize(), tokenize())]
+        async with asyncio.timeout(60):
+            while "trm_num_requests_waiting 4.0" not in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.05)
+        before = tokens
+
+        probes = await timed(lambda: client.get("/health"), 100, 200)
+        refusals = await timed(lambda: client.post("/v1/chat/completions", json=LONG), 100, 429)
+        refused = await client.post("/solve", json={"question": "How many?"})
+
+        assert tokens > before + 100, "decoding went on meanwhile"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert code(refused) == "queue_full"
+        for seconds, bound in ((probes, PROBE_S), (refusals, REFUSAL_S)):
+            assert statistics.median(seconds) < PATIENCE * bound
+            assert statistics.quantiles(seconds, n=20)[-1] < TAIL * bound
+        for other in others:
+            other.cancel()
+        await asyncio.wait(others)
+
+    in_turn(server.url, crowd)
+    until(lambda: server.metric("trm_num_requests_running") == 0)
+    assert server.metric("trm_num_requests_waiting") == 0
+    assert server.metric("trm_client_disconnects_total") >= 36
+    assert server.metric("trm_request_rejected_total") == 101
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [1] * 500_000},
+        {"messages": [{"role": "user", "content": "a"}] * 30_000},
+        {"messages": [], **{f"{number:x}": 1 for number in range(100_000)}},
+        {"messages": [{"role": "user", "content": "a"}], "logit_bias": {str(number): 1 for number in range(90_000)}},
+    ],
+    ids=["no messages", "messages", "unknown fields", "biases"],
+)
+def test_a_body_that_is_a_megabyte_of_trouble_holds_nobody_up(server: ServerProcess, body: Any) -> None:
+    content = json.dumps(body, separators=(",", ":"))
+    assert 500_000 < len(content) < 2**20
+
+    async def crowd(client: httpx.AsyncClient) -> None:
+        async def trouble() -> None:
+            for _ in range(5):
+                headers = {"content-type": "application/json"}
+                response = await client.post("/v1/chat/completions", content=content, headers=headers)
+                assert response.status_code == 400
+
+        other = asyncio.create_task(trouble())
+        seconds = []
+        while not other.done():
+            seconds += await timed(lambda: client.get("/health"), 1, 200)
+        await other
+        assert max(seconds) < PATIENCE * PROBE_S
+
+    in_turn(server.url, crowd)
+
+
+# Left
+
+
+def test_clients_that_leave_free_their_rows_and_their_places(start_server: Start) -> None:
+    server = start_server("--max-rows", "2")
+    body = {**LONG, "supervision_steps": 16}
+    with ExitStack() as stack:
+        for stream in (True, False, True, False):  # two of them wait in the queue
+            client = stack.enter_context(httpx.Client(timeout=0.4))
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{server.url}/v1/chat/completions", json={**body, "stream": stream}).raise_for_status()
+    until(lambda: server.metric("trm_num_requests_running") + server.metric("trm_num_requests_waiting") == 0, 5)
+    row_steps = server.metric("trm_row_steps_total")
+
+    assert httpx.post(f"{server.url}/solve", json={"question": "1+1?", "max_tokens": 1}, timeout=60).status_code == 200
+
+    assert server.metric("trm_row_steps_total") - row_steps < 32, "nobody else was decoding"
+    assert server.metric("trm_client_disconnects_total") == 4
+    gone = [line for line in server.requests if line["status"] == 499]
+    assert len(gone) == 4
+    assert server.stop() == 0
+
+
+# Stopped
+
+
+def test_a_second_signal_exits_at_once(start_server: Start) -> None:
+    server = start_server("--drain-seconds", "60")
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**LONG, "stream": True}) as response:
+        next(response.iter_raw())
+        server.process.terminate()
+        until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        refused = httpx.post(f"{server.url}/solve", json={"question": "1+1?"})
+        assert (refused.status_code, code(refused)) == (503, "draining")
+        assert server.process.poll() is None
+
+        server.process.terminate()
+
+        assert server.process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_a_drain_that_takes_too_long_ends_what_is_left_with_an_error(start_server: Start) -> None:
+    server = start_server("--drain-seconds", "0.5")
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json={**LONG, "stream": True, "supervision_steps": 16}, timeout=60
+    ) as response:
+        chunks = response.iter_text()
+        next(chunks)
+        server.process.terminate()
+        text = "".join(chunks)
+
+    *_, error, done = text.strip().split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
+    assert done == "data: [DONE]"
+    assert server.process.wait(timeout=10) == 0
+
+
+# Broken
+
+LOSE_THE_DEVICE = """
+import torch
+from trm.engine.runner import Runner
+def lost(self, *args, **kwargs):
+    self.device = torch.device("meta")  # which holds no numbers to add
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+Runner.logits = lost
+"""
+
+
+def test_a_lost_device_ends_the_process_for_a_supervisor_to_restart(start_server: Start) -> None:
+    server = start_server("--exit-on-failure", before=LOSE_THE_DEVICE)
+
+    response = httpx.post(f"{server.url}/solve", json={"question": "1+1?"}, timeout=60)
+
+    assert (response.status_code, code(response)) == (500, "device_error")
+    assert server.process.wait(timeout=10) == 1
+    assert "trm-serve: the engine failed" in server.log.read_text()
+
+
+def test_a_lost_device_leaves_a_process_that_says_so(start_server: Start) -> None:
+    server = start_server(before=LOSE_THE_DEVICE)
+    stream = httpx.post(f"{server.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60)
+
+    assert '"code":"device_error"' in stream.text
+    assert stream.text.endswith("data: [DONE]\n\n")
+    for path in ("/health", "/ready"):
+        response = httpx.get(f"{server.url}{path}")
+        assert (response.status_code, code(response)) == (503, "device_failed")
+    assert httpx.post(f"{server.url}/solve", json={"question": "1+1?"}).status_code == 503
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.process.wait(timeout=0.5)
+    assert server.stop() == 0

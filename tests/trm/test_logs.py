@@ -1,0 +1,89 @@
+"""What commands log: one record a line, for people or for machines, from libraries too."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from trm.logs import JsonFormatter, TextFormatter
+
+
+def record(message="done", exc_info=None, **extra):
+    made = logging.LogRecord("trm.x", logging.WARNING, __file__, 1, message, (), exc_info)
+    vars(made).update(extra)
+    return made
+
+
+def test_json_has_what_a_record_carries():
+    line = JsonFormatter().format(record(request_id="a", tokens=5, reasons={"stop": 1}, color_message="no"))
+
+    content = json.loads(line)
+    assert content.pop("time").endswith("+00:00")
+    assert content == {
+        "level": "warning",
+        "logger": "trm.x",
+        "message": "done",
+        "request_id": "a",
+        "tokens": 5,
+        "reasons": {"stop": 1},
+    }
+
+
+def test_text_has_it_behind_the_message():
+    line = TextFormatter().format(record(path="/v1", tokens=5, reasons={"stop": 1}, odd="a b", forged="x\ny=1"))
+
+    assert line.endswith(
+        ' WARNING trm.x: done path=/v1 tokens=5 reasons={"stop": 1} odd="a b" forged="x\\ny=1"'  # one line
+    )
+
+
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()], ids=["json", "text"])
+def test_tracebacks_are_told(formatter):
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        line = formatter.format(record(exc_info=sys.exc_info()))
+
+    assert "ValueError: broken" in line
+    assert ("\n" in line) == isinstance(formatter, TextFormatter)
+
+
+LOUD = """
+import logging, threading, warnings
+from trm.logs import configure_logging
+configure_logging("INFO", FORMAT)
+import huggingface_hub, transformers
+transformers.logging.get_logger("transformers.models").warning("from transformers")
+huggingface_hub.logging.get_logger("huggingface_hub.api").warning("from the hub")
+warnings.warn("from a warning")
+logging.getLogger("uvicorn.error").info("from uvicorn")
+logging.getLogger("asyncio").debug("too low")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise LookupError("from the main thread")
+"""
+
+
+@pytest.mark.parametrize("log_format", ["auto", "json"])
+def test_into_a_pipe_everything_that_anybody_logs_is_one_json_object_a_line(log_format):
+    done = subprocess.run(
+        [sys.executable, "-c", LOUD.replace("FORMAT", repr(log_format))], capture_output=True, text=True, timeout=120
+    )
+
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    loggers = ["transformers.models", "huggingface_hub.api", "py.warnings", "uvicorn.error", "trm.logs", "trm.logs"]
+    assert [line["logger"] for line in lines] == loggers
+    assert "from a warning" in lines[2]["message"]
+    assert "ZeroDivisionError" in lines[4]["exception"]
+    assert "LookupError" in lines[5]["exception"]
+    assert done.returncode == 1
+
+
+def test_text_has_each_record_once():
+    done = subprocess.run([sys.executable, "-c", LOUD.replace("FORMAT", "'text'")], capture_output=True, text=True)
+
+    for words in ("from transformers", "from the hub", "from a warning", "from uvicorn"):
+        assert sum(line.endswith(words) for line in done.stderr.splitlines()) == 1

@@ -1,0 +1,86 @@
+"""How commands log: lines for people, or JSON for machines. Libraries only log.
+
+What a record carries besides its message (`extra=`) follows it as `key=value`, or becomes keys of
+the JSON object; so each fact of a request has a name of its own and nobody parses sentences.
+"""
+
+import json
+import logging
+import re
+import sys
+import threading
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+LogFormat = Literal["auto", "text", "json"]
+
+_ORDINARY = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "color_message",
+}  # the last is uvicorn's
+_PLAIN = re.compile(r"[\w./:%+-]+")
+
+
+def configure_logging(level: str = "INFO", log_format: LogFormat = "text") -> None:
+    """What a command does once. Level in capitals; "auto" is text on a terminal, else JSON."""
+    import huggingface_hub.utils.logging as huggingface_logging
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for library in (huggingface_logging, transformers_logging):  # each has a handler of its own
+        library.get_logger()
+        library.enable_propagation()
+    logging.getLogger("huggingface_hub").handlers.clear()
+    logging.getLogger("transformers").handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
+    logging.captureWarnings(True)
+    if as_json:
+        sys.excepthook = _log_uncaught
+        threading.excepthook = lambda failure: _log_uncaught(failure.exc_type, failure.exc_value, failure.exc_traceback)
+
+
+class TextFormatter(logging.Formatter):
+    """One line: time, level, logger, message, and what else the record carries."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line without its traceback."""
+        extra = (f" {name}={_plain(value)}" for name, value in _extra(record).items())
+        return super().formatMessage(record) + "".join(extra)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object: time (UTC), level, logger, message, what else the record carries, and exception if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The object in one line of ASCII."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _ORDINARY}
+
+
+def _plain(value: Any) -> str:
+    """A value that cannot be taken for the end of its line or the start of another field."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(value, default=str)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: Any) -> None:
+    logging.getLogger(__name__).critical("uncaught exception", exc_info=(kind, error, traceback))  # type: ignore[arg-type]
