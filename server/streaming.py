@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.types import Message, Send
 
 from server.errors import describe, internal_error_body
@@ -17,16 +17,19 @@ from trm.errors import TRMError
 logger = logging.getLogger(__name__)
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must pass each token on
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 """What the OpenAPI document says of a route that can stream, besides its body."""
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, so that no proxy takes a long wait for a dead connection
 
 
-def sse(content: dict[str, Any]) -> str:
+def sse(content: dict[str, Any]) -> bytes:
     """One server-sent event, in ASCII: some clients take U+2028 and its like for line ends."""
-    return f"data: {json.dumps(content, separators=(',', ':'), default=BaseModel.model_dump)}\n\n"
+    data = to_json(content)  # several times as fast as json.dumps, but it cannot escape
+    if not data.isascii():
+        data = json.dumps(json.loads(data), separators=(",", ":")).encode()
+    return b"data: %s\n\n" % data
 
 
 class EventStream(StreamingResponse):
@@ -68,7 +71,7 @@ class EventStream(StreamingResponse):
             clock.cancel()
 
 
-async def _guarded(events: AsyncIterator[dict[str, Any]], name: str) -> AsyncIterator[str]:
+async def _guarded(events: AsyncIterator[dict[str, Any]], name: str) -> AsyncIterator[bytes]:
     try:
         async for content in events:
             yield sse(content)

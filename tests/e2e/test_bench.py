@@ -1,4 +1,4 @@
-"""`trm-bench decode` as a person runs it: a table, then one line of JSON whose ratios follow from its raw numbers."""
+"""`trm-bench` as a person runs it: a table, then one line of JSON whose ratios follow from its raw numbers."""
 
 import json
 import subprocess
@@ -12,13 +12,18 @@ import pytest
 REQUESTS = 4
 
 
-@pytest.fixture(scope="module")
-def lines() -> list[str]:
-    command = [str(Path(sys.executable).parent / "trm-bench"), "decode", "--repeats", "1", "--full"]
-    sizes = ["--num-requests", str(REQUESTS), "--max-rows", "2"]
+def trm_bench(*arguments: str) -> list[str]:
+    """The lines that it prints."""
+    command = [str(Path(sys.executable).parent / "trm-bench"), *arguments]
+    sizes = ["--num-requests", str(REQUESTS), "--max-rows", "2", "--num-threads", "1"]
     done = subprocess.run(command + sizes, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return trm_bench("decode", "--repeats", "1", "--full")
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +91,20 @@ def test_table_and_curves_come_before_the_json(lines: list[str], result: dict[st
     assert set(result["raw"]["context_curve"]) == {"context", "state"}
     for curve in result["raw"]["context_curve"].values():
         assert list(curve["seconds"]) == ["64", "128", "256", "512", "1024", "2048"]
+
+
+def test_the_server_decodes_what_the_bare_engine_does() -> None:
+    *table, last = trm_bench("serve", "--repeats", "2")
+    result = json.loads(last)
+    raw = result["raw"]
+
+    assert raw["requests_equal"] == REQUESTS
+    assert raw["tokens_over_http"] == raw["tokens"] > 8 * REQUESTS
+    assert len(raw["first_token_s"]) == 2 * REQUESTS
+    assert len(raw["gaps_s"]) <= 2 * raw["tokens"]
+    assert result["http_vs_engine"] == pytest.approx(median(raw["engine_wall_s"]) / median(raw["http_wall_s"]))
+    assert result["server_cpu_vs_engine"] == pytest.approx(median(raw["server_cpu_s"]) / median(raw["engine_cpu_s"]))
+    assert 0 < result["inter_token_p50_s"] <= result["inter_token_p95_s"] < max(raw["http_wall_s"])
+    assert 0 < result["first_token_p50_s"] <= result["first_token_p95_s"] < max(raw["http_wall_s"])
+    assert 0 < result["clients_cpu_share"] < result["server_cpu_share"]
+    assert f"{result['http_vs_engine']:.3f}" in "\n".join(table)
