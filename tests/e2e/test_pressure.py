@@ -213,21 +213,28 @@ def test_a_body_that_is_a_megabyte_of_trouble_holds_nobody_up(server: ServerProc
 
 def test_clients_that_leave_free_their_rows_and_their_places(start_server: Start) -> None:
     server = start_server("--max-rows", "2")
-    body = {**LONG, "supervision_steps": 16}
+    url, body = f"{server.url}/v1/chat/completions", {**LONG, "supervision_steps": 16}
     with ExitStack() as stack:
-        for stream in (True, False, True, False):  # two of them wait in the queue
-            client = stack.enter_context(httpx.Client(timeout=0.4))
+        running = [
+            stack.enter_context(httpx.stream("POST", url, json={**body, "stream": True}, timeout=60)) for _ in range(2)
+        ]
+        streams = [response.iter_raw() for response in running]
+        for stream in streams:
+            next(stream)
+        for streamed in (True, False):  # they wait in the queue, and leave it
             with pytest.raises(httpx.ReadTimeout):
-                client.post(f"{server.url}/v1/chat/completions", json={**body, "stream": stream}).raise_for_status()
-    until(lambda: server.metric("trm_num_requests_running") + server.metric("trm_num_requests_waiting") == 0, 5)
+                httpx.post(url, json={**body, "stream": streamed}, timeout=0.4)
+    with pytest.raises(httpx.ReadTimeout):  # it runs, and its client waits for the whole reply
+        httpx.post(url, json=body, timeout=0.4)
+    until(lambda: server.metric("trm_num_requests_running") + server.metric("trm_num_requests_waiting") == 0)
     row_steps = server.metric("trm_row_steps_total")
 
     assert httpx.post(f"{server.url}/solve", json={"question": "1+1?", "max_tokens": 1}, timeout=60).status_code == 200
 
     assert server.metric("trm_row_steps_total") - row_steps < 32, "nobody else was decoding"
-    assert server.metric("trm_client_disconnects_total") == 4
+    assert server.metric("trm_client_disconnects_total") == 5
     gone = [line for line in server.requests if line["status"] == 499]
-    assert len(gone) == 4
+    assert len(gone) == 5
     assert server.stop() == 0
 
 
@@ -261,7 +268,8 @@ def test_the_log_is_json_and_holds_no_secrets(start_server: Start) -> None:
 def test_a_second_signal_exits_at_once(start_server: Start) -> None:
     server = start_server("--drain-seconds", "60")
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**LONG, "stream": True}) as response:
-        next(response.iter_raw())
+        chunks = response.iter_raw()  # the connection lives as long as this does
+        next(chunks)
         server.process.terminate()
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
         assert httpx.get(f"{server.url}/health").status_code == 200

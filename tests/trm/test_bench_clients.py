@@ -36,7 +36,10 @@ def test_times_are_those_of_the_bytes_that_complete_a_text():
 def run_against(answer, streams, bodies):
     """A run against a server that says `answer(body)`."""
 
+    serving = []
+
     async def serve(reader, writer):
+        serving.append(asyncio.current_task())
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -51,7 +54,9 @@ def run_against(answer, streams, bodies):
 
     async def run():
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            return await clients.run("127.0.0.1", server.sockets[0].getsockname()[1], "/", streams, bodies)
+            report = await clients.run("127.0.0.1", server.sockets[0].getsockname()[1], "/", streams, bodies)
+            await asyncio.gather(*serving)
+            return report
 
     return asyncio.run(run())
 
