@@ -36,20 +36,6 @@ def until(condition: Callable[[], object], timeout_s: float = 30) -> None:
         time.sleep(0.01)
 
 
-def asking(server: ServerProcess, body: Any) -> socket.socket:
-    """A connection on which a chat request has been sent."""
-    url = httpx.URL(server.url)
-    connection = socket.create_connection((url.host, url.port))
-    connection.sendall(chat_request(body))
-    return connection
-
-
-def chat_request(body: Any) -> bytes:
-    content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n" + content
-
-
 def code(response: httpx.Response) -> Any:
     return response.json()["error"]["code"]
 
@@ -150,7 +136,9 @@ def test_a_full_server_refuses_and_answers_probes_at_once(start_server: Start) -
         async def stream() -> None:
             nonlocal tokens
             reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
-            writer.write(chat_request({**LONG, "stream": True}))
+            content = json.dumps({**LONG, "stream": True}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n"
+            writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
             try:
                 while chunk := await reader.read(2**16):
                     tokens += chunk.count(b"data: ")
@@ -225,19 +213,28 @@ def test_a_body_that_is_a_megabyte_of_trouble_holds_nobody_up(server: ServerProc
 
 def test_clients_that_leave_free_their_rows_and_their_places(start_server: Start) -> None:
     server = start_server("--max-rows", "2")
+    url, body = f"{server.url}/v1/chat/completions", {**LONG, "supervision_steps": 16}
     with ExitStack() as stack:
-        for stream in (True, False, True, False):  # two of them wait in the queue
-            stack.enter_context(asking(server, {**LONG, "supervision_steps": 16, "stream": stream}))
-        until(lambda: server.metric("trm_num_requests_waiting") == 2)
-        assert server.metric("trm_num_requests_running") == 2
-    until(lambda: server.metric("trm_num_requests_running") + server.metric("trm_num_requests_waiting") == 0, 5)
+        running = [
+            stack.enter_context(httpx.stream("POST", url, json={**body, "stream": True}, timeout=60)) for _ in range(2)
+        ]
+        streams = [response.iter_raw() for response in running]
+        for stream in streams:
+            next(stream)
+        for streamed in (True, False):  # they wait in the queue, and leave it
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json={**body, "stream": streamed}, timeout=0.4)
+    with pytest.raises(httpx.ReadTimeout):  # it runs, and its client waits for the whole reply
+        httpx.post(url, json=body, timeout=0.4)
+    until(lambda: server.metric("trm_num_requests_running") + server.metric("trm_num_requests_waiting") == 0)
     row_steps = server.metric("trm_row_steps_total")
 
     assert httpx.post(f"{server.url}/solve", json={"question": "1+1?", "max_tokens": 1}, timeout=60).status_code == 200
 
     assert server.metric("trm_row_steps_total") - row_steps < 32, "nobody else was decoding"
-    assert server.metric("trm_client_disconnects_total") == 4
-    assert [line["status"] for line in server.requests] == [499] * 4 + [200]
+    assert server.metric("trm_client_disconnects_total") == 5
+    gone = [line for line in server.requests if line["status"] == 499]
+    assert len(gone) == 5
     assert server.stop() == 0
 
 
@@ -270,8 +267,9 @@ def test_the_log_is_json_and_holds_no_secrets(start_server: Start) -> None:
 
 def test_a_second_signal_exits_at_once(start_server: Start) -> None:
     server = start_server("--drain-seconds", "60")
-    with asking(server, {**LONG, "supervision_steps": 16, "stream": True}) as connection:
-        assert connection.recv(10) == b"HTTP/1.1 2"
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**LONG, "stream": True}) as response:
+        chunks = response.iter_raw()  # the connection lives as long as this does
+        next(chunks)
         server.process.terminate()
         until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
         assert httpx.get(f"{server.url}/health").status_code == 200

@@ -36,18 +36,27 @@ def test_times_are_those_of_the_bytes_that_complete_a_text():
 def run_against(answer, streams, bodies):
     """A run against a server that says `answer(body)`."""
 
+    serving = []
+
     async def serve(reader, writer):
+        serving.append(asyncio.current_task())
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = int(re.search(rb"Content-Length: (\d+)", head)[1])
-                writer.write(answer(json.loads(await reader.readexactly(length))))
-        except asyncio.IncompleteReadError:
-            writer.close()
+                said = answer(json.loads(await reader.readexactly(length)))
+                writer.write(said)
+                if not said:
+                    break
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            pass
+        writer.close()
 
     async def run():
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            return await clients.run("127.0.0.1", server.sockets[0].getsockname()[1], "/", streams, bodies)
+            report = await clients.run("127.0.0.1", server.sockets[0].getsockname()[1], "/", streams, bodies)
+            await asyncio.gather(*serving)
+            return report
 
     return asyncio.run(run())
 
@@ -61,6 +70,11 @@ def test_streams_share_the_bodies_and_replies_keep_their_order():
 
     assert [reply["text"] for reply in report["replies"]] == list("abcde")
     assert all(0 < reply["first_s"] <= report["wall_s"] for reply in report["replies"])
+
+
+def test_a_connection_that_is_closed_too_early_ends_the_run():
+    with pytest.raises(ConnectionError, match="closed the connection"):
+        run_against(lambda body: b"", 1, [{}])
 
 
 def test_a_refusal_ends_the_run_with_the_servers_words():

@@ -16,22 +16,41 @@ from typing import Any
 
 Piece = tuple[float, bytes]  # when it came, and what
 LAST_CHUNK = b"0\r\n\r\n"
-READ_BYTES = 2**16
 
 
-async def stream(host: str, port: int, todo: Iterator[tuple[int, bytes]], seen: dict[int, list[Piece]]) -> None:
-    """One connection: post body after body; the first piece of each is its request's, and empty."""
-    reader, writer = await asyncio.open_connection(host, port)
-    for index, request in todo:
-        pieces = seen[index] = [(time.perf_counter(), b"")]
-        writer.write(request)
-        while not pieces[-1][1].endswith(LAST_CHUNK):
-            data = await reader.read(READ_BYTES)
-            if not data or not (len(pieces) > 1 or data.startswith(b"HTTP/1.1 200 ")):
-                raise ConnectionError(f"the server said {data[:500]!r}")
-            pieces.append((time.perf_counter(), data))
-    writer.close()
-    await writer.wait_closed()
+class Stream(asyncio.Protocol):
+    """One connection: requests one after the other, as `todo` has them, until `ended`."""
+
+    def __init__(self, todo: Iterator[tuple[int, bytes]], seen: dict[int, list[Piece]]) -> None:
+        self.todo, self.seen = todo, seen
+        self.pieces: list[Piece] = []  # of the request at hand: the first is its own, and empty
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport), "the connection is a stream"
+        self.transport = transport
+        self.post()
+
+    def post(self) -> None:
+        for index, request in self.todo:
+            self.pieces = self.seen[index] = [(time.perf_counter(), b"")]
+            self.transport.write(request)
+            return
+        self.ended.set_result(None)
+        self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if len(self.pieces) == 1 and not data.startswith(b"HTTP/1.1 200 "):
+            self.ended.set_exception(ConnectionError(f"the server said {data[:500]!r}"))
+            self.transport.abort()
+            return
+        self.pieces.append((time.perf_counter(), data))
+        if data.endswith(LAST_CHUNK):
+            self.post()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(ConnectionError(f"the server closed the connection: {error or 'no reason given'}"))
 
 
 def post(host: str, port: int, path: str, body: Any) -> bytes:
@@ -63,7 +82,9 @@ async def run(host: str, port: int, path: str, streams: int, bodies: list[Any]) 
     todo = enumerate([post(host, port, path, body) for body in bodies])
     seen: dict[int, list[Piece]] = {}
     wall, cpu = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(stream(host, port, todo, seen) for _ in range(streams)))
+    loop = asyncio.get_running_loop()
+    connecting = (loop.create_connection(lambda: Stream(todo, seen), host, port) for _ in range(streams))
+    await asyncio.gather(*[stream.ended for _, stream in await asyncio.gather(*connecting)])
     report = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     return {**report, "replies": [reply(seen[index]) for index in range(len(bodies))]}
 
