@@ -7,7 +7,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server import errors, openapi
 from server.metrics import Metrics
-from server.middleware import ReadBody, RequireKey, Trace
+from server.middleware import OPEN_PATHS, ReadBody, Record, RequireKey
 from server.routes import chat, completions, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
@@ -35,7 +35,7 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
         ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
     )
     app.add_middleware(RequireKey, keys=settings.keys(), public=settings.public_paths)
-    app.add_middleware(Trace, metrics=metrics)
+    app.add_middleware(Record, metrics=metrics, quiet={*OPEN_PATHS, "/metrics", *playground.PATHS})
     if settings.cors_origins:  # outermost: a preflight has no key, and pages may read errors and headers too
         app.add_middleware(
             CORSMiddleware,

@@ -1,4 +1,4 @@
-"""What happens around every HTTP request, in this order: trace it, check its key, read its body.
+"""What happens around every HTTP request, in this order: record it, check its key, read its body.
 
 Plain ASGI, so that a handler can be cancelled: the moment a client leaves, whatever its
 request is doing stops, streaming or not, and its rows leave the engine before the next tick.
@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,23 +18,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, SlowBody, Unauthorized, describe, error_response, internal_error_response
 from server.metrics import REJECTIONS, Metrics
-from server.routes import playground
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
-QUIET_PATHS = OPEN_PATHS | {"/metrics", *playground.PATHS}  # logged at debug level only
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
 
 
-class Trace:
-    """Gives each request an id and a `Call`, a 500 where nothing else answers, and one line in the log."""
+class Record:
+    """Gives each request an id and a `Call`, a 500 where nothing else answers, and one line in the log.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    `quiet`: paths that are logged at debug level only.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, quiet: Collection[str]) -> None:
         self.app = app
         self.metrics = metrics
+        self.quiet = quiet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,7 +87,7 @@ class Trace:
         if call.abandoned:
             self.metrics.departures.inc()
         facts["ms"] = round((time.perf_counter() - call.started_at) * 1000)
-        logger.log(logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO, "request", extra=facts)
+        logger.log(logging.DEBUG if scope["path"] in self.quiet else logging.INFO, "request", extra=facts)
 
 
 def is_public(path: str, public: Sequence[str]) -> bool:

@@ -71,12 +71,13 @@ def document(app: FastAPI, serving: Serving) -> JSONSchema:
             parameters = operation.get("parameters", [])
             for parameter in parameters:  # all there is in paths is the model's name
                 parameter["schema"]["enum"] = [settings.model_id]
-            possible = {status for status, _ in STATUS.values()} if method == "post" else READING
-            possible = (
-                possible - ({401} if not keys else set()) - ({404} if method == "get" and not parameters else set())
-            )
+            possible = UNASKED | ({status for status, _ in STATUS.values()} if method == "post" else READING)
+            if not keys:
+                possible = possible - {401}
+            if method == "get" and not parameters:
+                possible = possible - {404}
             operation["responses"].pop("422", None)  # FastAPI's own way to refuse a body; ours is 400
-            operation["responses"] |= {str(status): _error(status) for status in sorted(possible | UNASKED)}
+            operation["responses"] |= {str(status): _error(status) for status in sorted(possible)}
             if keys and is_public(path, settings.public_paths):
                 operation["security"] = []
     for name in {"HTTPValidationError", "ValidationError"} & schemas.keys():

@@ -1,6 +1,7 @@
 """Tools that others wrote for OpenAI's servers, run against ours as their users run them."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -88,4 +89,5 @@ def test_schemathesis_finds_nothing_to_complain_about(
     )
 
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "passed" in done.stdout
+    generated, passed = re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups()  # type: ignore[union-attr]
+    assert int(passed) > 500, generated
