@@ -5,7 +5,7 @@ GSM8K ?= ../shared/gsm8k
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve test e2e lint model clean
+.PHONY: install serve test e2e deploy-check lint model clean
 
 install: $(VENV)/installed
 
@@ -15,9 +15,13 @@ serve: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
-# Crowds of clients, and other people's tools, against real servers; everything else of tests/e2e belongs to `make test`.
+# Crowds of clients, other people's tools, failures on purpose; everything else of tests/e2e belongs to `make test`.
 e2e: $(VENV)/installed-tools
-	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem
+	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem tests/e2e/operations
+
+# Everything in deploy/ that can be checked without a cluster.
+deploy-check: $(VENV)/installed-tools
+	$(VENV)/bin/python -m pytest tests/deploy
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -45,5 +49,5 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-tools: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[dev,tools]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,tools,ray,deploy]'
 	touch $@ $(VENV)/installed-dev $(VENV)/installed
