@@ -77,7 +77,7 @@ def test_the_server_takes_its_settings_and_has_time_to_drain(
     set_ = ServeSettings.from_command_line(given.get("command") or [])
     (port,) = server["ports"]
 
-    assert {name for name in server["environment"]} <= {f"TRM_{name.upper()}" for name in ServeSettings.model_fields}
+    assert set(server["environment"]) <= {f"TRM_{name.upper()}" for name in ServeSettings.model_fields}
     assert (unset.model, unset.keys()) == (None, [])
     assert (set_.model, set_.keys()) == ("/model", ["one", "two"])
     assert "/metrics" in set_.public_paths
