@@ -109,6 +109,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
         max_queue=settings.max_queue,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_draft_tokens=settings.max_draft_tokens,
+        max_step_s=settings.max_step_seconds,
     )
     engine = Engine(model, chat, config)
     logger.info(

@@ -42,6 +42,7 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self.engine_failed = False
+        self._lost = False  # the engine, as of the last look
         self._app = app
         self._drain_s = settings.drain_seconds
         self._exit_on_failure = settings.exit_on_failure
@@ -72,8 +73,12 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends the server."""
-        if self._exit_on_failure and self._serving is not None and not self._serving.engine.alive():
-            self.engine_failed = True
+        if self._serving is not None:
+            lost = not self._serving.engine.alive()
+            if lost and self._lost:  # an engine that died has had a tenth of a second to tell everybody itself
+                self._serving.worker.give_up()
+                self.engine_failed = self._exit_on_failure
+            self._lost = lost
         if counter % 10 == 0:
             self._close_idle()
         return await super().on_tick(counter) or self.engine_failed

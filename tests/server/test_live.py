@@ -224,6 +224,21 @@ def test_connections_that_wait_for_their_reply_are_not_idle(start, app, engine, 
     assert httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10).status_code == 200
 
 
+def test_who_waits_for_an_engine_that_hangs_is_told(start, app, engine, chat_body):
+    live = start(app)
+    engine.hold()
+    threading.Timer(0.5, lambda: setattr(engine, "dead", True)).start()
+
+    response = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "device_failed")
+    assert httpx.get(f"{live.url}/health").status_code == 503
+
+    engine.dead = False
+    engine.release()
+    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10).status_code == 200
+
+
 @pytest.mark.parametrize("exits", [False, True], ids=["stays", "exits"])
 def test_an_engine_that_died_ends_the_server_if_told_so(start, app, engine, exits):
     live = start(app, exit_on_failure=exits)
