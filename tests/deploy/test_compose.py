@@ -81,6 +81,7 @@ def test_the_server_takes_its_settings_and_has_time_to_drain(
     assert (unset.model, unset.keys()) == (None, [])
     assert (set_.model, set_.keys()) == ("/model", ["one", "two"])
     assert "/metrics" in set_.public_paths
+    assert server["init"]
     assert unset.drain_seconds + LAST_WORDS_S < int(server["stop_grace_period"].removesuffix("s"))
     assert ("EXPOSE", str(port["target"])) in instructions(DEPLOY / "Dockerfile")
     assert mounts(given) == {"/model": Path("/srv/checkpoint")}
