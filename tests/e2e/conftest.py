@@ -19,7 +19,7 @@ START_TIMEOUT_S = 120
 
 
 class ServerProcess:
-    """A running `trm-serve`; its log goes to a file. `before`: Python to be run in its process first. Port 0: a free one."""
+    """A running `trm-serve`; its log goes to a file. `before`: Python to be run in its process first."""
 
     def __init__(self, arguments: list[str], log: Path, before: str = "", port: int = 0) -> None:
         self.log = log

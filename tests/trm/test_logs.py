@@ -95,7 +95,7 @@ from trm.logs import configure_logging
 configure_logging("INFO", FORMAT)
 log = logging.getLogger("test")
 log.info("before")
-resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))  # as good as a full disk; python ignores SIGXFSZ
+resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))  # as good as a full disk
 for number in range(100):
     log.info("meanwhile %d", number)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -33,7 +33,7 @@ QUESTIONS = (
 )
 MAX_TOKENS, EFFORT = 40, 4
 PATIENCE_S = 60
-PAUSE_S = 0.05  # of a client that was told to go away
+TOLD_PAUSE_S = 0.05  # of a client that was told to go away
 
 
 @cache
@@ -89,12 +89,13 @@ def _streamed(id_: str, question: str, events: str) -> Outcome:
 
 
 class Traffic:
-    """Clients that ask one thing after the other, every second one streamed, from `with` until its end."""
+    """Clients that ask one thing after the other, half of them streamed, from `with` until its end."""
 
-    def __init__(self, url: str, clients: int = 8) -> None:
+    def __init__(self, url: str, clients: int = 8, pause_s: float = 0) -> None:
         self.outcomes: list[Outcome] = []
         self.sent = 0
         self._url = url
+        self._pause_s = pause_s
         self._turn = itertools.count()
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -123,8 +124,7 @@ class Traffic:
                     outcome = ask(client, QUESTIONS[turn % len(QUESTIONS)], stream=turn // len(QUESTIONS) % 2 == 1)
                     with self._lock:
                         self.outcomes.append(outcome)
-                    if outcome.kind != "answered":
-                        self._over.wait(PAUSE_S)
+                    self._over.wait(self._pause_s if outcome.kind == "answered" else TOLD_PAUSE_S)
         except Exception as failure:
             self._failures.append(failure)
             raise
@@ -136,10 +136,11 @@ class Traffic:
 
     def until_answered(self, more: int, timeout_s: float = PATIENCE_S) -> None:
         """Let it flow until so many more are answered."""
-        wait_for(lambda goal=self.count("answered") + more: self.count("answered") >= goal, timeout_s)  # type: ignore[misc]
+        goal = self.count("answered") + more
+        wait_for(lambda: self.count("answered") >= goal, timeout_s)
 
     def account(self) -> Counter[str]:
-        """The table: how many of the requests came to which end. Nothing is lost, and all that was answered is right."""
+        """How many of the requests came to which end. Nothing is lost, and all that was answered is right."""
         table = Counter(f"{outcome.kind}: {outcome.detail}" for outcome in self.outcomes)
         assert table.total() == self.sent, table
         assert not [outcome for outcome in self.outcomes if outcome.kind == "lost"], table
