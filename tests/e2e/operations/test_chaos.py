@@ -1,4 +1,4 @@
-"""Failures on purpose: killed, frozen, a device that errs, a full disk, a torn model; and what became of each request."""
+"""Failures on purpose: killed, frozen, a device that errs, a full disk, a torn model; and what became of all."""
 
 import json
 import shutil
