@@ -31,6 +31,14 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
         app.include_router(routes.router)
     errors.install(app)
     openapi.install(app)
+    add_middleware(app, settings, metrics)
+    if engine is not None:
+        attach(app, engine)
+    return app
+
+
+def add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
+    """What happens around every request, whoever answers it."""
     app.add_middleware(  # each one added wraps those before it
         ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
     )
@@ -44,9 +52,6 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    if engine is not None:
-        attach(app, engine)
-    return app
 
 
 def attach(app: FastAPI, engine: Engine) -> None:
