@@ -100,7 +100,7 @@ def test_prometheus_finds_its_configuration_and_the_server(services: dict[str, A
     config = yaml.safe_load(inside(services["prometheus"], flags["--config.file"]).read_text())
     jobs = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
 
-    assert jobs["trm"] == [f"server:{services['server']['ports'][0]['target']}"]
+    assert jobs["qwen-trm"] == [f"server:{services['server']['ports'][0]['target']}"]
     assert flags["--storage.tsdb.path"] in {mount["target"] for mount in services["prometheus"]["volumes"]}
 
 
