@@ -58,11 +58,12 @@ def attach(app: FastAPI, engine: Engine) -> None:
     """From now on the app serves `engine`. May be called from any thread, once."""
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
-    metrics.watch(engine)
+    worker = Worker(engine, metrics, settings.request_timeout_seconds)
+    metrics.watch(engine, worker.available)
     token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,
-        worker=Worker(engine, metrics, settings.request_timeout_seconds),
+        worker=worker,
         metrics=metrics,
         token_bytes=token_bytes,
         grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),

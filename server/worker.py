@@ -173,6 +173,10 @@ class Worker:
         with _unavailable():
             submission.begin(requests, self._engine.submit(requests, on_event, submission.reservation))
 
+    def available(self) -> bool:
+        """Whether work can be taken."""
+        return self._engine.alive() and not self.draining
+
     def check_available(self) -> None:
         """Raise Unavailable unless work can be taken."""
         if not self._engine.alive():

@@ -24,8 +24,9 @@ def post(request, client, chat_body):
 
 
 async def samples_of(client, name):
-    text = (await client.get("/metrics")).text
-    return {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line.startswith(name)}
+    """Every sample of this metric that is not 0."""
+    lines = [line.split(" ") for line in (await client.get("/metrics")).text.splitlines() if line.startswith(name)]
+    return {name: float(value) for name, value in lines if float(value)}
 
 
 async def test_places_are_reserved_before_anything_is_tokenised(post, engine, monkeypatch):
