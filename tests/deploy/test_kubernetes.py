@@ -20,6 +20,7 @@ from server.app import create_app
 from server.draining import LAST_WORDS_S
 from server.metrics import Metrics
 from server.settings import ServeSettings
+from tests.server.conftest import FakeEngine
 from trm.settings import ENV_PREFIX
 
 with warnings.catch_warnings(action="ignore"):  # pydantic's, of Ray
@@ -189,23 +190,9 @@ def test_the_autoscaler_asks_for_a_metric_of_ours_that_the_adapter_offers(overla
     labels = re.findall(r'(\w+)!=""', rule["seriesQuery"])
     assert rule["seriesQuery"].partition("{")[0] == name
     assert set(labels) == set(rule["resources"]["overrides"])
-    assert name in engine_metrics()
-
-
-def engine_metrics() -> set[str]:
-    """Names of the gauges that an engine's app exposes."""
-
-    class Anything:
-        def __getattr__(self, name: str) -> int:
-            return 0
-
-    class Engine:
-        def stats(self) -> Any:
-            return Anything()
-
     metrics = Metrics()
-    metrics.watch(Engine(), lambda: True)  # type: ignore[arg-type]
-    return {family.name for family in metrics.registry.collect()}
+    metrics.watch(FakeEngine(), lambda: True)
+    assert name in {family.name for family in metrics.registry.collect()}
 
 
 def test_nothing_may_be_written_but_tmp(overlay: Objects) -> None:
