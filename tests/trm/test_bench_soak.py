@@ -18,7 +18,15 @@ IDLE = {"running": 0, "waiting": 0, "cache_usage": 0.0, "descriptors": 14, "thre
 
 
 def sample(at):
-    return IDLE | {"at": at, "uss_mb": 400.0, "cores": 1.0, "connections": 40, "generation_tokens": int(10 * at)}
+    return IDLE | {
+        "at": at,
+        "uss_mb": 400.0,
+        "cores": 1.0,
+        "cores_of_clients": 0.1,
+        "cores_of_others": 0.5,
+        "connections": 40,
+        "generation_tokens": int(10 * at),
+    }
 
 
 def record(kind="chat", outcome="answered", at=1.0, why=""):
@@ -70,7 +78,10 @@ def test_a_run_without_fault_passes_every_check():
     ("changed", "check"),
     [
         ({"outcomes": soak.outcomes([*RECORDS, record(outcome="failed")])}, "every request is accounted for"),
-        ({"outcomes": soak.outcomes([one for one in RECORDS if one.kind != "solve"])}, "every kind of client was there"),
+        (
+            {"outcomes": soak.outcomes([one for one in RECORDS if one.kind != "solve"])},
+            "every kind of client was there",
+        ),
         ({"refusals": {}, "rejected": {}}, "a full queue refused some"),
         ({"rejected": {"overloaded": 3}}, "the server's books agree with ours"),
         ({"rejected": {"overloaded": 1, "failed": 1}}, "the server's books agree with ours"),

@@ -135,7 +135,7 @@ def run_soak(settings: BenchSettings) -> dict[str, Any]:
         return part_at_near_tie(*load(settings), canary, alone, under_load)
 
     plan = soak.Plan(
-        settings.source,
+        settings.model,
         settings.minutes,
         settings.max_rows,
         settings.num_threads,

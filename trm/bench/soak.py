@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import psutil
 
 from trm.bench.canaries import Canary, make_canaries
 from trm.bench.connection import ask
@@ -44,7 +45,7 @@ SameText = Callable[[Canary, str, str], bool]
 class Plan:
     """What one run is asked for. `max_growth` is a share of the level after warm-up."""
 
-    source: str
+    model: str | None
     minutes: float
     max_rows: int
     num_threads: int
@@ -55,7 +56,6 @@ class Plan:
     def arguments(self) -> list[str]:
         """Of the server: small enough a context and queue that all of both is used."""
         settings = {
-            "model": self.source,
             "max-rows": self.max_rows,
             "max-queue": self.max_queue,
             "max-model-len": MAX_MODEL_LEN,
@@ -63,11 +63,19 @@ class Plan:
             "body-timeout-seconds": BODY_TIMEOUT_S,
             "num-threads": self.num_threads,
         }
-        return [f"--{name}={value}" for name, value in settings.items()]
+        model = [] if self.model is None else [f"--model={self.model}"]
+        return model + [f"--{name}={value}" for name, value in settings.items()]
 
     @property
     def max_queue(self) -> int:
         return QUEUE_PER_ROW * self.max_rows
+
+
+def _clocks(server_s: float = 0.0) -> np.ndarray:
+    """Seconds: of the wall, and of CPU for the server, for this process, and for everybody on the machine."""
+    machine = psutil.cpu_times()
+    busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
+    return np.array([time.perf_counter(), server_s, time.process_time(), busy])
 
 
 @dataclass
@@ -80,7 +88,7 @@ class Run:
     samples: list[Raw] = field(default_factory=list)
     first_texts: list[str] = field(default_factory=list)
     canaries: list[tuple[int, str]] = field(default_factory=list)  # which, and what it said under load
-    weighed: tuple[float, float] = (0.0, 0.0)  # when, and the CPU seconds that the server had taken
+    weighed: np.ndarray = field(default_factory=_clocks)  # of the sample before
 
     async def metrics(self) -> dict[str, float]:
         """Every series of the server's, by its name with its labels."""
@@ -88,28 +96,31 @@ class Run:
         return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text.decode(), re.MULTILINE)}
 
     async def weigh(self) -> Raw:
-        """One sample. `cores`: since the one before."""
+        """One sample. Cores in use, by the server, its clients and all others, are those since the one before."""
         process, connections = self.server.process, self.clients.connections
         with process.oneshot():
             memory = process.memory_full_info()
-            times = process.cpu_times()
             threads, descriptors = process.num_threads(), process.num_fds()
-        now, cpu_s = time.perf_counter(), float(times.user + times.system)
+            clocks = _clocks(self.server.cpu_s)
+        passed = clocks - self.weighed
+        cores, clients, everybody = (passed[1:] / passed[0]).tolist()
         seen = await self.metrics()
         sample = {
-            "at": round(now - self.clients.began, 2),
+            "at": round(float(clocks[0]) - self.clients.began, 2),
             "rss_mb": round(memory.rss / MEGABYTE, 2),
             "uss_mb": round(memory.uss / MEGABYTE, 2),
             "threads": threads,
             "descriptors": descriptors - connections,  # besides those of our own connections
             "connections": connections,
-            "cores": round((cpu_s - self.weighed[1]) / (now - self.weighed[0]), 3),
+            "cores": round(cores, 3),
+            "cores_of_clients": round(clients, 3),
+            "cores_of_others": round(max(0.0, everybody - cores - clients), 3),
             "running": int(seen["trm_num_requests_running"]),
             "waiting": int(seen["trm_num_requests_waiting"]),
             "cache_usage": round(seen["trm_kv_cache_usage_ratio"], 4),
             "generation_tokens": int(seen["trm_generation_tokens_total"]),
         }
-        self.weighed = (now, cpu_s)
+        self.weighed = clocks
         return sample
 
 

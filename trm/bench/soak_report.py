@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from trm.bench.growth import STRETCHES
 from trm.bench.soak import WARM_UP
@@ -49,7 +49,9 @@ def page(report: Report) -> str:
             f"# Soak: {report['minutes']:g} minutes of mixed traffic\n",
             f"`trm-bench soak`, {report['max_rows']} rows, {report['threads']} threads, seed {report['seed']}, "
             f"torch {report['torch']}, {report['machine']}. "
-            f"The server decoded {report['tokens']} tokens.\n",
+            f"The server decoded {report['tokens']} tokens; on average it used {_mean(report, 'cores')} cores, its "
+            f"clients {_mean(report, 'cores_of_clients')}, and other processes {_mean(report, 'cores_of_others')}: "
+            "latencies are those of a machine that they share.\n",
             f"    trm-serve {' '.join(report['server'])}\n",
             table(report),
             f"\nIdle before and after: {before['rss_mb']:.0f} and {after['rss_mb']:.0f} MB resident, "
@@ -92,6 +94,11 @@ def _json(report: Report) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def _mean(report: Report, name: str) -> str:
+    samples = report["samples"]
+    return f"{sum(sample[name] for sample in samples) / len(samples):.2f}"
+
+
 def _growth(report: Report, name: str) -> str:
     one = report["growth"][name]
     return f"{one['share']:+.2%} [{one['low']:+.2%}, {one['high']:+.2%}]"
@@ -109,12 +116,26 @@ def _list(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _memory(report: Report) -> Figure:
-    figure, (axes,) = _figure(report, "Memory of the server", 1)
+    figure, (axes, share) = _figure(report, "Memory of the server", 2)
     for name, label, colour in (("rss_mb", "resident", BLUE), ("uss_mb", "private", GREEN)):
         _samples(axes, report, name, color=colour, label=f"{label}, growth {_growth(report, name)}")
         _trend(axes, report, name, colour)
     axes.set(ylabel="MB")
     axes.set_ylim(bottom=0)
+    level, limit = report["growth"]["rss_mb"]["level"], 100 * report["max_growth"]
+    for sign in (-1, 1):
+        share.axhline(sign * limit, color=ORANGE, linewidth=0.8, label="limit of growth" if sign > 0 else None)
+    samples = report["samples"]
+    away = [100 * (sample["rss_mb"] / level - 1) for sample in samples]
+    share.plot([sample["at"] / 60 for sample in samples], away, color=BLUE, linewidth=0.8, label="resident")
+    share.plot(
+        [WARM_UP * report["minutes"], report["minutes"]],
+        [0, 100 * report["growth"]["rss_mb"]["share"]],
+        "--",
+        color=BLUE,
+        label="its trend",
+    )
+    share.set(ylabel="% from the level\nafter warm-up", ylim=(-4 * limit, 4 * limit))
     return _finish(figure, report)
 
 
@@ -123,7 +144,8 @@ def _process(report: Report) -> Figure:
     _samples(descriptors, report, "descriptors", color=BLUE, label="descriptors besides connections")
     _samples(descriptors, report, "connections", color=GREY, label="connections of the clients", linewidth=0.7)
     _samples(threads, report, "threads", color=ORANGE, label="threads")
-    _samples(cores, report, "cores", color=GREEN, label="processor cores in use")
+    _samples(cores, report, "cores", color=GREEN, label="cores in use by the server")
+    _samples(cores, report, "cores_of_others", color=GREY, label="by other processes", linewidth=0.7)
     descriptors.set(ylabel="descriptors")
     threads.set(ylabel="threads")
     cores.set(ylabel="cores")
@@ -157,6 +179,7 @@ def _latency(report: Report) -> Figure:
         axes.plot(at, [one["p50_s"] for one in bins], color=colour, label=name)
         axes.plot(at, [one["p95_s"] for one in bins], color=colour, linestyle=":")
         axes.set(yscale="log", ylabel="seconds")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, report)

@@ -21,7 +21,8 @@ Outcome = Literal["answered", "refused", "left", "failed"]
 Body = dict[str, Any]
 
 PATIENCE_S = 300  # until an answer is whole
-SLOW_READS, SLOW_READ_S = 30, 0.5  # so many pieces does a slow reader take slowly
+TOKENIZED_AT_ONCE = 64
+SLOW_READS, SLOW_READ_S = 40, 0.5  # so many pieces does a slow reader take slowly
 MAX_BODY_BYTES = 2**20
 BODY_TIMEOUT_S = 5
 REASONS = {400: "invalid", 404: "not_found", 405: "wrong_method", 408: "slow_body", 413: "too_large", 429: "overloaded"}
@@ -292,7 +293,7 @@ class Draw:
         self.rng, self.max_model_len, self.max_steps = rng, max_model_len, max_steps
         self.questions = [question for question, _ in make_questions(500, [1], rng.randrange(2**31))]
         self.kinds: Mapping[str, tuple[int, Callable[[], Errand]]] = {
-            "chat": (14, self.chat),
+            "chat": (16, self.chat),
             "chat, streamed": (14, lambda: self.chat("chat, streamed", stream=True)),
             "long prompt": (6, self.long_prompt),
             "several samples": (6, self.samples),
@@ -303,7 +304,7 @@ class Draw:
             "bad request": (8, self.bad),
             "leaves before the answer": (8, self.leaves_before),
             "leaves in mid-stream": (6, self.leaves_streaming),
-            "slow reader": (3, self.slow_reader),
+            "slow reader": (1, self.slow_reader),
             "no decoding": (5, self.no_decoding),
         }
         self._weights = [weight for weight, _ in self.kinds.values()]
@@ -462,10 +463,10 @@ class Draw:
         return Errand("leaves in mid-stream", CHAT, errand.body, leaving=leaving)
 
     def slow_reader(self) -> Errand:
-        """Much to tell, to someone who takes it slowly."""
-        body: Body = {"messages": [{"role": "user", "content": self.question()}], "max_tokens": 60, "ignore_eos": True}
-        body |= {"supervision_steps": min(4, self.max_steps), "n": 4, "temperature": 1.0, "trace": 10, "stream": True}
-        return Errand("slow reader", CHAT, body, count=4, slow=True)
+        """More to tell than sockets hold, megabytes, to someone who takes it slowly: the server has to wait."""
+        body: Body = {"messages": [{"role": "user", "content": self.question()}], "max_tokens": 50, "ignore_eos": True}
+        body |= {"supervision_steps": self.max_steps, "n": 8, "temperature": 1.0, "trace": 10, "stream": True}
+        return Errand("slow reader", CHAT, body, count=8, slow=True)
 
     def no_decoding(self) -> Errand:
         rng = self.rng
@@ -481,10 +482,10 @@ class Draw:
         return [self.chat("burst", self.rng.random() < 0.5, max_tokens=8) for _ in range(count)]
 
     def filling(self, count: int) -> list[Errand]:
-        """As long as they can be and nothing in common: together they touch every position of as many slots; and as
-        many to tokenise at once, for which the server starts all the threads that it will ever have.
+        """As long as they can be and nothing in common: together they touch every position of as many slots. And
+        enough to tokenise at once for the server to start all the threads that it will ever have.
         """
         prompts = [[self.rng.randrange(10, 400) for _ in range(self.max_model_len - 1)] for _ in range(count)]
         body = {"max_tokens": 1, "supervision_steps": self.max_steps}
-        texts = [Errand("warm-up", "/tokenize", {"prompt": self.question() * 100}) for _ in range(count)]
+        texts = [Errand("warm-up", "/tokenize", {"prompt": self.question() * 300}) for _ in range(TOKENIZED_AT_ONCE)]
         return texts + [Errand("warm-up", COMPLETIONS, {"prompt": prompt} | body) for prompt in prompts]
