@@ -31,6 +31,14 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
         app.include_router(routes.router)
     errors.install(app)
     openapi.install(app)
+    add_middleware(app, settings, metrics)
+    if engine is not None:
+        attach(app, engine)
+    return app
+
+
+def add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
+    """What happens around every request, whoever answers it."""
     app.add_middleware(  # each one added wraps those before it
         ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
     )
@@ -44,20 +52,18 @@ def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    if engine is not None:
-        attach(app, engine)
-    return app
 
 
 def attach(app: FastAPI, engine: Engine) -> None:
     """From now on the app serves `engine`. May be called from any thread, once."""
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
-    metrics.watch(engine)
+    worker = Worker(engine, metrics, settings.request_timeout_seconds)
+    metrics.watch(engine, worker.available)
     token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,
-        worker=Worker(engine, metrics, settings.request_timeout_seconds),
+        worker=worker,
         metrics=metrics,
         token_bytes=token_bytes,
         grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from trm.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.001  # after which the engine gets Python's lock back from a busy event loop; Python's own is 5 ms
 
 
 def main() -> None:
@@ -36,16 +39,12 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
 
     Raises what kept the model from loading, and DeviceError where the engine failed and that is to end the server.
     """
-    import uvicorn
-
     from server.app import attach, create_app
     from server.draining import DrainingServer
 
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(None, settings)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=settings.idle_connection_seconds
-    )
-    server = DrainingServer(config, app, settings.drain_seconds, settings.exit_on_failure)
+    server = DrainingServer(app, settings)
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     failures: list[Exception] = []
@@ -110,6 +109,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
         max_queue=settings.max_queue,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_draft_tokens=settings.max_draft_tokens,
+        max_step_s=settings.max_step_seconds,
     )
     engine = Engine(model, chat, config)
     logger.info(

@@ -13,7 +13,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from server.http_protocol import HttpProtocol
 from server.serving import Serving
+from server.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -21,19 +23,29 @@ LAST_WORDS_S = 5  # for responses that are still on their way when the drain is 
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that, when told to stop, stays open until accepted work is done or `drain_s` is over.
+    """A server that, when told to stop, stays open until accepted work is done or its time is over.
 
     Meanwhile new work gets its 503 and probes their answer; uvicorn alone would close the port at once.
-    `exit_on_failure`: it also stops, with `engine_failed` set, when the engine has died.
+    With `settings.exit_on_failure` it also stops, with `engine_failed` set, when the engine has died.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float, exit_on_failure: bool = False) -> None:
-        config.timeout_graceful_shutdown = LAST_WORDS_S
+    def __init__(self, app: FastAPI, settings: ServeSettings) -> None:
+        config = uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=settings.idle_connection_seconds,
+            timeout_graceful_shutdown=LAST_WORDS_S,
+        )
         super().__init__(config)
         self.engine_failed = False
+        self._lost = False  # the engine, as of the last look
         self._app = app
-        self._drain_s = drain_s
-        self._exit_on_failure = exit_on_failure
+        self._drain_s = settings.drain_seconds
+        self._exit_on_failure = settings.exit_on_failure
         self._drain: asyncio.Task[None] | None = None
         self._stopping = False
         self._idle_since: dict[tuple[Any, Any], float] = {}
@@ -61,8 +73,12 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends the server."""
-        if self._exit_on_failure and self._serving is not None and not self._serving.engine.alive():
-            self.engine_failed = True
+        if self._serving is not None:
+            lost = not self._serving.engine.alive()
+            if lost and self._lost:  # an engine that died has had a tenth of a second to tell everybody itself
+                self._serving.worker.give_up()
+                self.engine_failed = self._exit_on_failure
+            self._lost = lost
         if counter % 10 == 0:
             self._close_idle()
         return await super().on_tick(counter) or self.engine_failed

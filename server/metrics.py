@@ -1,18 +1,21 @@
 """What Prometheus sees: vLLM's names with the prefix `trm_`, and what only this system has.
 
 Gauges and counters of the engine are read from it at each scrape; latencies are recorded
-as events pass, with the times at which the engine gave them. One registry per app.
+as events pass, with the times at which the engine gave them. Every label is there from the
+start: what appears with its first count, no rate can see. One registry per app.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.schemas.solve import Outcome
 from trm.engine.engine import Engine
-from trm.engine.request import Event
+from trm.engine.request import Event, FinishReason
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 STEP_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -46,6 +49,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.alive = Gauge("trm_alive", "0 once the engine or its device has failed", registry=registry)
+        self.alive.set(1)
+        self.ready = Gauge("trm_ready", "1 while new work is taken", registry=registry)
         self.finished = Counter(
             "trm_request_success", "Accepted requests that ended, by how", ["finished_reason"], registry=registry
         )
@@ -91,9 +98,18 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, engine: Engine) -> None:
-        """Show this engine's numbers too."""
+        for reason in get_args(FinishReason):
+            self.finished.labels(reason)
+        for reason in REJECTIONS.values():
+            self.rejected.labels(reason)
+        for outcome in get_args(Outcome):
+            self.answers.labels(outcome)
+
+    def watch(self, engine: Engine, ready: Callable[[], bool]) -> None:
+        """Show this engine's numbers too, and what `ready` says."""
         self.registry.register(_EngineCollector(engine))
+        self.alive.set_function(engine.alive)
+        self.ready.set_function(ready)
 
     def record(self, event: Event, times: Times, at: float) -> None:
         """Count one event, given at time `at`, and bring its request's times up to date."""
@@ -130,8 +146,10 @@ class _EngineCollector(Collector):
         return []  # registering must not ask the engine
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._engine.stats()
+        stats, config = self._engine.stats(), self._engine.config
         gauges = (
+            ("trm_max_rows", "Requests that can be decoded together", config.max_rows),
+            ("trm_max_queue", "Requests that may wait", config.max_queue),
             ("trm_num_requests_running", "Requests being decoded", stats.requests_running),
             ("trm_num_requests_waiting", "Requests in the queue", stats.requests_waiting),
             ("trm_kv_cache_bytes", "Size of the key/value cache", stats.kv_cache_bytes),

@@ -52,7 +52,7 @@ class Record:
                 headers, timings = MutableHeaders(scope=message), call.timings_ms()
                 headers["X-Request-Id"] = call.id
                 headers["OpenAI-Processing-Ms"] = f"{timings['total']:.0f}"
-                headers["Server-Timing"] = ", ".join(f"{name};dur={ms:.1f}" for name, ms in timings.items())
+                headers.setdefault("Server-Timing", ", ".join(f"{name};dur={ms:.1f}" for name, ms in timings.items()))
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 call.answered = True

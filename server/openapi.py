@@ -21,7 +21,7 @@ from trm.engine.request import BIASES, RANGES, Range
 JSONSchema = dict[str, Any]
 
 TOKEN_IDS = (("CompletionRequest", "prompt"), ("DetokenizeRequest", "tokens"))  # where clients send some
-UNASKED = {500}  # any request may meet it
+UNASKED = {431, 500}  # any request may meet it
 READING = {401, 404, 503}  # what a GET may be refused with
 HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
 

@@ -41,6 +41,7 @@ class ServeSettings(Settings):
         "time": (
             "request_timeout_seconds",
             "body_timeout_seconds",
+            "max_step_seconds",
             "idle_connection_seconds",
             "keep_alive_seconds",
             "drain_seconds",
@@ -102,6 +103,9 @@ class ServeSettings(Settings):
         600.0, ge=0, description="how long a request may take, queue included, before it gets 504; 0 for no limit"
     )
     body_timeout_seconds: float = Field(30.0, gt=0, description="how long a request's body may take to arrive")
+    max_step_seconds: float = Field(
+        300.0, ge=0, description="a step of the engine that takes longer counts as a device that hangs; 0 for no limit"
+    )
     idle_connection_seconds: int = Field(
         75, ge=1, description="how long a connection may stay open without a request, or with half a one"
     )

@@ -173,10 +173,14 @@ class Worker:
         with _unavailable():
             submission.begin(requests, self._engine.submit(requests, on_event, submission.reservation))
 
+    def available(self) -> bool:
+        """Whether work can be taken."""
+        return self._engine.alive() and not self.draining
+
     def check_available(self) -> None:
         """Raise Unavailable unless work can be taken."""
         if not self._engine.alive():
-            raise Unavailable("the engine has stopped; restart the server", "device_failed")
+            raise _engine_lost()
         if self.draining:
             raise Unavailable("the server is stopping and takes no new work", "draining")
 
@@ -189,6 +193,12 @@ class Worker:
         except TimeoutError:
             for submission in list(self._timers):
                 submission.stop(Unavailable("the server is stopping and ended the request; send it again", "draining"))
+
+    def give_up(self) -> None:
+        """Tell whoever waits that the engine is lost; one that hangs does not."""
+        for submission in list(self._timers):
+            if submission.error is None:
+                submission.stop(_engine_lost())
 
     def _expire(self, submission: Submission) -> None:
         submission.stop(
@@ -210,6 +220,10 @@ class Worker:
             timer.cancel()
         if not self._timers:
             self._idle.set()
+
+
+def _engine_lost() -> Unavailable:
+    return Unavailable("the engine has stopped; restart the server", "device_failed")
 
 
 @contextlib.contextmanager

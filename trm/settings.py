@@ -74,7 +74,11 @@ class Settings(BaseSettings):
             cli_avoid_json=True,
             add_argument_method=_Help(cls.groups),
         )
-        given = flags()
+        return cls.create(flags())
+
+    @classmethod
+    def create(cls, given: Mapping[str, Any]) -> Self:
+        """Settings from values, environment and file. Raises ConfigError in one line."""
         try:
             return cls(**given)
         except SettingsError as error:

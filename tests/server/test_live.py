@@ -1,6 +1,7 @@
 """The app behind real sockets: OpenAI's own client, a closed connection, an orderly stop."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -10,10 +11,11 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from server.cli import listen
 from server.draining import DrainingServer
+from server.http_protocol import MAX_HEAD_BYTES
+from server.settings import ServeSettings
 
 
 @pytest.fixture
@@ -21,10 +23,9 @@ def start(engine):
     """Serve an app in a thread; gives its url, how to signal it, and the thread."""
     threads = []
 
-    def run(app, drain_s=10.0, exit_on_failure=False, idle_s=75):
+    def run(app, **settings):
         sock = listen("127.0.0.1", 0)
-        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=idle_s)
-        server = DrainingServer(config, app, drain_s, exit_on_failure)
+        server = DrainingServer(app, ServeSettings(**{"drain_seconds": 10, **settings}))
         loops = []
 
         async def serve():
@@ -175,7 +176,7 @@ HALF = {
 
 @pytest.mark.parametrize("sent", HALF.values(), ids=HALF)
 def test_connections_without_a_whole_request_are_closed(start, app, sent):
-    live = start(app, idle_s=1)
+    live = start(app, idle_connection_seconds=1)
 
     with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10) as connection:
         connection.sendall(sent)
@@ -184,12 +185,57 @@ def test_connections_without_a_whole_request_are_closed(start, app, sent):
     assert answer.startswith(b"HTTP/1.1 200") == sent.startswith(b"GET /health HTTP/1.1\r\nHost: test\r\n")
 
 
+HEADS = {
+    "not HTTP": (b"sesame open\r\n\r\n", 400),
+    "one line that never ends": (b"GET /" + b"x" * 20 * MAX_HEAD_BYTES, 431),
+    "one large header": (b"GET /health HTTP/1.1\r\nHost: test\r\nX: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n", 431),
+    "headers that never end": (b"GET /health HTTP/1.1\r\n" + b"Name: value\r\n" * MAX_HEAD_BYTES, 431),
+    "much, but not too much": (b"GET /health HTTP/1.1\r\nHost: test\r\n" + b"Name: value\r\n" * 4000 + b"\r\n", 200),
+}
+
+
+@pytest.mark.parametrize(("sent", "status"), HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("size", [1000, 10**7], ids=["in pieces", "at once"])
+def test_heads_are_bounded_and_refusals_in_shape(start, app, sent, status, size):
+    live = start(app, idle_connection_seconds=1)
+
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):  # it answers before it has read all
+            for start_at in range(0, len(sent), size):
+                connection.sendall(sent[start_at : start_at + size])
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1000):
+                received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    if status != 200:
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
 def test_connections_that_wait_for_their_reply_are_not_idle(start, app, engine, chat_body):
-    live = start(app, idle_s=1)
+    live = start(app, idle_connection_seconds=1)
     engine.hold()
     release = threading.Timer(3.5, engine.release)
     release.start()
 
+    assert httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10).status_code == 200
+
+
+def test_who_waits_for_an_engine_that_hangs_is_told(start, app, engine, chat_body):
+    live = start(app)
+    engine.hold()
+    threading.Timer(0.5, lambda: setattr(engine, "dead", True)).start()
+
+    response = httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "device_failed")
+    assert httpx.get(f"{live.url}/health").status_code == 503
+
+    engine.dead = False
+    engine.release()
+    assert httpx.get(f"{live.url}/health").status_code == 200
     assert httpx.post(f"{live.url}/v1/chat/completions", json=chat_body(), timeout=10).status_code == 200
 
 

@@ -101,10 +101,10 @@ async def test_what_only_the_engine_checks_is_documented_too(described, chat_bod
 
 async def test_every_error_is_documented_in_our_shape(described):
     posted = described["paths"]["/v1/completions"]["post"]["responses"]
-    assert posted.keys() == {"200", "400", "404", "408", "413", "429", "500", "503", "504"}
+    assert posted.keys() == {"200", "400", "404", "408", "413", "429", "431", "500", "503", "504"}
     assert posted["400"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
     assert posted["200"]["content"].keys() == {"application/json", "text/event-stream"}
-    assert described["paths"]["/version"]["get"]["responses"].keys() == {"200", "500", "503"}
+    assert described["paths"]["/version"]["get"]["responses"].keys() == {"200", "431", "500", "503"}
     assert "HTTPValidationError" not in described["components"]["schemas"]
     assert "security" not in described
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.app import create_app
 from trm.engine.request import Event, Usage
 from trm.errors import DeviceError
 
@@ -92,7 +93,42 @@ async def test_the_engines_numbers_are_read_at_each_scrape(client):
         ("trm_generation_tokens_total",): 111,
         ("trm_draft_tokens_total",): 122,
         ("trm_accepted_tokens_total",): 133,
+        ("trm_max_rows",): 4,
+        ("trm_max_queue",): 8,
     }.items() <= found.items()
+
+
+async def test_labels_are_there_before_their_first_count(client):
+    found = await samples(client)
+
+    for name, label in (
+        ("trm_request_success_total", "cancelled"),
+        ("trm_request_rejected_total", "overloaded"),
+        ("trm_solve_answers_total", "missing"),
+    ):
+        assert found[name, label] == 0
+
+
+async def test_the_metrics_know_of_a_server_that_starts_serves_drains_and_fails(app, client, connect, engine):
+    async def state(client):
+        found = await samples(client)
+        return found[("trm_alive",)], found[("trm_ready",)]
+
+    async with connect(create_app(None, app.state.settings)) as starting:
+        assert await state(starting) == (1, 0)
+    assert await state(client) == (1, 1)
+    await app.state.serving.worker.drain(1)
+    assert await state(client) == (1, 0)
+    engine.dead = True
+    assert await state(client) == (0, 0)
+
+
+async def test_the_process_is_measured(client):
+    found = await samples(client)
+
+    assert found[("process_resident_memory_bytes",)] > 2**20
+    assert found[("process_open_fds",)] > 0
+    assert found[("process_cpu_seconds_total",)] > 0
 
 
 async def test_replies_are_counted_and_timed(client, engine, say):
@@ -142,13 +178,13 @@ async def test_apps_do_not_share_their_counts(client, make_app, connect):
     await client.post("/solve", json={"question": "a"})
 
     async with connect(make_app()) as other:
-        assert ("trm_request_success_total", "stop") not in await samples(other)
+        assert (await samples(other))["trm_request_success_total", "stop"] == 0
 
 
 async def test_the_docs_tell_of_every_metric(client):
     families = text_string_to_metric_families((await client.get("/metrics")).text)
     shown = {family.name for family in families if not family.name.endswith("_created")}
 
-    told = set(re.findall(r"`(trm_\w+)", (ROOT / "docs/serving.md").read_text()))
+    told = set(re.findall(r"`((?:trm|process)_\w+)", (ROOT / "docs/serving.md").read_text()))
 
     assert {name.removesuffix("_total") for name in told} == shown

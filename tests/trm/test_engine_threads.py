@@ -301,3 +301,24 @@ def test_model_is_left_as_it_was(chat, kv_source):
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_engine_whose_step_never_ends_is_not_alive_until_it_does(started):
+    engine = started(max_step_s=0.05)
+    feed, reached, held = engine.runner.feed, threading.Event(), threading.Event()
+
+    def hang(*args: Any) -> None:
+        reached.set()
+        held.wait(TIMEOUT_S)
+        feed(*args)
+
+    engine.runner.feed = hang
+    assert engine.alive()
+    [handle] = engine.submit([request(3)])
+    reached.wait(TIMEOUT_S)
+    held.wait(0.1)
+    assert not engine.alive()
+
+    held.set()
+    assert handle.result().finish_reason == "length"
+    assert any(engine.alive() or threading.Event().wait(0.01) for _ in range(1000)), "the last step has ended"

@@ -42,7 +42,7 @@ class EngineConfig:
     the model's, or what fits into the cache. max_queue: requests that may wait. kv_cache_bytes: None for a
     quarter of the free memory at most. prefill_chunk: prompt positions cached per tick, padding included.
     max_draft_tokens: tokens that the backbone may draft for the recursion to verify at once, where that
-    pays; 0 for none.
+    pays; 0 for none. max_step_s: longer than this no step takes unless the device hangs; 0 for no limit.
     """
 
     max_rows: int = 32
@@ -51,6 +51,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     prefill_chunk: int = 256
     max_draft_tokens: int = 7
+    max_step_s: float = 300.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -60,6 +61,7 @@ class EngineConfig:
             ("max_draft_tokens", 0),
             ("max_model_len", 2),
             ("kv_cache_bytes", 1),
+            ("max_step_s", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -87,6 +89,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._dead = False
+        self._step_began: float | None = None  # of the step that the thread is in, by the monotonic clock
         self._steps = self._row_places = self._ticks = self._row_steps = self._backbone_calls = 0
         self._prompt_tokens = self._cached_tokens = self._generation_tokens = 0
         self._draft_tokens = self._accepted_tokens = 0
@@ -214,8 +217,10 @@ class Engine:
         )
 
     def alive(self) -> bool:
-        """Whether the engine can still serve what it accepts."""
-        return not self._dead and self._thread is not None and self._thread.is_alive()
+        """Whether the engine can still serve what it accepts. After a step that was too long it can again."""
+        began, limit = self._step_began, self.config.max_step_s
+        hangs = began is not None and 0 < limit < time.monotonic() - began
+        return not self._dead and not hangs and self._thread is not None and self._thread.is_alive()
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, give the accepted ones up to `drain_s` seconds, cancel the rest, end the thread."""
@@ -508,7 +513,9 @@ class Engine:
                         if self._closing:
                             return
                         self._changed.wait()
+                self._step_began = time.monotonic()
                 self.step()
+                self._step_began = None
         except BaseException:  # whatever it was: nobody may wait for ever
             logger.exception("the engine's thread died")
             self._dead = True

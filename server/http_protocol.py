@@ -1,0 +1,57 @@
+"""Bytes to requests: uvicorn's protocol on httptools, with a bound on heads and errors in our shape."""
+
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import HeadTooLarge, describe
+from trm.errors import BadRequest
+
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers; httptools alone collects them for as long as they come
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. A head that is too large or not HTTP is refused, and the connection closed."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Called once, at first."""
+        super().connection_made(transport)
+        self._head_bytes: int | None = None  # of the head being read, as far as earlier reads brought it
+        self._too_large = False
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """A head is whole."""
+        self._head_bytes = None
+        self._too_large = len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES
+        if self._too_large:
+            raise ValueError  # which the parser makes an error of its own
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            self._too_large = self._head_bytes > MAX_HEAD_BYTES
+            if self._too_large:
+                self.logger.warning("Request head too large.")
+                self.send_400_response("")
+                return
+        super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request, in the place of uvicorn's plain text."""
+        error = BadRequest("this is not an HTTP request that the server can read; the connection is closed")
+        if self._too_large:
+            error = HeadTooLarge(f"the request's headers have more than {MAX_HEAD_BYTES} bytes, this server's limit")
+        status, body = describe(error)
+        content = json.dumps(body).encode()
+        head = f"HTTP/1.1 {status} {'Request Header Fields Too Large' if self._too_large else 'Bad Request'}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + content)
+        self.transport.close()

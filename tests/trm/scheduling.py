@@ -1,0 +1,126 @@
+"""What the scheduler's tests share: rows, the engine's loop without a model, what must hold after every operation."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from trm.engine.request import Event, Request, SamplingParams
+from trm.engine.scheduler import Copy, Row, Scheduler
+
+NEVER_SEEN = itertools.count(1000)
+
+
+def make_row(prompt: int | Sequence[int] = 3, steps: int = 2, **params: Any) -> Row:
+    """A row with these prompt ids, or with so many that no other row begins with."""
+    if isinstance(prompt, int):
+        prompt = [next(NEVER_SEEN) for _ in range(prompt)]
+    return Row(Request(tuple(prompt), SamplingParams(**params)), steps, ignore)
+
+
+def ignore(event: Event) -> None:
+    """Events are the engine's business."""
+
+
+def slots_of(rows: Sequence[Row]) -> list[int]:
+    return [row.slot for row in rows]
+
+
+def admit(scheduler: Scheduler, *rows: Row) -> list[Copy]:
+    scheduler.submit(rows)
+    return scheduler.admit()
+
+
+def keep(scheduler: Scheduler, ids: Sequence[int], steps: int = 2) -> int:
+    """Let a row come and go that leaves `ids` in its slot, which is returned."""
+    row = make_row([*ids, 0], steps)
+    admit(scheduler, row)
+    row.cached, slot = len(ids), row.slot
+    scheduler.release(row, keep=True)
+    return slot
+
+
+class Loop:
+    """The engine's loop without a model: a slot holds pairs of token and depth, as they were computed or copied."""
+
+    def __init__(self, scheduler: Scheduler, prefill_chunk: int = 100, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self.prefill_chunk = prefill_chunk
+        self.rng = random.Random(seed)
+        self.slots: list[list[tuple[int, int]]] = [[] for _ in range(scheduler.max_rows)]
+        self.fed: list[list[Row]] = []  # by step
+        self.clocks: dict[Row, int] = {}  # at a row's first token
+        self.copies = 0
+
+    def admit(self) -> None:
+        copies = self.scheduler.admit()
+        for row in self.scheduler.running:
+            assert row.settled is (row.source is None)
+            if row.source is not None:
+                assert row.source.slot >= 0, "nobody waits for a row that has left"
+                assert row.source.settled, "nor for one that waits itself"
+                assert row.source.to_prefill, "nor for one that is done"
+        for copy in copies:
+            row, taken = copy.row, self.slots[copy.source][: copy.length]
+            assert row.settled
+            assert row.cached == 0
+            assert 0 < copy.length < len(row.request.prompt_ids), "the last prompt token is never shared"
+            assert [token for token, _ in taken] == list(row.request.prompt_ids[: copy.length])
+            if self.scheduler.depth_matters:
+                assert all(depth >= row.steps for _, depth in taken)
+            self.copies += 1
+            if self.rng.random() < 0.9:  # else it was not finite, and the row computes its own
+                self.slots[row.slot] = [(token, min(depth, row.steps)) for token, depth in taken]
+                row.cached = copy.length
+        for row in self.scheduler.running:
+            del self.slots[row.slot][row.cached :]  # whatever lay here is lost
+
+    def compute(self) -> None:
+        """One step of everything that has a slot."""
+        for row, count in self.scheduler.prefilling(self.prefill_chunk):
+            self._cache(row, row.request.prompt_ids[row.cached : row.cached + count])
+        self.fed.append(self.scheduler.feeding())
+        for row in self.fed[-1]:
+            self.clocks.setdefault(row, self.scheduler.clock)
+            row.thinking, row.step, row.halted_at = True, 0, []
+        if thinking := self.scheduler.thinking():
+            self.scheduler.clock += 1
+            for row in thinking:
+                row.step += 1
+                row.note_halted([row.request.params.halts and self.rng.random() < 0.5])
+        for row in self.scheduler.answered():
+            self._cache(row, [row.token])
+            row.passes, row.pass_steps = row.passes + 1, row.pass_steps + row.step
+            row.reply.append(self.rng.randrange(2))
+            row.thinking = False
+
+    def step(self) -> list[Row]:
+        """One step of the whole loop; returns the rows that it finished."""
+        self.admit()
+        self.compute()
+        done = [row for row in self.scheduler.running if len(row.reply) >= row.request.params.max_tokens]
+        for row in done:
+            self.release(row, good=True)
+        return done
+
+    def release(self, row: Row, good: bool) -> None:
+        slot = row.slot
+        self.scheduler.release(row, keep=good)
+        if slot >= 0 and not good:
+            self.slots[slot] = []
+
+    def _cache(self, row: Row, tokens: Sequence[int]) -> None:
+        assert len(self.slots[row.slot]) == row.cached
+        self.slots[row.slot] += [(token, row.steps) for token in tokens]
+        row.cached += len(tokens)
+        assert tuple(token for token, _ in self.slots[row.slot]) == row.cached_ids
+
+
+def check(scheduler: Scheduler) -> None:
+    """What must hold after every operation."""
+    assert all(row.slot >= 0 for row in scheduler.running)
+    used = slots_of(scheduler.running)
+    assert sorted([*used, *scheduler._free]) == list(range(scheduler.max_rows)), "every slot is used or free, once"
+    assert all(row.slot == -1 for row in scheduler.waiting)
+    assert len(scheduler.waiting) + scheduler.reserved <= scheduler.max_queue + len(scheduler._free)
+    assert not {id(row) for row in scheduler.running} & {id(row) for row in scheduler.waiting}
