@@ -22,6 +22,10 @@ class Growth:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        low, share, high = (f"{100 * round(one, 4) + 0.0:+.2f} %" for one in (self.low, self.share, self.high))
+        return f"{share} [{low}, {high}]"
+
     def below(self, limit: float, unit: float = 0.0) -> bool:
         """Whether even the interval's upper end is. `unit`: what cannot be had in parts may grow by one at least."""
         return self.high < max(limit, unit / self.level)

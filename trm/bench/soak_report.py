@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from trm.bench.growth import STRETCHES
+from trm.bench.growth import STRETCHES, Growth
 from trm.bench.soak import WARM_UP
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -100,12 +100,11 @@ def _mean(report: Report, name: str) -> str:
 
 
 def _growth(report: Report, name: str) -> str:
-    one = report["growth"][name]
-    return f"{one['share']:+.2%} [{one['low']:+.2%}, {one['high']:+.2%}]"
+    return str(Growth(**report["growth"][name]))
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items())) or "none"
+    return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()) if number) or "none"
 
 
 def _list(title: str, lines: Sequence[str]) -> list[str]:

@@ -483,9 +483,10 @@ class Draw:
 
     def filling(self, count: int) -> list[Errand]:
         """As long as they can be and nothing in common: together they touch every position of as many slots. And
-        enough to tokenise at once for the server to start all the threads that it will ever have.
+        enough to tokenise at once, and a file, for the server to start the threads that it keeps.
         """
         prompts = [[self.rng.randrange(10, 400) for _ in range(self.max_model_len - 1)] for _ in range(count)]
         body = {"max_tokens": 1, "supervision_steps": self.max_steps}
         texts = [Errand("warm-up", "/tokenize", {"prompt": self.question() * 300}) for _ in range(TOKENIZED_AT_ONCE)]
+        texts.append(Errand("warm-up", "/", method="GET"))
         return texts + [Errand("warm-up", COMPLETIONS, {"prompt": prompt} | body) for prompt in prompts]
