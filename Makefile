@@ -5,7 +5,7 @@ GSM8K ?= ../shared/gsm8k
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install serve test e2e deploy-check lint model clean
+.PHONY: install serve test e2e deploy-check lint audit model clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,11 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Known vulnerabilities of what is installed; asks the package index, so it needs the internet and is no part of the gate.
+audit: $(VENV)/installed-tools
+	$(PIP) freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
+	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
 # Rebuilds trm/bundled from nothing: about two hours on two cores. Stages that are finished stay in runs/bundled.
 model: $(VENV)/installed

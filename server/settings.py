@@ -63,6 +63,7 @@ class ServeSettings(Settings):
 
     api_key: Annotated[CliVariadicArg[list[ApiKey]], NoDecode] = Field(
         [],
+        repr=False,
         description="keys that clients send as 'Authorization: Bearer KEY', separated by commas in TRM_API_KEY; "
         "without any the server is open",
     )

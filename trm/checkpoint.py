@@ -71,6 +71,7 @@ def read(model: str | Path, revision: str | None = None) -> Loaded:
     directory = locate(model, revision)
     config = read_config(directory)
     weights = read_tensors(directory / WEIGHTS_FILE)
+    _check_finite(weights, directory / WEIGHTS_FILE)
     if (directory / BACKBONE_DIR).is_dir():
         backbone = read_backbone(directory / BACKBONE_DIR)
     elif config.backbone_source is not None:
@@ -123,7 +124,7 @@ def read_backbone(
     for shard in shards:
         _open(shard)
     try:
-        backbone, report = AutoModelForCausalLM.from_pretrained(
+        backbone, report = AutoModelForCausalLM.from_pretrained(  # a local directory  # nosec B615
             directory,
             config=config,
             dtype=dtype,
@@ -136,6 +137,7 @@ def read_backbone(
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
+    _check_finite(dict(backbone.named_parameters()), directory)
     return backbone.eval()
 
 
@@ -156,7 +158,7 @@ def _locate_backbone(source: str | Path, revision: str | None) -> tuple[Path, An
             f"{path}: backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}"
         )
     try:
-        return directory, AutoConfig.from_pretrained(directory)
+        return directory, AutoConfig.from_pretrained(directory)  # a local directory  # nosec B615
     except Exception as error:  # the library validates with many kinds of error
         raise CheckpointError(f"{directory}: the backbone does not load: {error}") from error
 
@@ -171,7 +173,7 @@ def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
     if not (directory / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: missing")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+        return PreTrainedTokenizerFast.from_pretrained(directory)  # a local directory  # nosec B615
     except Exception as error:  # as above
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: not a usable tokenizer: {error}") from error
 
@@ -206,6 +208,16 @@ def check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Si
             raise CheckpointError(
                 f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; "
                 f"{CONFIG_FILE} makes it {tuple(expected[name])}"
+            )
+
+
+def _check_finite(weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raise CheckpointError where every request would fail at decoding, or training at its first step."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{source}: tensor {name} holds numbers that are not finite; "
+                "the file is damaged or its training diverged: take another checkpoint"
             )
 
 

@@ -28,12 +28,18 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def lay_out_for_decoding(model: nn.Module) -> None:
-    """On a CPU, store the weights of linear layers by columns: the same numbers, read faster by 4 to 32 rows.
+    """On a CPU, copy all weights out of their files, those of linear layers by columns: read faster by 4 to 32 rows.
+
+    What is loaded in the precision of its file is a window into that file: one that is overwritten would change what
+    is decoded, one that is cut short would end the process.
 
     Measured on a CPU with MKL: up to 1.8 times as fast at 8 to 20 rows, never slower. Embeddings, and heads
     tied to them, stay as they are. Not for training: sums come out in another order.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and id(module.weight) not in embeddings:
-            module.weight.data = module.weight.data.t().contiguous().t()
+    columns = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embeddings
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and id(parameter) in columns:
+            parameter.data = parameter.data.t().clone(memory_format=torch.contiguous_format).t()
+        elif parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()

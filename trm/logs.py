@@ -6,6 +6,7 @@ the JSON object; so each fact of a request has a name of its own and nobody pars
 
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -33,7 +34,7 @@ def configure_logging(level: str = "INFO", log_format: LogFormat = "text") -> No
         library.enable_propagation()
     logging.getLogger("huggingface_hub").handlers.clear()
     logging.getLogger("transformers").handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LineHandler(sys.stderr.fileno())
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
@@ -41,6 +42,42 @@ def configure_logging(level: str = "INFO", log_format: LogFormat = "text") -> No
     if as_json:
         sys.excepthook = _log_uncaught
         threading.excepthook = lambda failure: _log_uncaught(failure.exc_type, failure.exc_value, failure.exc_traceback)
+
+
+class LineHandler(logging.Handler):
+    """Writes each record to a file descriptor at once.
+
+    What cannot be written, because a disk is full or nobody reads a pipe, is lost, and its command goes on; the
+    next record that can be written follows one that says how many were lost. The library's own handler would print a
+    traceback for each to the same place, and leave pieces of them there once there is room again.
+    """
+
+    def __init__(self, file: int) -> None:
+        super().__init__()
+        self._file = file
+        self._lost = 0
+        self._torn = False  # the last line is not whole
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called under the handler's lock."""
+        try:
+            line = self.format(record)
+            if self._lost:
+                message = f"{self._lost} records before this one could not be written and are lost"
+                line = self.format(logging.LogRecord(__name__, logging.WARNING, "", 0, message, (), None)) + "\n" + line
+            self._write(("\n" if self._torn else "") + line + "\n")
+            self._lost = 0
+        except OSError:
+            self._lost += 1
+        except Exception:  # noqa: BLE001 - a record that cannot be formatted; told of on standard error
+            self.handleError(record)
+
+    def _write(self, text: str) -> None:
+        data = text.encode(errors="backslashreplace")
+        while data:
+            written = os.write(self._file, data)
+            data = data[written:]
+            self._torn = bool(data)
 
 
 class TextFormatter(logging.Formatter):

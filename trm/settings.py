@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     """Base of the commands' settings. Subclasses name their command in `command`.
 
     `groups` puts fields under headings of `--help`; those that it does not name stand under "options".
+    The value of a field with `repr=False` is a secret: no message holds it.
     """
 
     command: ClassVar[str]
@@ -103,12 +104,14 @@ class _Help:
 
 
 def _describe(cls: type[Settings], problem: Any) -> str:
-    """One validation problem in words: which setting, what it was, what is allowed."""
+    """One validation problem in words: which setting, what it was unless that is a secret, what is allowed."""
     name = str(problem["loc"][0]) if problem["loc"] else "settings"
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {name!r}"
-    flag = f"--{name.replace('_', '-')}" if name in cls.model_fields else name
-    return f"{flag} {problem['input']!r}: {problem['msg']}"
+    field = cls.model_fields.get(name)
+    flag = f"--{name.replace('_', '-')}" if field else name
+    value = f" {problem['input']!r}" if field is None or field.repr else ""
+    return f"{flag}{value}: {problem['msg']}"
 
 
 def run_command(main: Callable[[], None], command: str) -> None:

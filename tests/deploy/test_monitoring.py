@@ -41,7 +41,7 @@ def test_every_alert_is_shown_firing_before_its_time_and_silent() -> None:
 
 
 def test_every_alert_tells_how_bad_it_is_and_where_to_read_on() -> None:
-    sections = re.findall(r"^## (.*)$", RUNBOOK, re.MULTILINE)
+    sections = re.findall(r"^### (.*)$", RUNBOOK, re.MULTILINE)
 
     assert len({alert["alert"] for alert in ALERTS}) == len(ALERTS)
     for alert in ALERTS:

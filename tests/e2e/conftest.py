@@ -21,14 +21,17 @@ START_TIMEOUT_S = 120
 class ServerProcess:
     """A running `trm-serve`; its log goes to a file. `before`: Python to be run in its process first."""
 
-    def __init__(self, arguments: list[str], log: Path, before: str = "") -> None:
+    def __init__(self, arguments: list[str], log: Path, before: str = "", port: int = 0) -> None:
         self.log = log
         command = [str(COMMANDS / "trm-serve")]
         if before:
             command = [sys.executable, "-c", f"{before}\nfrom server.cli import main\nmain()"]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [*command, "--port", "0", *arguments], stdout=out, stderr=subprocess.STDOUT, env=clean_environment()
+                [*command, "--port", str(port), *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=clean_environment(),
             )
 
     def url_in(self, line: str) -> str:
@@ -78,8 +81,9 @@ def run_command(name: str, *arguments: str, timeout: float = 300) -> subprocess.
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
     started: list[ServerProcess] = []
 
-    def start(*arguments: str, before: str = "", ready: bool = True) -> ServerProcess:
-        started.append(ServerProcess(list(arguments), tmp_path_factory.mktemp("server") / "log.txt", before))
+    def start(*arguments: str, before: str = "", ready: bool = True, port: int = 0) -> ServerProcess:
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        started.append(ServerProcess(list(arguments), log, before, port))
         if ready:
             assert started[-1].url
         return started[-1]

@@ -183,3 +183,15 @@ def test_help_describes_every_setting(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in ServeSettings.model_fields)
+
+
+@pytest.mark.parametrize("keys", ["{sesame: 1}", "[sesame, {sesame: 1}]", '[sesame, ""]', "sesame: [x", "[sesame"])
+def test_a_key_that_cannot_be_used_is_not_printed(yaml, keys):
+    with pytest.raises(ConfigError) as error:
+        ServeSettings.from_command_line(["--config", yaml(f"api_key: {keys}\n")])
+
+    assert "sesame" not in str(error.value)
+
+
+def test_settings_can_be_printed_without_their_keys():
+    assert "sesame" not in repr(ServeSettings.from_command_line(["--api-key", "sesame"]))

@@ -312,6 +312,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: edit_tensors(d / WEIGHTS_FILE, lambda t: t.update({"decoder.halt_head.bias": torch.zeros(2)})),
         r"tensor decoder.halt_head.bias has shape \(2,\); config.json makes it \(1,\)",
     ),
+    "tensor-not-finite": (
+        lambda d: edit_tensors(d / WEIGHTS_FILE, lambda t: t["decoder.halt_head.bias"].fill_(float("nan"))),
+        "model.safetensors: tensor decoder.halt_head.bias holds numbers that are not finite",
+    ),
     "config-missing": (lambda d: (d / CONFIG_FILE).unlink(), "config.json: missing"),
     "config-empty": (lambda d: (d / CONFIG_FILE).write_text(""), "config.json: not readable as JSON"),
     "config-truncated": (lambda d: truncate(d / CONFIG_FILE), "config.json: not readable as JSON"),
@@ -394,6 +398,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "backbone-tensor-missing": (
         lambda d: edit_tensors(d / BACKBONE_WEIGHTS, lambda t: t.pop("model.norm.weight")),
         "backbone: 1 tensors are missing or misshapen, model.norm.weight first",
+    ),
+    "backbone-tensor-not-finite": (
+        lambda d: edit_tensors(d / BACKBONE_WEIGHTS, lambda t: t["model.norm.weight"][3:4].fill_(float("inf"))),
+        "backbone: tensor model.norm.weight holds numbers that are not finite",
     ),
     "backbone-tensor-misshapen": (
         lambda d: edit_tensors(d / BACKBONE_WEIGHTS, lambda t: t.update({"model.norm.weight": torch.ones(31)})),

@@ -1,9 +1,11 @@
 """Layout for decoding: other strides, the same numbers."""
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
 from tests.trm.conftest import some_prompt
+from trm import TRMForCausalLM
 from trm.device import lay_out_for_decoding
 
 
@@ -35,3 +37,18 @@ def test_tied_heads_stay_with_their_embedding():
 
     assert model.backbone.lm_head.weight is model.backbone.model.embed_tokens.weight
     assert model.backbone.lm_head.weight.is_contiguous()
+
+
+def test_nothing_that_decodes_is_a_window_into_a_file(tmp_path):
+    """Whoever overwrites a file in place must not change, or end, a process that serves from it."""
+    make_model().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "backbone" / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = TRMForCausalLM.from_pretrained(tmp_path / "model")
+    lay_out_for_decoding(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    with file.open("r+b") as content:
+        content.write(bytes(file.stat().st_size))
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

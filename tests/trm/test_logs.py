@@ -87,3 +87,45 @@ def test_text_has_each_record_once():
 
     for words in ("from transformers", "from the hub", "from a warning", "from uvicorn"):
         assert sum(line.endswith(words) for line in done.stderr.splitlines()) == 1
+
+
+FILLING = """
+import logging, resource
+from trm.logs import configure_logging
+configure_logging("INFO", FORMAT)
+log = logging.getLogger("test")
+log.info("before")
+resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))  # as good as a full disk
+for number in range(100):
+    log.info("meanwhile %d", number)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for number in range(2):
+    log.info("after %d", number)
+"""
+
+
+@pytest.mark.parametrize("room", [0, 10], ids=["at the end of a line", "within a line"])
+def test_a_full_disk_costs_the_records_of_its_time_and_nothing_else(tmp_path, room):
+    """The limit lies `room` bytes behind the first record."""
+    log = tmp_path / "log"
+    template = {"time": "2026-01-01T12:00:00.000+00:00", "level": "info", "logger": "test", "message": "before"}
+    size = len(json.dumps(template)) + 1 + room
+
+    with log.open("w") as file:
+        code = FILLING.replace("FORMAT", "'json'").replace("ROOM", str(size))
+        done = subprocess.run([sys.executable, "-c", code], stderr=file, timeout=120)
+
+    assert done.returncode == 0
+    before, *torn, lost, after_0, after_1 = log.read_text().splitlines()
+    assert json.loads(before)["message"] == "before"
+    assert [len(line) for line in torn] == [room] * bool(room)
+    assert json.loads(lost)["message"] == "100 records before this one could not be written and are lost"
+    assert [json.loads(line)["message"] for line in (after_0, after_1)] == ["after 0", "after 1"]
+
+
+def test_a_pipe_that_nobody_reads_ends_no_command():
+    code = FILLING.replace("FORMAT", "'text'").replace("ROOM", "0")
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    process.stderr.close()
+
+    assert process.wait(timeout=120) == 0

@@ -1,0 +1,94 @@
+"""Servers behind nginx: one restarted after the other under load, and what nginx says by itself."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ServerProcess
+from tests.e2e.operations.proxy import Proxy, free_port
+from tests.e2e.operations.traffic import Traffic, wait_for
+
+Start = Callable[..., ServerProcess]
+LONG = {
+    "messages": [{"role": "user", "content": "How many?"}],
+    "max_tokens": 3500,
+    "ignore_eos": True,
+    "supervision_steps": 1,
+}
+
+
+@pytest.fixture
+def stand_before(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
+    started: list[Proxy] = []
+
+    def start(*urls: str) -> Proxy:
+        started.append(Proxy(list(urls), tmp_path))
+        return started[-1]
+
+    yield start
+    for proxy in started:
+        proxy.stop()
+
+
+def test_nobody_notices_that_one_server_after_the_other_is_restarted(
+    start_server: Start, stand_before: Callable[..., Proxy]
+) -> None:
+    servers = [start_server("--num-threads", "1") for _ in range(2)]
+    proxy = stand_before(*(server.url for server in servers))
+
+    with Traffic(proxy.url) as traffic:
+        traffic.until_answered(20)
+        for server in list(servers):
+            assert server.stop() == 0
+            traffic.until_answered(10)  # one alone carries it
+            servers.append(start_server("--num-threads", "1", port=int(server.url.rpartition(":")[2])))
+            traffic.until_answered(10)
+
+    table = traffic.account()
+    assert set(table) == {"answered: reply", "answered: stream"}, table
+    assert any(line.endswith(": 503, 200") for line in proxy.requests), "one that drained sent nobody on"
+    replies = Counter(line["request_id"] for server in servers for line in server.requests if line["status"] == 200)
+    assert all(replies[outcome.id] == 1 for outcome in traffic.outcomes), "some were decoded twice"
+    for server in servers[2:]:
+        assert server.metric("trm_generation_tokens_total") > 0, "a restarted server got nothing to do"
+
+
+def test_a_client_that_leaves_nginx_leaves_the_server_too(
+    server: ServerProcess, stand_before: Callable[..., Proxy]
+) -> None:
+    proxy = stand_before(server.url, server.url)
+    with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60) as stream:
+        next(stream.iter_raw())  # it comes before the reply is whole
+        wait_for(lambda: server.metric("trm_num_requests_running") == 1)
+    wait_for(lambda: server.metric("trm_num_requests_running") == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{proxy.url}/v1/chat/completions", json={**LONG, "supervision_steps": 16}, timeout=0.5)
+    wait_for(lambda: server.metric("trm_num_requests_running") == 0)
+
+
+def test_what_nginx_itself_refuses_has_the_shape_of_our_errors(
+    server: ServerProcess, stand_before: Callable[..., Proxy]
+) -> None:
+    proxy = stand_before(server.url, server.url)
+
+    response = httpx.post(f"{proxy.url}/solve", content=b"x" * (2**20 + 1))
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    assert httpx.get(f"{proxy.url}/metrics").status_code == 404
+    given = httpx.get(f"{proxy.url}/version?secret=sesame", headers={"X-Request-Id": "mine"})
+    made = httpx.get(f"{proxy.url}/version")
+    assert given.headers["x-request-id"] == "mine"
+    assert len(made.headers["x-request-id"]) == 32
+    assert made.headers["x-request-id"] in proxy.requests[-1]
+    assert "sesame" not in "".join(proxy.requests)
+
+
+def test_without_any_server_nginx_says_so(stand_before: Callable[..., Proxy]) -> None:
+    proxy = stand_before(*(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
+
+    response = httpx.post(f"{proxy.url}/solve", json={"question": "1+1?"})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert response.headers["retry-after"] == "1"
