@@ -105,10 +105,7 @@ class Clients:
         connection: Connection | None = None
         while time.perf_counter() < until:
             errand = draw()
-            if errand.alone:
-                await self.once(errand)
-                continue
-            if connection is not None and rng.random() < 0.5:
+            if connection is not None and (errand.alone or rng.random() < 0.5):  # nobody keeps one that idles
                 await self._close(connection)
                 connection = None
             _, connection = await self.run(errand, connection)
