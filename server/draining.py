@@ -48,7 +48,7 @@ class DrainingServer(uvicorn.Server):
         self._exit_on_failure = settings.exit_on_failure
         self._drain: asyncio.Task[None] | None = None
         self._stopping = False
-        self._idle_since: dict[tuple[Any, Any], float] = {}
+        self._idle_since: dict[tuple[Any, Any, int], float] = {}
 
     @property
     def _serving(self) -> Serving | None:
@@ -84,17 +84,22 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter) or self.engine_failed
 
     def _close_idle(self) -> None:
-        """Close connections that have been without a whole request for too long.
+        """Close connections that have been without a whole request for too long, or read nothing for as long.
 
-        Uvicorn's own timer runs only after a response, and only until the next byte.
+        Uvicorn's own timer runs only after a response, and only until the next byte; what is not read it would keep
+        for as long as the client likes.
         """
         now = time.monotonic()
-        idle: set[tuple[Any, Any]] = set()
+        idle: set[tuple[Any, Any, int]] = set()
         for connection in self.server_state.connections:
             cycle = getattr(connection, "cycle", None)  # of the latest request
-            if cycle is None or cycle.response_complete:
-                idle.add((connection, cycle))
+            unread = connection.transport.get_write_buffer_size()  # bytes that the kernel has no room for either
+            if unread or cycle is None or cycle.response_complete:
+                idle.add((connection, cycle, unread))
         self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
-        for (connection, _), since in self._idle_since.items():
+        for (connection, _, unread), since in self._idle_since.items():
             if now - since > self.config.timeout_keep_alive:
-                connection.shutdown()
+                if unread:
+                    connection.transport.abort()  # an orderly end would wait for the client to read
+                else:
+                    connection.shutdown()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import threading
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ _ORDINARY = frozenset(vars(logging.makeLogRecord({}))) | {
     "asctime",
     "color_message",
 }  # the last is uvicorn's
+_PATIENCE_S = 1  # with a pipe whose reader is slow; once only, until it reads again
+_PIECE_BYTES = 4096  # what a pipe that can be written to is sure to take at once
 _PLAIN = re.compile(r"[\w./:%+-]+")
 
 
@@ -48,8 +51,8 @@ class LineHandler(logging.Handler):
     """Writes each record to a file descriptor at once.
 
     What cannot be written, because a disk is full or nobody reads a pipe, is lost, and its command goes on; the
-    next record that can be written follows one that says how many were lost. The library's own handler would print a
-    traceback for each to the same place, and leave pieces of them there once there is room again.
+    next record that can be written follows one that says how many were lost. The library's own handler would wait for
+    the reader, or print a traceback to the same place and leave pieces of it there once there is room again.
     """
 
     def __init__(self, file: int) -> None:
@@ -75,7 +78,9 @@ class LineHandler(logging.Handler):
     def _write(self, text: str) -> None:
         data = text.encode(errors="backslashreplace")
         while data:
-            written = os.write(self._file, data)
+            if not select.select([], [self._file], [], 0 if self._lost else _PATIENCE_S)[1]:
+                raise BlockingIOError
+            written = os.write(self._file, data[:_PIECE_BYTES])
             data = data[written:]
             self._torn = bool(data)
 

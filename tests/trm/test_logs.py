@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import select
 import subprocess
 import sys
 
@@ -89,11 +91,14 @@ def test_text_has_each_record_once():
         assert sum(line.endswith(words) for line in done.stderr.splitlines()) == 1
 
 
+ALONE = """
+import logging, resource, sys
+from trm.logs import JsonFormatter, LineHandler
+handler, log = LineHandler(2), logging.getLogger("test")
+handler.setFormatter(JsonFormatter())
+logging.basicConfig(level="INFO", handlers=[handler])
+"""  # what configure_logging does, without waiting for libraries
 FILLING = """
-import logging, resource
-from trm.logs import configure_logging
-configure_logging("INFO", FORMAT)
-log = logging.getLogger("test")
 log.info("before")
 resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))  # as good as a full disk
 for number in range(100):
@@ -112,7 +117,7 @@ def test_a_full_disk_costs_the_records_of_its_time_and_nothing_else(tmp_path, ro
     size = len(json.dumps(template)) + 1 + room
 
     with log.open("w") as file:
-        code = FILLING.replace("FORMAT", "'json'").replace("ROOM", str(size))
+        code = ALONE + FILLING.replace("ROOM", str(size))
         done = subprocess.run([sys.executable, "-c", code], stderr=file, timeout=120)
 
     assert done.returncode == 0
@@ -124,8 +129,34 @@ def test_a_full_disk_costs_the_records_of_its_time_and_nothing_else(tmp_path, ro
 
 
 def test_a_pipe_that_nobody_reads_ends_no_command():
-    code = FILLING.replace("FORMAT", "'text'").replace("ROOM", "0")
+    code = ALONE + FILLING.replace("ROOM", "0")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     process.stderr.close()
 
     assert process.wait(timeout=120) == 0
+
+
+STALLING = """
+for number in range(100):
+    log.info("meanwhile %d %s", number, 10_000 * "x")
+print("all", flush=True)
+sys.stdin.read()
+log.info("after")
+"""
+
+
+def test_a_pipe_that_is_not_read_for_a_while_holds_nobody_up():
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", ALONE + STALLING], **pipes)
+    assert process.stdout.readline() == b"all\n"  # a megabyte was said, of which a pipe holds less
+    early = os.read(process.stderr.fileno(), 2**20)
+    assert not select.select([process.stderr], [], [], 0)[0]
+
+    _, late = process.communicate(b"", timeout=120)
+
+    *whole, torn, lost, after = (early + late).decode().splitlines()
+    assert [json.loads(line)["message"].split()[1] for line in whole] == [str(number) for number in range(len(whole))]
+    assert torn.startswith('{"time"')
+    assert not torn.endswith("}")
+    assert json.loads(lost)["message"].startswith(f"{100 - len(whole)} records before this one")
+    assert json.loads(after)["message"] == "after"

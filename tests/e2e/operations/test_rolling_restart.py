@@ -1,8 +1,9 @@
 """Servers behind nginx: one restarted after the other under load, and what nginx says by itself."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -21,11 +22,11 @@ LONG = {
 
 
 @pytest.fixture
-def stand_before(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
+def stand_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Proxy]]:
     started: list[Proxy] = []
 
     def start(*urls: str) -> Proxy:
-        started.append(Proxy(list(urls), tmp_path))
+        started.append(Proxy(list(urls), tmp_path_factory.mktemp("nginx")))
         return started[-1]
 
     yield start
@@ -81,8 +82,40 @@ def test_what_nginx_itself_refuses_has_the_shape_of_our_errors(
     made = httpx.get(f"{proxy.url}/version")
     assert given.headers["x-request-id"] == "mine"
     assert len(made.headers["x-request-id"]) == 32
-    assert made.headers["x-request-id"] in proxy.requests[-1]
+    wait_for(lambda: made.headers["x-request-id"] in proxy.requests[-1])  # written after the response
     assert "sesame" not in "".join(proxy.requests)
+
+
+class Busy(BaseHTTPRequestHandler):
+    """A server whose queue is full."""
+
+    def do_POST(self) -> None:
+        content = b'{"error": {"code": "queue_full"}}'
+        self.send_response(429)
+        self.send_header("Retry-After", "7")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_who_finds_a_full_server_gets_the_other_one_and_its_refusal_only_if_both_are(
+    server: ServerProcess, stand_before: Callable[..., Proxy]
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
+        threading.Thread(target=busy.serve_forever).start()
+        full = f"http://127.0.0.1:{busy.server_port}"
+        one, both = stand_before(full, server.url), stand_before(full, full)
+        answers = [httpx.post(f"{one.url}/solve", json={"question": "1+1?", "max_tokens": 2}) for _ in range(4)]
+        refused = httpx.post(f"{both.url}/solve", json={"question": "1+1?"})
+        busy.shutdown()
+
+    assert {answer.status_code for answer in answers} == {200}
+    wait_for(lambda: any(line.endswith(": 429, 200") for line in one.requests))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
+    assert refused.json()["error"]["code"] == "queue_full"
 
 
 def test_without_any_server_nginx_says_so(stand_before: Callable[..., Proxy]) -> None:
