@@ -31,7 +31,7 @@ QUESTIONS = (
     "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?",
     "Leo shares 20 cards equally among 5 friends. How many cards does each friend get?",
 )
-MAX_TOKENS, EFFORT = 40, 4
+MAX_TOKENS, EFFORT = 40, 1
 PATIENCE_S = 60
 TOLD_PAUSE_S = 0.05  # of a client that was told to go away
 
