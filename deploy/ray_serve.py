@@ -18,6 +18,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.app import add_middleware, create_app
-from server.cli import load_engine
+from server.cli import SWITCH_INTERVAL_S, load_engine
 from server.errors import TimedOut, Unavailable, describe
 from server.metrics import Metrics
 from server.schemas.status import StatusBody
@@ -61,6 +62,7 @@ class Decoder:
 
     def __init__(self, settings: ServeSettings) -> None:
         configure_logging(settings.log_level.upper(), settings.log_format)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._engine = load_engine(settings)
         self._engine.start()
         self._app = create_app(self._engine, settings)

@@ -50,7 +50,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.alive = Gauge("trm_alive", "0 once the engine or its device has failed", registry=registry)
+        self.alive = Gauge("trm_alive", "0 while the engine or its device has failed or hangs", registry=registry)
         self.alive.set(1)
         self.ready = Gauge("trm_ready", "1 while new work is taken", registry=registry)
         self.finished = Counter(

@@ -81,6 +81,7 @@ def test_the_server_takes_its_settings_and_has_time_to_drain(
     assert (unset.model, unset.keys()) == (None, [])
     assert (set_.model, set_.keys()) == ("/model", ["one", "two"])
     assert "/metrics" in set_.public_paths
+    assert server["init"]
     assert unset.drain_seconds + LAST_WORDS_S < int(server["stop_grace_period"].removesuffix("s"))
     assert ("EXPOSE", str(port["target"])) in instructions(DEPLOY / "Dockerfile")
     assert mounts(given) == {"/model": Path("/srv/checkpoint")}
@@ -99,7 +100,7 @@ def test_prometheus_finds_its_configuration_and_the_server(services: dict[str, A
     config = yaml.safe_load(inside(services["prometheus"], flags["--config.file"]).read_text())
     jobs = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
 
-    assert jobs["trm"] == [f"server:{services['server']['ports'][0]['target']}"]
+    assert jobs["qwen-trm"] == [f"server:{services['server']['ports'][0]['target']}"]
     assert flags["--storage.tsdb.path"] in {mount["target"] for mount in services["prometheus"]["volumes"]}
 
 

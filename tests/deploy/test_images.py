@@ -30,7 +30,7 @@ NAMESPACES = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-
 UNPRIVILEGED = ["--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
 
 
-@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("dockerfile", sorted(DEPLOY.glob("Dockerfile*")), ids=lambda path: path.name)
 def test_hadolint_finds_nothing(dockerfile: Path) -> None:
     command = Path(sys.executable).parent / "hadolint"
     assert command.exists(), "hadolint is missing; install the extra `deploy`"
@@ -71,7 +71,17 @@ def test_only_what_is_installed_reaches_the_builder() -> None:
     names = {path.parts[0] for path in context()}
 
     assert names == {"LICENSE", "README.md", "constraints.txt", "deploy", "pyproject.toml", "server", "training", "trm"}
-    assert not [path for path in context() if path.parts[0] == "deploy" and path.parts[1] != "images"]
+    assert {path.parts[1] for path in context() if path.parts[0] == "deploy"} == {"images", "ray_serve.py"}
+
+
+@pytest.mark.parametrize("dockerfile", sorted(DEPLOY.glob("Dockerfile*")), ids=lambda path: path.name)
+def test_what_is_copied_reaches_the_builder(dockerfile: Path) -> None:
+    known = {Path(*path.parts[:depth]) for path in context() for depth in range(1, len(path.parts) + 1)}
+    copied = [rest.split() for instruction, rest in instructions(dockerfile) if instruction == "COPY"]
+
+    for *names, _ in copied:
+        if "--from=build" not in names:
+            assert {Path(name) for name in names if not name.startswith("--")} <= known
 
 
 class Image:

@@ -30,6 +30,16 @@ def test_promtool_finds_nothing(words: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_servers_have_one_job_wherever_they_run() -> None:
+    """Compose's Prometheus names it; a ServiceMonitor calls it as the Service; alerts and dashboard ask for it."""
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    service = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "service.yaml").read_text())
+    asked = re.findall(r'job="(.*?)"', " ".join([*QUERIES, *(alert["expr"] for alert in ALERTS)]))
+
+    assert set(asked) == {service["metadata"]["name"]}
+    assert service["metadata"]["name"] in {job["job_name"] for job in config["scrape_configs"]}
+
+
 def test_every_alert_is_shown_firing_before_its_time_and_silent() -> None:
     tests = yaml.safe_load((DEPLOY / "prometheus" / "alerts_test.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]

@@ -12,7 +12,7 @@ from trm.errors import ConfigError
 
 
 @pytest.fixture
-def serve(monkeypatch, capsys):
+def serve(monkeypatch, capfd):
     """Run the command; returns its status and what it wrote to standard error."""
 
     def run(*argv):
@@ -20,7 +20,7 @@ def serve(monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         code = exit_.value.code
-        error = capsys.readouterr().err
+        error = capfd.readouterr().err
         return (code, error) if isinstance(code, int) else (1, f"{error}{code}\n")  # as the interpreter does
 
     return run

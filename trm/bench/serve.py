@@ -37,16 +37,22 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class Server:
-    """A running `trm-serve`."""
+    """A running `trm-serve`, and the file that holds its log."""
 
     url: str
+    child: subprocess.Popen[bytes]
     process: psutil.Process
+    log: Path
 
     @property
     def cpu_s(self) -> float:
         """Seconds of CPU that it has taken, all threads together."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
+
+    def stop(self) -> int:
+        """Tell it to, once; returns its exit status."""
+        return _stop(self.child)
 
 
 @contextmanager
@@ -60,10 +66,14 @@ def trm_serve(*arguments: str) -> Iterator[Server]:
     with tempfile.NamedTemporaryFile("r") as log, open(log.name, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         try:
-            yield Server(_url(process, Path(log.name)), psutil.Process(process.pid))
+            yield Server(_url(process, Path(log.name)), process, psutil.Process(process.pid), Path(log.name))
         finally:
-            process.terminate()
-            process.wait(60)
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()  # nothing happens to one that has ended
+    return process.wait(60)
 
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:

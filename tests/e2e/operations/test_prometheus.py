@@ -28,7 +28,7 @@ class Prometheus:
         config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         config["rule_files"] = [str(DEPLOY / "prometheus" / name) for name in config["rule_files"]]
-        config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] == "trm"]
+        config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] == "qwen-trm"]
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         with socket.create_server(("127.0.0.1", 0)) as sock:

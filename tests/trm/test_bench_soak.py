@@ -1,0 +1,157 @@
+"""The judgement of a soak and its report, on a run that never was."""
+
+import json
+import random
+
+import pytest
+
+from trm.bench import soak, soak_report
+from trm.bench.cli import BenchSettings
+from trm.bench.growth import Growth
+from trm.bench.traffic import Draw, Record
+from trm.errors import ConfigError
+
+KINDS = set(Draw(random.Random(0), 1024, 16).kinds)
+FLAT = Growth(100.0, 0.0, -0.001, 0.001)
+GROWN = {"rss_mb": FLAT, "descriptors": FLAT, "threads": FLAT, "uss_mb": FLAT}
+IDLE = {"running": 0, "waiting": 0, "cache_usage": 0.0, "descriptors": 14, "threads": 10, "rss_mb": 500.0}
+
+
+def sample(at):
+    return IDLE | {
+        "at": at,
+        "uss_mb": 400.0,
+        "cores": 1.0,
+        "cores_of_clients": 0.1,
+        "cores_of_others": 0.5,
+        "connections": 40,
+        "generation_tokens": int(10 * at),
+    }
+
+
+def record(kind="chat", outcome="answered", at=1.0, why=""):
+    return Record(kind, outcome, why, at, 0.5, 0.25)
+
+
+RECORDS = [record(kind, at=at) for kind in sorted(KINDS) for at in (1.0, 30.0, 59.0)] + [
+    record(outcome="refused", why="overloaded"),
+    record(outcome="left"),
+]
+
+
+def report(**changed):
+    return {
+        "minutes": 1.0,
+        "server": ["--max-rows=2"],
+        "max_growth": 0.02,
+        "outcomes": soak.outcomes(RECORDS),
+        "failures": [],
+        "refusals": soak.refusals(RECORDS),
+        "rejected": {"overloaded": 1},
+        "tokens": 600,
+        "canaries": {"asked": 3, "near_ties": 0, "broken": []},
+        "before": IDLE,
+        "after": IDLE,
+        "growth": {name: vars(one) for name, one in GROWN.items()},
+        "exit_status": 0,
+        "log_troubles": [],
+        "latency": soak.latencies(RECORDS, 60),
+        "over_time": soak.over_time(RECORDS, 60),
+        "samples": [sample(float(at)) for at in range(60)],
+        "max_rows": 2,
+        "threads": 1,
+        "seed": 0,
+        "machine": "a machine",
+        "torch": "2",
+    } | changed
+
+
+def broken(told, grown=GROWN, departures=1):
+    return [row["check"] for row in soak.checks(told, grown, 1, departures, KINDS) if not row["holds"]]
+
+
+def test_a_run_without_fault_passes_every_check():
+    assert broken(report()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "check"),
+    [
+        ({"outcomes": soak.outcomes([*RECORDS, record(outcome="failed")])}, "every request is accounted for"),
+        (
+            {"outcomes": soak.outcomes([one for one in RECORDS if one.kind != "solve"])},
+            "every kind of client was there",
+        ),
+        ({"refusals": {}, "rejected": {}}, "a full queue refused some"),
+        ({"rejected": {"overloaded": 3}}, "the server's books agree with ours"),
+        ({"rejected": {"overloaded": 1, "failed": 1}}, "the server's books agree with ours"),
+        ({"canaries": {"asked": 3, "near_ties": 0, "broken": [{}]}}, "canaries sing as they did alone"),
+        ({"canaries": {"asked": 0, "near_ties": 0, "broken": []}}, "canaries sing as they did alone"),
+        ({"after": IDLE | {"running": 1}}, "no row, no queue and no reserved cache is left"),
+        ({"after": IDLE | {"cache_usage": 0.1}}, "no row, no queue and no reserved cache is left"),
+        ({"after": IDLE | {"descriptors": 15}}, "no descriptor is left"),
+        ({"log_troubles": ["Traceback"]}, "nothing of note is in the log"),
+        ({"exit_status": -9}, "SIGTERM ends it with status 0"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_each_fault_breaks_its_check(changed, check):
+    assert broken(report(**changed)) == [check]
+
+
+def test_growth_and_uncounted_departures_break_theirs():
+    grown = GROWN | {"rss_mb": Growth(100.0, 0.015, 0.005, 0.025)}
+
+    assert broken(report(), grown) == ["rss_mb grew by less than 2%"]
+    assert (
+        broken(report(), departures=0)
+        == broken(report(), departures=2)
+        == ["the server saw clients leave, no more than left"]
+    )
+
+
+def test_growth_is_judged_after_the_warm_up_and_while_there_is_traffic():
+    samples = [sample(float(at)) | {"threads": 4 if at < 12 else 10 if at <= 60 else 50} for at in range(90)]
+
+    grown = soak.growth_of(samples, "threads", 60)
+
+    assert (grown.level, grown.share, grown.high) == pytest.approx((10, 0, 0))
+
+
+def test_refusals_are_read_from_the_metrics():
+    metrics = {'trm_request_rejected_total{reason="invalid"}': 2.0, "trm_request_rejected_created": 1e9}
+
+    assert soak.rejected(metrics) == {"invalid": 2}
+
+
+def test_the_report_tells_of_every_check_and_failure(tmp_path):
+    told = report(failures=[vars(record(outcome="failed", why="status 500"))], log_troubles=["a warning"])
+    told["checks"] = soak.checks(told, GROWN, 1, 1, KINDS)
+
+    soak_report.write(tmp_path / "new" / "directory", told)
+
+    directory = tmp_path / "new" / "directory"
+    page = (directory / "README.md").read_text()
+    assert all(row["check"] in page for row in told["checks"])
+    assert "| nothing of note is in the log | **NO** | 1 lines |" in page
+    assert "- `chat: status 500`" in page
+    assert "- `a warning`" in page
+    assert json.loads((directory / "report.json").read_text()) == told
+    pictures = {path.name for path in directory.glob("*.png")}
+    assert pictures == {f"{name}.png" for name in soak_report.PICTURES}
+    assert all(f"({name})" in page for name in pictures)
+    assert all((directory / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["soak", "--full"], "--full belongs to decode; leave it out for soak"),
+        (["soak", "--num-requests", "4"], "--num-requests belongs to decode and serve"),
+        (["serve", "--minutes", "1"], "--minutes belongs to soak; leave it out for serve"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_benchmark_does_not_read_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        BenchSettings.from_command_line(arguments)
