@@ -18,8 +18,9 @@ from typing import Any, Literal, Self
 
 import httpx
 
-from tests.e2e.near_tie import NEAR_TIE, bundled
+from tests.e2e.near_tie import bundled
 from trm import reference
+from trm.bench.canaries import NEAR_TIE
 from trm.chat import solve_messages
 from trm.engine import SamplingParams
 
