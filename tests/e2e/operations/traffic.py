@@ -20,7 +20,7 @@ import httpx
 
 from tests.e2e.near_tie import bundled
 from trm import reference
-from trm.bench.canaries import NEAR_TIE
+from trm.bench.soak.canaries import NEAR_TIE
 from trm.chat import solve_messages
 from trm.engine import SamplingParams
 
