@@ -3,7 +3,7 @@
 from functools import cache
 
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
-from trm.bench.canaries import Canary, part_at_near_tie
+from trm.bench.soak.canaries import Canary, part_at_near_tie
 from trm.chat import ChatFormat
 from trm.engine import SamplingParams
 

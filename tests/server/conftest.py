@@ -177,7 +177,9 @@ class FakeEngine:
             self.changed.wait_for(lambda: not self._held or any(handles[i].cancelled for i in left))
             if handles[index].cancelled:
                 return Event((), "", "cancelled", Usage(len(handles[index].request.prompt_ids), 0, 0))
-            return None if self._held else next(left[index])
+            if self._held:
+                return None
+        return next(left[index])  # without the lock: scripts may wait
 
     def hold(self):
         self._held = True  # without the lock: scripts call this too

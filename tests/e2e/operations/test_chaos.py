@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment
 from tests.e2e.operations.proxy import free_port
-from tests.e2e.operations.traffic import QUESTIONS, Traffic, ask, expected, wait_for
+from tests.e2e.operations.traffic import Traffic, wait_for
 from trm import bundled_model_path
 
 Start = Callable[..., ServerProcess]
@@ -165,7 +165,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_log(start_server: Start) -> 
     with Traffic(server.url) as traffic:
         traffic.until_answered(10)
         process.rlimit(psutil.RLIMIT_FSIZE, (server.log.stat().st_size + 10, psutil.RLIM_INFINITY))
-        traffic.until_answered(30)
+        traffic.until_answered(10)
         size = server.log.stat().st_size
         traffic.until_answered(10)
         assert server.log.stat().st_size == size, "the disk was not full"
@@ -244,7 +244,7 @@ def test_a_torn_model_ends_the_new_process_in_a_line_while_the_old_one_serves_on
         metadata={"format": "pt"},
     )
     shutil.copytree(saved, model)
-    old = start_server("--model", str(model), "--served-model-name", "old", "--num-threads", "1")
+    old = start_server("--model", str(model), "--num-threads", "1")
 
     with Traffic(old.url, clients=2, pause_s=0.5) as traffic:
         for name, (file, harm, words) in HARM.items():
@@ -258,10 +258,6 @@ def test_a_torn_model_ends_the_new_process_in_a_line_while_the_old_one_serves_on
             check_health(old.url)
             shutil.copyfile(saved / file, model / file)  # into the same file, if there is one
         traffic.until_answered(5)
-        again = start_server("--model", str(model), "--served-model-name", "new")
-        with httpx.Client(base_url=again.url, timeout=60) as client:
-            outcome = ask(client, QUESTIONS[0], stream=False)
-            assert (outcome.kind, outcome.text) == ("answered", expected(QUESTIONS[0]))
 
     assert set(traffic.account()) == ANSWERED
     assert old.stop() == 0

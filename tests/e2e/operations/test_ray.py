@@ -25,7 +25,8 @@ DEPLOY = Path(__file__).parents[3] / "deploy"
 WAIT_S = 120
 KEY = "cluster-key"
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
-MAX_ROWS = 4
+MAX_ROWS = 6
+STREAMS = 4
 QUESTIONS = [
     "Tom has 12 apples. He buys 7 more. How many apples does he have now?",
     "Ann has 9 eggs and eats 4. How many are left?",
@@ -164,7 +165,7 @@ async def test_a_decoder_that_dies_costs_no_reply_and_ends_its_streams_with_an_e
 
         alone = [(await ask(index)).json()["choices"][0]["message"] for index in range(len(QUESTIONS))]
         before = cluster.replicas()
-        begun = [asyncio.Event() for _ in range(MAX_ROWS)]
+        begun = [asyncio.Event() for _ in range(STREAMS)]
         streams = [asyncio.create_task(stream(event)) for event in begun]
         await asyncio.gather(*(event.wait() for event in begun))
         asked = [asyncio.create_task(ask(index)) for index in range(40)]
@@ -190,11 +191,11 @@ async def test_a_decoder_that_dies_costs_no_reply_and_ends_its_streams_with_an_e
             lost += 1
         else:
             assert last["choices"][0]["finish_reason"] == "length"
+    cluster.wait(lambda: len(cluster.replicas() - before) == 1, "replaced")
+    assert len(cluster.decoders()) == 2
     deaths = cluster.log.read_text().count("its replica died")
     print(f"{unfinished} requests were unfinished, {deaths} had their decoder die, {lost} of them streams")
     assert deaths > lost, "no reply had to be asked for again"
-    cluster.wait(lambda: len(cluster.replicas() - before) == 1, "replaced")
-    assert len(cluster.decoders()) == 2
 
 
 @pytest.mark.anyio

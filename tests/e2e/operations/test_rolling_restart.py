@@ -62,7 +62,8 @@ def test_a_client_that_leaves_nginx_leaves_the_server_too(
 ) -> None:
     proxy = stand_before(server.url, server.url)
     with httpx.stream("POST", f"{proxy.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60) as stream:
-        next(stream.iter_raw())  # it comes before the reply is whole
+        chunks = stream.iter_raw()  # the connection lives as long as this does
+        next(chunks)
         wait_for(lambda: server.metric("trm_num_requests_running") == 1)
     wait_for(lambda: server.metric("trm_num_requests_running") == 0)
     with pytest.raises(httpx.ReadTimeout):

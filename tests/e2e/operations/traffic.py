@@ -18,8 +18,9 @@ from typing import Any, Literal, Self
 
 import httpx
 
-from tests.e2e.near_tie import NEAR_TIE, bundled
+from tests.e2e.near_tie import bundled
 from trm import reference
+from trm.bench.soak.canaries import NEAR_TIE
 from trm.chat import solve_messages
 from trm.engine import SamplingParams
 
@@ -31,7 +32,7 @@ QUESTIONS = (
     "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?",
     "Leo shares 20 cards equally among 5 friends. How many cards does each friend get?",
 )
-MAX_TOKENS, EFFORT = 40, 4
+MAX_TOKENS, EFFORT = 40, 1
 PATIENCE_S = 60
 TOLD_PAUSE_S = 0.05  # of a client that was told to go away
 

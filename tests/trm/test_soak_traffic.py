@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from trm.bench import traffic
-from trm.bench.connection import Head
-from trm.bench.traffic import CHAT, SOLVE, Clients, Draw, Errand, Leaving, judge
+from trm.bench.soak import traffic
+from trm.bench.soak.connection import Head
+from trm.bench.soak.traffic import CHAT, SOLVE, Clients, Draw, Errand, Leaving, judge
 
 JSON_HEAD = Head(200, {"content-type": "application/json"})
 BODY = {"messages": [{"role": "user", "content": "How many?"}], "max_tokens": 4}

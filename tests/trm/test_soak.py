@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from trm.bench import soak, soak_report
 from trm.bench.cli import BenchSettings
-from trm.bench.growth import Growth
-from trm.bench.traffic import Draw, Record
+from trm.bench.soak import report as soak_report
+from trm.bench.soak import run as soak
+from trm.bench.soak.growth import Growth
+from trm.bench.soak.traffic import Draw, Record
 from trm.errors import ConfigError
 
 KINDS = set(Draw(random.Random(0), 1024, 16).kinds)

@@ -3,8 +3,8 @@
 import pytest
 
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
-from trm.bench import canaries
-from trm.bench.canaries import Canary, make_canaries, part_at_near_tie
+from trm.bench.soak import canaries
+from trm.bench.soak.canaries import Canary, make_canaries, part_at_near_tie
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import SamplingParams
 

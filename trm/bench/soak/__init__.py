@@ -1,0 +1,1 @@
+"""`trm-bench soak`: does a server last?"""
