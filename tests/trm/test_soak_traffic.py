@@ -1,8 +1,11 @@
 """What the soak's clients make of answers, and that they see through whatever a server does."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import random
+import time
 
 import pytest
 
@@ -183,3 +186,42 @@ def test_the_same_seed_draws_the_same_errands_of_every_kind():
     assert drawn() == drawn()
     draw = Draw(random.Random(1), 1024, 16)
     assert {draw().kind for _ in range(500)} == set(draw.kinds)
+
+
+class Keeping(random.Random):
+    """Never takes a new connection for the sake of it."""
+
+    def random(self):
+        return 1.0
+
+
+def test_a_client_keeps_its_connection_but_never_an_idle_one(monkeypatch):
+    """Whoever takes their time on another connection would come back to one that the server has closed meanwhile."""
+    monkeypatch.setattr(traffic, "SLOW_READ_S", 0)
+    look = Errand("look", "/health", method="GET")
+    errands = itertools.cycle([look, look, Errand("slow", "/version", method="GET", slow=True), look])
+    serving, open_during_slow = [], []
+
+    async def serve(reader, writer):
+        serving.append(asyncio.current_task())
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b"/version" in head:
+                    open_during_slow.append(clients.connections)
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def run():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            clients.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            clients.began = time.perf_counter()
+            await clients.work(lambda: next(errands), clients.began + 0.2, Keeping())
+            await asyncio.gather(*serving)
+
+    clients = Clients("")
+    asyncio.run(run())
+
+    assert {record.outcome for record in clients.records} == {"answered"}
+    assert set(open_during_slow) == {1}
+    assert len(serving) <= 1 + 2 * len(open_during_slow), "three quick errands share a connection"
