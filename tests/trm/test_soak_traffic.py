@@ -224,4 +224,4 @@ def test_a_client_keeps_its_connection_but_never_an_idle_one(monkeypatch):
 
     assert {record.outcome for record in clients.records} == {"answered"}
     assert set(open_during_slow) == {1}
-    assert len(serving) <= 1 + 2 * len(open_during_slow), "three quick errands share a connection"
+    assert 2 * len(open_during_slow) <= len(serving) <= 1 + 2 * len(open_during_slow), "quick ones share theirs"
