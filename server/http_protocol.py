@@ -1,4 +1,4 @@
-"""Bytes to requests: uvicorn's protocol on httptools, with a bound on heads and errors in our shape."""
+"""Bytes to requests: uvicorn's protocol on httptools, with bounded heads, one Host in each, and errors in our shape."""
 
 import json
 from typing import Any
@@ -29,7 +29,9 @@ class HttpProtocol(HttpToolsProtocol):
         """A head is whole."""
         self._head_bytes = None
         self._too_large = len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES
-        if self._too_large:
+        hosts = [value for name, value in self.headers if name == b"host"]
+        ambiguous = len(hosts) != 1 and self.parser.get_http_version() == "1.1"
+        if self._too_large or ambiguous:
             raise ValueError  # which the parser makes an error of its own
         super().on_headers_complete()
 

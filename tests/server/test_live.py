@@ -187,6 +187,9 @@ def test_connections_without_a_whole_request_are_closed(start, app, sent):
 
 HEADS = {
     "not HTTP": (b"sesame open\r\n\r\n", 400),
+    "no Host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "no Host in HTTP/1.0": (b"GET /health HTTP/1.0\r\n\r\n", 200),
     "one line that never ends": (b"GET /" + b"x" * 20 * MAX_HEAD_BYTES, 431),
     "one large header": (b"GET /health HTTP/1.1\r\nHost: test\r\nX: " + b"x" * MAX_HEAD_BYTES + b"\r\n\r\n", 431),
     "headers that never end": (b"GET /health HTTP/1.1\r\n" + b"Name: value\r\n" * MAX_HEAD_BYTES, 431),
