@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,5 +177,6 @@ def _bench() -> None:
 
 
 def main() -> None:
-    """Entry point of `trm-bench`."""
+    """Entry point of `trm-bench`. SIGTERM ends it as Ctrl-C does, and with it the server that it has started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_command(_bench, BenchSettings.command)
