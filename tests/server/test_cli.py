@@ -1,7 +1,10 @@
 """`trm-serve` up to the point where it would serve: what goes wrong is one line and a status."""
 
 import logging
+import os
+import platform
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -86,3 +89,36 @@ def test_sizes_reach_the_engine_and_the_log_says_what_a_position_takes(caplog):
     assert {name: getattr(engine.config, name) for name in sizes} == sizes
     (line,) = [record.getMessage() for record in caplog.records if record.name == "server.cli"]
     assert f"2 rows of 64 positions, {engine.bytes_per_token} bytes a position" in line
+
+
+EIGHT_THREADS_ALLOCATE = """
+import ctypes, threading
+from server.cli import limit_malloc_arenas
+
+limit_malloc_arenas()
+libc, all_there = ctypes.CDLL("libc.so.6"), threading.Barrier(8)
+
+def allocate():
+    libc.malloc(ctypes.c_size_t(1000))
+    all_there.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no arenas")
+@pytest.mark.parametrize(("asked", "heaps"), [({}, cli.MALLOC_ARENAS), ({"MALLOC_ARENA_MAX": "6"}, 6)])
+def test_threads_share_heaps(asked, heaps):
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"} | asked
+
+    told = subprocess.run(
+        [sys.executable, "-c", EIGHT_THREADS_ALLOCATE], capture_output=True, text=True, env=environment
+    )
+
+    assert told.stdout.count("<heap nr") == heaps, told.stderr
