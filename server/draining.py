@@ -4,8 +4,12 @@ The first signal drains, the second one exits at once; an engine that died may e
 """
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import os
+import struct
+import termios
 import time
 from types import FrameType
 from typing import Any
@@ -93,7 +97,7 @@ class DrainingServer(uvicorn.Server):
         idle: set[tuple[Any, Any, int]] = set()
         for connection in self.server_state.connections:
             cycle = getattr(connection, "cycle", None)  # of the latest request
-            unread = connection.transport.get_write_buffer_size()  # bytes that the kernel has no room for either
+            unread = _unread(connection.transport)
             if unread or cycle is None or cycle.response_complete:
                 idle.add((connection, cycle, unread))
         self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
@@ -103,3 +107,16 @@ class DrainingServer(uvicorn.Server):
                     connection.transport.abort()  # an orderly end would wait for the client to read
                 else:
                     connection.shutdown()
+
+
+def _unread(transport: Any) -> int:
+    """Bytes that a client has yet to take, the kernel's included; 0 where the kernel has room for all.
+
+    The kernel's go down with every piece that is read, ours only when it has room for a lot.
+    """
+    ours = int(transport.get_write_buffer_size())
+    kernels = bytes(4)
+    if ours:
+        with contextlib.suppress(OSError):  # another system's sockets do not tell
+            kernels = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, kernels)
+    return ours + int(struct.unpack("i", kernels)[0])
