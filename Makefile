@@ -16,6 +16,8 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
 # Crowds of clients, other people's tools, failures on purpose; everything else of tests/e2e belongs to `make test`.
+# One decoding thread for each server: beside clients and other servers, two wait for each other most of the time.
+e2e: export OMP_NUM_THREADS = 1
 e2e: $(VENV)/installed-tools
 	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem tests/e2e/operations
 
