@@ -73,7 +73,9 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
         raise failures[0]
     if server.engine_failed:
         raise DeviceError("the engine failed; see the log above")
-    app.state.serving.engine.close()
+    engine = app.state.serving.engine
+    if engine.alive():  # one that hangs would be waited for without end
+        engine.close()
 
 
 def limit_malloc_arenas() -> None:

@@ -188,7 +188,7 @@ class Worker:
         """Take no more work, let what is under way finish for `timeout_s`, end the rest with Unavailable."""
         self.draining = True
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s if self._engine.alive() else 0):  # nothing will finish without it
                 await self._idle.wait()
         except TimeoutError:
             for submission in list(self._timers):

@@ -333,3 +333,17 @@ def test_a_lost_device_leaves_a_process_that_says_so(start_server: Start) -> Non
     with pytest.raises(subprocess.TimeoutExpired):
         server.process.wait(timeout=0.5)
     assert server.stop() == 0
+
+
+NEVER_TICKS = "import time\nfrom trm.engine.runner import Runner\nRunner.tick = lambda *args: time.sleep(1000)"
+
+
+def test_a_server_whose_device_hangs_says_so_and_still_stops(start_server: Start) -> None:
+    server = start_server("--max-step-seconds", "1", before=NEVER_TICKS)
+
+    told = httpx.post(f"{server.url}/v1/chat/completions", json=LONG, timeout=30)
+
+    assert (told.status_code, code(told)) == (503, "device_failed")
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    server.process.terminate()
+    assert server.process.wait(timeout=20) == 0  # sooner than the drain would be over
