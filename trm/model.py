@@ -386,3 +386,6 @@ def _dtype(dtype: Any) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is none of torch's")
     return found
+
+
+AutoModelForCausalLM.register(TRMConfig, TRMForCausalLM)
