@@ -60,7 +60,7 @@ class TRMOutput(ModelOutput):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The value under `key`, or `default`."""
-        return self[key] if key in self else default
+        return super().get("cache" if key in CACHE_NAMES else key, default)
 
 
 class Decoder(nn.Module):
