@@ -20,7 +20,8 @@ GITHUB = sorted((ROOT / ".github").rglob("*.yml"))
 MAX_COLUMNS = 120
 MAX_README_LINES = 80
 
-HELP = "import sys; sys.argv = ['x', '--help']; from {module} import {function} as main; main()"
+HELP = "import sys; from {module} import {function} as main; sys.argv = ['trm', *{words}, '--help']; main()"
+BENCHMARKS = ("decode", "serve", "soak")
 OURS = re.compile(r"(?<![\w./-])(?:trm|server|training|tests|deploy|docs)/[\w./-]*")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
@@ -39,11 +40,17 @@ def load(path: Path) -> Any:
 
 @cache
 def flags(command: str) -> frozenset[str]:
-    """The flags that a command of ours explains."""
-    module, function = PROJECT["scripts"][command].split(":")
-    code = HELP.format(module=module, function=function)
+    """The flags that a command of ours explains, or one benchmark of `trm-bench`."""
+    program, *words = command.split()
+    module, function = PROJECT["scripts"][program].split(":")
+    code = HELP.format(module=module, function=function, words=words)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     return frozenset(FLAG.findall(done.stdout))
+
+
+def all_flags() -> frozenset[str]:
+    programs = [name for name in PROJECT["scripts"] if name != "trm-bench"]
+    return frozenset().union(*map(flags, programs + [f"trm-bench {name}" for name in BENCHMARKS]))
 
 
 def targets() -> set[str]:
@@ -103,7 +110,7 @@ def test_targets_of_make_exist(page: Path) -> None:
 @each_present_page
 def test_commands_take_the_flags_that_they_are_shown_with(page: Path) -> None:
     for line in commands(page):
-        for command, rest in re.findall(r"(?:^|\s)(trm-[a-z]+)\b([^|&;]*)", line):
+        for command, rest in re.findall(r"(?:^|[\s/])(trm-bench \w+|trm-[a-z]+)([^|&;]*)", line):
             assert set(FLAG.findall(rest)) <= flags(command), line
 
 
@@ -111,7 +118,7 @@ def test_commands_take_the_flags_that_they_are_shown_with(page: Path) -> None:
 def test_a_flag_alone_is_one_of_ours(page: Path) -> None:
     alone = {FLAG.match(line)[0] for line in commands(page) if FLAG.match(line)}  # type: ignore[index]
 
-    assert alone - frozenset().union(*map(flags, PROJECT["scripts"])) == set()
+    assert alone - all_flags() == set()
 
 
 @each_present_page
