@@ -1,7 +1,6 @@
 """What the runbook says of errors, memory and files, against the code."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
