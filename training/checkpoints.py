@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,18 @@ def read_whole(directory: Path) -> State:
 def put_in_place(aside: Path, directory: Path, state: State) -> None:
     """Complete a checkpoint in `aside` with its state, force it to the disk, and rename it to `directory`.
 
-    What stands there and is no checkpoint of this run is kept, under the name `<directory>.broken`.
+    What stands there and is no checkpoint of this run is kept, under the name `<directory>.broken` or `.broken-<n>`.
     """
     files = {str(path.relative_to(aside)): _digest(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     checkpoint.write_json(aside / STATE_JSON, {"format_version": FORMAT_VERSION} | state | {"files": files})
     for path in (*aside.rglob("*"), aside):
         _force_to_disk(path)
     if directory.exists() and not _same_run(_state_or_none(directory), state):
-        logger.warning("%s is broken or of another run; it is kept as %s.broken", directory, directory.name)
-        os.rename(directory, directory.with_name(f"{directory.name}.broken"))
+        kept = directory.with_name(f"{directory.name}.broken")
+        if kept.exists():
+            kept = next(path for n in count(2) if not (path := kept.with_name(f"{kept.name}-{n}")).exists())
+        logger.warning("%s is broken or of another run; it is kept as %s", directory, kept.name)
+        os.rename(directory, kept)
     checkpoint.replace_directory(aside, directory)
     _force_to_disk(directory.parent)
 
@@ -132,15 +136,22 @@ def prune(run_dir: Path, state: State, keep_last: int) -> None:
     past = [path for path in _own(run_dir, state) if step_of(path) <= state["step"]]
     for path in past[:-keep_last]:
         if spared is None or path != spared[0]:
-            condemned = path.with_name(f".{path.name}.old")  # so that a kill leaves no half of a checkpoint
+            condemned = path.with_name(f".{path.name}.pruned")  # so that a kill leaves no half of a checkpoint
             os.rename(path, condemned)
             shutil.rmtree(condemned)
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run was writing or removing."""
+    """Remove what a killed run was writing or removing; what it was replacing, and had not yet replaced, is put back."""
     for path in run_dir.glob(".checkpoint-*"):
-        if re.fullmatch(r"\.checkpoint-\d+\.(partial|old)", path.name) and path.is_dir():
+        found = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|pruned)", path.name)
+        if not found or not path.is_dir():
+            continue
+        directory = run_dir / found[1]
+        if found[2] == "old" and not directory.exists() and _is_whole(path):
+            logger.warning("putting %s back: a killed run was replacing it", directory)
+            checkpoint.settle(directory)
+        else:
             logger.warning("removing %s: a killed run was at work on it", path)
             shutil.rmtree(path)
 
@@ -194,6 +205,14 @@ def _state_or_none(directory: Path) -> State | None:
         return read_state(directory)
     except CheckpointError:
         return None
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        read_whole(directory)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _same_run(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
