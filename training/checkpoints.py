@@ -142,7 +142,7 @@ def prune(run_dir: Path, state: State, keep_last: int) -> None:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run was writing or removing; what it was replacing, and had not yet replaced, is put back."""
+    """Remove what a killed run was writing or removing; put back what it had not yet replaced."""
     for path in run_dir.glob(".checkpoint-*"):
         found = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|pruned)", path.name)
         if not found or not path.is_dir():

@@ -5,12 +5,15 @@ MATH (`problem`, `solution` with `\boxed{}`). A bad row is reported with its fil
 line, counted and left out; a source with no good row raises ConfigError.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
@@ -81,6 +84,14 @@ def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) 
         shortest = min(len(example.ids) for example in encoded)
         raise ConfigError(f"every row is longer than --max-length {max_length}; the shortest has {shortest} tokens")
     return kept
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """First 16 hex digits of a SHA-256 over all token ids and label starts, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example.label_start, len(example.ids), *example.ids], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:

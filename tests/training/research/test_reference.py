@@ -7,7 +7,7 @@ import pytest
 from tests.training.test_trainer import make_trainer
 from training.batches import collate
 from training.config import TrainSettings
-from training.reference import random_order, train_plainly
+from training.research.reference import random_order, train_plainly
 
 
 @pytest.mark.parametrize("kv_source", ["context", "state"])
