@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from training import extra
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
 from trm.answers import convert_gsm8k, extract_boxed
@@ -108,7 +109,8 @@ def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_rows(name: str, split: Split, flag: str) -> Iterable[tuple[str, Any]]:
-    from datasets import load_dataset  # heavy, and needed for hub datasets only
+    extra.require("datasets", f"{flag} {name}")
+    from datasets import load_dataset  # heavy
 
     repository, configuration, splits = HUB_DATASETS[name]
     try:
