@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from training.directories import require_writable
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
@@ -142,7 +143,10 @@ def prune(run_dir: Path, state: State, keep_last: int) -> None:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run was writing or removing; put back what it had not yet replaced."""
+    """Remove what a killed run was writing or removing; put back what it had not yet replaced.
+
+    Not while another run is at work there.
+    """
     for path in run_dir.glob(".checkpoint-*"):
         found = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|pruned)", path.name)
         if not found or not path.is_dir():
@@ -154,6 +158,19 @@ def clear_leftovers(run_dir: Path) -> None:
         else:
             logger.warning("removing %s: a killed run was at work on it", path)
             shutil.rmtree(path)
+
+
+def warn_of_later(run_dir: Path, step: int) -> None:
+    """Say it where a run directory holds checkpoints of steps that the run has still to take."""
+    later = [path.name for path in checkpoints(run_dir) if step_of(path) > step]
+    if later:
+        logger.warning(
+            "going on from step %d, but %s is there already: it stays until this run gets there, "
+            "and --resume %s would take it",
+            step,
+            later[-1],
+            run_dir,
+        )
 
 
 def require_space(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
@@ -183,7 +200,12 @@ def record_progress(run_dir: Path, state: State, line: Mapping[str, Any]) -> Non
 
 @contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run directory; the claim ends with the process, however that ends."""
+    """Make a run directory, keep other processes out of it, and clear up after a killed one.
+
+    The claim ends with the process, however that ends. Raises ConfigError where the directory is taken, or not ours
+    to write.
+    """
+    require_writable(run_dir)
     with (run_dir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,6 +213,7 @@ def claim(run_dir: Path) -> Iterator[None]:
             raise ConfigError(f"--output-dir {run_dir}: another trm-train is at work there") from None
         except OSError as error:
             logger.warning("%s: no locks there (%s); start no second run in it", run_dir, error.strerror)
+        clear_leftovers(run_dir)
         yield
 
 

@@ -1,6 +1,5 @@
 """What a run that goes on takes from its checkpoint: settings, backbone, and files that must still be there."""
 
-import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from training.config import TrainSettings
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
-logger = logging.getLogger(__name__)
-
 MOVABLE = ("dataset", "validation", "backbone")  # settings that may name a file or directory
 
 
@@ -24,12 +21,13 @@ def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=absolute)
 
 
-def resumed_settings(settings: TrainSettings, checkpoint_dir: Path) -> TrainSettings:
-    """The settings that a checkpoint was trained with, and the few that may differ now.
+def resumed_settings(settings: TrainSettings, resume: Path) -> TrainSettings:
+    """The settings of the checkpoint that `--resume` means, and the few that may differ now.
 
     The run goes on in the checkpoint's own run directory unless another is asked for.
     Raises ConfigError for a setting given now that contradicts the run.
     """
+    checkpoint_dir = checkpoints.find(resume)
     stored = checkpoints.read_state(checkpoint_dir)["settings"]
     now = settings.model_dump(mode="json", exclude={"config", "resume"})
     given = {name: value for name, value in now.items() if name in settings.model_fields_set}
@@ -71,16 +69,3 @@ def resumed_backbone(
                 f"say with --{name} where it is now"
             )
     return source, revision
-
-
-def warn_of_later(run_dir: Path, step: int) -> None:
-    """Say it where a run directory holds checkpoints of steps that the run has still to take."""
-    later = [path.name for path in checkpoints.checkpoints(run_dir) if checkpoints.step_of(path) > step]
-    if later:
-        logger.warning(
-            "going on from step %d, but %s is there already: it stays until this run gets there, "
-            "and --resume %s would take it",
-            step,
-            later[-1],
-            run_dir,
-        )

@@ -14,9 +14,8 @@ from training import checkpoints, extra, workers
 from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
-from training.directories import require_writable
 from training.problems.data import fingerprint
-from training.resuming import resumed_backbone, resumed_settings, warn_of_later, with_absolute_paths
+from training.resuming import resumed_backbone, resumed_settings, with_absolute_paths
 from training.stopping import stop_on_signals
 from training.trainer import Trainer
 from trm import checkpoint
@@ -32,7 +31,7 @@ def train(settings: TrainSettings) -> Path:
     settings = with_absolute_paths(settings)
     given = settings.model_fields_set
     if settings.resume is not None:
-        settings = resumed_settings(settings, checkpoints.find(settings.resume))
+        settings = resumed_settings(settings, settings.resume)
     if settings.dataset is None:
         raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     run_dir = settings.output_dir
@@ -44,9 +43,7 @@ def train(settings: TrainSettings) -> Path:
     workers.start(device)
     if workers.rank() > 0:
         return _train(settings, given, device)
-    require_writable(run_dir)
     with checkpoints.claim(run_dir):
-        checkpoints.clear_leftovers(run_dir)
         return _train(settings, given, device)
 
 
@@ -66,7 +63,7 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
         with stop_on_signals() as stop:
             return trainer.run(run_dir, stop)
     if settings.resume is not None:
-        warn_of_later(run_dir, trainer.step)
+        checkpoints.warn_of_later(run_dir, trainer.step)
     summary = _summary(trainer)
     logger.info(
         "%d examples (%d labels), %d for validation, %d optimiser steps, %.2fM trained parameters, "
