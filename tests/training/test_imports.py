@@ -1,5 +1,7 @@
 """Imports of training point one way: config, its parts, trainer, run, cli; and research is above them all."""
 
+from itertools import pairwise
+
 import pytest
 
 from tests.trm.test_imports import ROOT, closure, own_modules, sources
@@ -13,7 +15,7 @@ def needs(module: str) -> set[str]:
     return closure(module) - {module}
 
 
-@pytest.mark.parametrize(("lower", "higher"), zip(LAYERS, LAYERS[1:], strict=False))
+@pytest.mark.parametrize(("lower", "higher"), list(pairwise(LAYERS)))
 def test_a_layer_stands_on_the_one_below(lower: str, higher: str) -> None:
     assert lower in needs(higher)
     assert higher not in needs(lower)
@@ -24,12 +26,9 @@ def test_config_is_a_leaf() -> None:
 
 
 def test_only_commands_and_research_stand_on_a_run() -> None:
-    above = {name for name in MODULES if "training.run" in needs(name)}
+    above = {name for name in MODULES if "training.run" in needs(name) and not name.startswith("training.research.")}
 
-    assert {name for name in above if not name.startswith("training.research.")} == {
-        "training.cli",
-        "training.__main__",
-    }
+    assert above == {"training.cli", "training.__main__"}
 
 
 def test_nothing_stands_on_research() -> None:
