@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 
-from trm.bench import clients
+from server.bench import clients
 from trm.bench.workload import decode_with_engine, make_questions, make_requests
 from trm.chat import ChatFormat
 from trm.engine import Engine, EngineConfig
@@ -88,7 +88,7 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def post_all(url: str, num_streams: int, bodies: Sequence[Any]) -> Raw:
-    """The report of `trm.bench.clients` on these chats."""
+    """The report of `server.bench.clients` on these chats."""
     address = urlsplit(url)
     job = {"host": address.hostname, "port": address.port, "path": "/v1/chat/completions"}
     done = subprocess.run(

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from trm.bench.cli import BenchSettings
-from trm.bench.soak import report as soak_report
-from trm.bench.soak import run as soak
-from trm.bench.soak.growth import Growth
-from trm.bench.soak.traffic import Draw, Record
+from server.bench.cli import BenchSettings
+from server.bench.soak import report as soak_report
+from server.bench.soak import run as soak
+from server.bench.soak.growth import Growth
+from server.bench.soak.traffic import Draw, Record
 from trm.errors import ConfigError
 
 KINDS = set(Draw(random.Random(0), 1024, 16).kinds)

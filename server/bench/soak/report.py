@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from trm.bench.soak.growth import STRETCHES, Growth
-from trm.bench.soak.run import WARM_UP
+from server.bench.soak.growth import STRETCHES, Growth
+from server.bench.soak.run import WARM_UP
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 OUTCOMES = {"answered": BLUE, "refused": GREEN, "left": PURPLE, "failed": ORANGE}

@@ -15,11 +15,12 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
+from server.bench import serve
+from server.bench.soak import report as soak_report
+from server.bench.soak import run as soak
+from server.bench.soak.canaries import Canary, part_at_near_tie
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
-from trm.bench import decode, serve
-from trm.bench.soak import report as soak_report
-from trm.bench.soak import run as soak
-from trm.bench.soak.canaries import Canary, part_at_near_tie
+from trm.bench import decode
 from trm.chat import ChatFormat
 from trm.device import lay_out_for_decoding
 from trm.errors import ConfigError, TRMError

@@ -1,6 +1,6 @@
 """A real `trm-serve` under mixed traffic for as long as asked: what became of every request, and does anything grow?
 
-Clients of all kinds (`trm.bench.soak.traffic`) keep it busy, crowds overflow its queue, canaries are asked again and
+Clients of all kinds (`server.bench.soak.traffic`) keep it busy, crowds overflow its queue, canaries are asked again and
 again, and every few seconds the process is weighed. The judgement is a list of checks, each with what was seen.
 """
 
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from trm.bench.serve import Server, trm_serve
-from trm.bench.soak.canaries import Canary, make_canaries
-from trm.bench.soak.connection import ask
-from trm.bench.soak.growth import Growth, growth
-from trm.bench.soak.traffic import BODY_TIMEOUT_S, CHAT, MAX_BODY_BYTES, Clients, Draw, Errand, Record
+from server.bench.serve import Server, trm_serve
+from server.bench.soak.canaries import Canary, make_canaries
+from server.bench.soak.connection import ask
+from server.bench.soak.growth import Growth, growth
+from server.bench.soak.traffic import BODY_TIMEOUT_S, CHAT, MAX_BODY_BYTES, Clients, Draw, Errand, Record
 from trm.errors import TRMError
 
 logger = logging.getLogger(__name__)
