@@ -1,26 +1,34 @@
-"""What a process holds, told apart from what it borrows.
+"""What a process holds, told apart from what it borrows, as the system sees it.
 
 Resident memory is what the process has written itself, plus pages of files (mostly libraries) that it happens to
 have in view. Private memory counts those files' pages too, as long as no other process has them in view: it jumps
 by tens of megabytes when another process of the same libraries comes or goes, and nothing has changed in this one.
-So what must not grow is the first part alone: pages that no file backs, which are heaps, stacks and what was
-written over a file's pages.
+The first part alone is the process's own: heaps, stacks and what was written over a file's pages. It is the most that
+was ever needed at once, so a leak that fills the free pieces of a heap does not show here, but in `server.memory`.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 
-def own_bytes(process: psutil.Process) -> int:
-    """Bytes that the process has written and still holds, swapped out or not.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: written by the process itself, resident, private."""
 
-    Only Linux tells; elsewhere it is private memory.
-    """
+    own: int
+    resident: int
+    private: int
+
+
+def weigh(process: psutil.Process) -> Memory:
+    """Swapped pages count as the process's own. Only Linux tells these apart; elsewhere private memory does."""
     try:
         text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     except FileNotFoundError:
-        return int(process.memory_full_info().uss)
-    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE))
-    return 1024 * (int(kilobytes["Anonymous"]) + int(kilobytes["Swap"]))
+        found = process.memory_full_info()
+        return Memory(found.uss, found.rss, found.uss)
+    part = {name: 1024 * int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)}
+    return Memory(part["Anonymous"] + part["Swap"], part["Rss"], part["Private_Clean"] + part["Private_Dirty"])

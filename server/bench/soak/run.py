@@ -24,7 +24,7 @@ from server.bench.settings import SoakSettings
 from server.bench.soak.canaries import Canary, make_canaries, part_at_near_tie
 from server.bench.soak.connection import ask
 from server.bench.soak.growth import Growth, growth
-from server.bench.soak.memory import own_bytes
+from server.bench.soak.memory import weigh
 from server.bench.soak.traffic import BODY_TIMEOUT_S, CHAT, MAX_BODY_BYTES, Clients, Draw, Errand, Record
 from trm.bench.workload import load
 from trm.errors import TRMError
@@ -45,6 +45,8 @@ JUDGED = {"own_mb": 0.0, "descriptors": 1.0, "threads": 2.0}
 TOLD = ("rss_mb", "uss_mb")
 """What is measured beside it and judged by nobody: see `server.bench.soak.memory`."""
 NAMES = {"own_mb": "memory of its own"}
+AT_REST = {"malloc_mb": ("malloc has handed out", "MB"), "python_blocks": ("Python's objects hold", "blocks")}
+"""What must not be more after the traffic than before, by the same share: a leak shows here first (`server.memory`)."""
 Raw = dict[str, Any]
 
 
@@ -93,7 +95,7 @@ class Run:
         """One sample. Cores in use, by the server, its clients and all others, are those since the one before."""
         process, connections = self.server.process, self.clients.connections
         with process.oneshot():
-            memory, own = process.memory_full_info(), own_bytes(process)
+            memory = weigh(process)
             threads, descriptors = process.num_threads(), process.num_fds()
             clocks = _clocks(self.server.cpu_s)
         passed = clocks - self.weighed
@@ -101,9 +103,10 @@ class Run:
         seen = await self.metrics()
         sample = {
             "at": round(float(clocks[0]) - self.clients.began, 2),
-            "own_mb": round(own / MEGABYTE, 2),
-            "rss_mb": round(memory.rss / MEGABYTE, 2),
-            "uss_mb": round(memory.uss / MEGABYTE, 2),
+            "own_mb": round(memory.own / MEGABYTE, 2),
+            "rss_mb": round(memory.resident / MEGABYTE, 2),
+            "uss_mb": round(memory.private / MEGABYTE, 2),
+            "python_blocks": int(seen["trm_python_blocks"]),
             "threads": threads,
             "descriptors": descriptors - connections,  # besides those of our own connections
             "connections": connections,
@@ -115,6 +118,8 @@ class Run:
             "cache_usage": round(seen["trm_kv_cache_usage_ratio"], 4),
             "generation_tokens": int(seen["trm_generation_tokens_total"]),
         }
+        if "trm_malloc_in_use_bytes" in seen:  # with glibc
+            sample["malloc_mb"] = round(seen["trm_malloc_in_use_bytes"] / MEGABYTE, 2)
         self.weighed = clocks
         return sample
 
@@ -316,6 +321,15 @@ def checks(
             "no descriptor is left",
             after["descriptors"] <= before["descriptors"],
             f"{before['descriptors']} before, {after['descriptors']} after",
+        ),
+        *(
+            (
+                f"at rest, {what} less than {report['max_growth']:.0%} more",
+                after[name] < (1 + report["max_growth"]) * before[name],
+                f"{before[name]:.7g} {unit} before, {after[name]:.7g} after",
+            )
+            for name, (what, unit) in AT_REST.items()
+            if name in before
         ),
         ("nothing of note is in the log", not report["log_troubles"], f"{len(report['log_troubles'])} lines"),
         ("SIGTERM ends it with status 0", report["exit_status"] == 0, f"status {report['exit_status']}"),

@@ -14,7 +14,7 @@ KINDS = set(Draw(random.Random(0), 1024, 16).kinds)
 FLAT = Growth(100.0, 0.0, -0.001, 0.001)
 GROWN = {"own_mb": FLAT, "descriptors": FLAT, "threads": FLAT, "rss_mb": FLAT, "uss_mb": FLAT}
 IDLE = {"running": 0, "waiting": 0, "cache_usage": 0.0, "descriptors": 14, "threads": 10}
-MEMORY = {"own_mb": 370.0, "uss_mb": 400.0, "rss_mb": 500.0}
+MEMORY = {"own_mb": 370.0, "uss_mb": 400.0, "rss_mb": 500.0, "malloc_mb": 250.0, "python_blocks": 1_700_000}
 
 
 def sample(at):
@@ -90,9 +90,14 @@ def test_a_run_without_fault_passes_every_check():
         ({"rejected": {"overloaded": 1, "failed": 1}}, "the server's books agree with ours"),
         ({"canaries": {"asked": 3, "near_ties": 0, "broken": [{}]}}, "canaries sing as they did alone"),
         ({"canaries": {"asked": 0, "near_ties": 0, "broken": []}}, "canaries sing as they did alone"),
-        ({"after": IDLE | {"running": 1}}, "no row, no queue and no reserved cache is left"),
-        ({"after": IDLE | {"cache_usage": 0.1}}, "no row, no queue and no reserved cache is left"),
-        ({"after": IDLE | {"descriptors": 15}}, "no descriptor is left"),
+        ({"after": IDLE | MEMORY | {"running": 1}}, "no row, no queue and no reserved cache is left"),
+        ({"after": IDLE | MEMORY | {"cache_usage": 0.1}}, "no row, no queue and no reserved cache is left"),
+        ({"after": IDLE | MEMORY | {"descriptors": 15}}, "no descriptor is left"),
+        ({"after": IDLE | MEMORY | {"malloc_mb": 255.1}}, "at rest, malloc has handed out less than 2% more"),
+        (
+            {"after": IDLE | MEMORY | {"python_blocks": 1_735_000}},
+            "at rest, Python's objects hold less than 2% more",
+        ),
         ({"log_troubles": ["Traceback"]}, "nothing of note is in the log"),
         ({"exit_status": -9}, "SIGTERM ends it with status 0"),
     ],

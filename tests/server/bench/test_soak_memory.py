@@ -5,7 +5,7 @@ import os
 
 import psutil
 
-from server.bench.soak.memory import own_bytes
+from server.bench.soak.memory import weigh
 
 SIZE = 64 * 2**20
 SLACK = SIZE // 4  # whatever else this process does meanwhile
@@ -16,15 +16,17 @@ def test_pages_of_a_file_are_borrowed_and_written_pages_are_ones_own(tmp_path):
     path.write_bytes(bytes(SIZE))
     process = psutil.Process()
     file = os.open(path, os.O_RDONLY)
-    empty, private = own_bytes(process), process.memory_full_info().uss
+    before = weigh(process)
 
     with mmap.mmap(file, SIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as pages:
         os.close(file)
         assert sum(pages[:: mmap.PAGESIZE]) == 0  # each page is read once
-        assert process.memory_full_info().uss - private > SIZE - SLACK, "nobody else has it in view"
-        assert abs(own_bytes(process) - empty) < SLACK
+        read = weigh(process)
+        assert abs(read.resident - before.resident - SIZE) < SLACK
+        assert abs(read.private - before.private - SIZE) < SLACK, "nobody else has it in view"
+        assert abs(read.own - before.own) < SLACK
 
         for page in range(0, SIZE, mmap.PAGESIZE):
             pages[page] = 1
-        assert abs(own_bytes(process) - empty - SIZE) < SLACK
-    assert abs(own_bytes(process) - empty) < SLACK
+        assert abs(weigh(process).own - before.own - SIZE) < SLACK
+    assert abs(weigh(process).own - before.own) < SLACK
