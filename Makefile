@@ -28,7 +28,7 @@ newest oldest: | $(UV)
 	  --python $(VENV)-$@/bin/python --no-header --output-file $(VENV)-$@/requirements.txt
 	$(VENV)-$@/bin/python -m pip --disable-pip-version-check install --quiet \
 	  --constraint $(VENV)-$@/requirements.txt --editable '.[train,dev]'
-	$(VENV)-$@/bin/python -m pytest tests -m 'not slow'
+	$(VENV)-$@/bin/python -m pytest -m 'not slow'
 
 # Renews the versions that everything else here installs: for every platform, every extra, and torch for CPU and CUDA.
 lock: | $(UV)

@@ -30,6 +30,8 @@ from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 HUB_ID = "Qwen/Qwen2.5-Math-1.5B-Instruct"
 COMMITS = ("a" * 40, "b" * 40)
 VOCABULARY = 151_936

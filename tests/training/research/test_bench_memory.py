@@ -13,6 +13,8 @@ from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = (2, 4, 8)
 
 

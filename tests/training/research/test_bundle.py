@@ -10,6 +10,8 @@ from training.config import PretrainSettings
 from training.research import bundle
 from trm import TRMForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from training.research.controls import CONTROL_JSON, ControlSettings, Kind, add_
 from training.run import train
 from trm import bundled_model_path, checkpoint
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
