@@ -53,7 +53,7 @@ class TRMOutput(ModelOutput):
         return self.cache
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__("cache" if key in CACHE_NAMES else key)
+        return bool(super().__contains__("cache" if key in CACHE_NAMES else key))
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__("cache" if key in CACHE_NAMES else key)
