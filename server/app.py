@@ -59,7 +59,7 @@ def attach(app: FastAPI, engine: Engine) -> None:
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
     worker = Worker(engine, metrics, settings.request_timeout_seconds)
-    metrics.watch(engine, worker.available)
+    metrics.watch(engine, lambda: worker.unavailable() is None)
     token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,

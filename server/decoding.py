@@ -138,8 +138,10 @@ async def submit(
     ids, off the event loop, and there the grammar is compiled. `param` is the field that holds the text.
     """
     submission = serving.reserve(call, count * n)
-    grammar, prompts = await asyncio.to_thread(
-        lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+    grammar, prompts = await submission.prepare(
+        asyncio.to_thread(
+            lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+        )
     )
     requests: list[EngineRequest] = []
     for prompt in prompts:

@@ -31,6 +31,7 @@ from trm.model import TRMForCausalLM
 logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_SHARE = 0.25  # of the memory that is free when the engine starts
+LAST_STEP_S = 2  # that `close` waits for
 STATE_EFFORT_LIMIT = 2  # times the trained depth: with keys from the state every step costs cache
 
 
@@ -222,8 +223,11 @@ class Engine:
         hangs = began is not None and 0 < limit < time.monotonic() - began
         return not self._dead and not hangs and self._thread is not None and self._thread.is_alive()
 
-    def close(self, drain_s: float = 0.0) -> None:
-        """Take no more requests, give the accepted ones up to `drain_s` seconds, cancel the rest, end the thread."""
+    def close(self, drain_s: float = 0.0) -> bool:
+        """Take no more requests, give the accepted ones up to `drain_s` seconds, cancel the rest, end the thread.
+
+        Returns whether it has ended, which one that hangs in a call of the device does not.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -235,10 +239,11 @@ class Engine:
                 row.cancelled = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
-        else:
-            while self.step():
-                pass
+            self._thread.join(LAST_STEP_S)
+            return not self._thread.is_alive()
+        while self.step():
+            pass
+        return True
 
     def _check_open(self) -> None:
         if self._closing or self._dead:
