@@ -13,6 +13,7 @@ import struct
 import termios
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -42,7 +43,7 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=HttpProtocol,
+            http=partial(HttpProtocol, metrics=app.state.metrics),  # type: ignore[arg-type]  # called, no more
             ws="none",
             lifespan="off",
             log_config=None,

@@ -28,11 +28,12 @@ REJECTIONS = {
     408: "slow_body",
     413: "too_large",
     429: "overloaded",
+    431: "head_too_large",
     500: "failed",
     503: "unavailable",
     504: "timeout",
 }
-"""Status of a POST that was refused, or of the error that ended its stream -> label `reason`."""
+"""Status of a POST or an unreadable request that was refused, or of the error that ended a stream -> label `reason`."""
 
 
 @dataclass
