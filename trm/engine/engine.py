@@ -491,6 +491,8 @@ class Engine:
         text = said.text
         try:
             text += "" if error else stream.finish()
+            if reason == "length" and stream.stopped:  # by what has become text only now
+                reason = "stop"
         except Exception as failure:
             logger.exception("the end of a reply could not be decoded")
             reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
