@@ -91,7 +91,7 @@ class Loop:
         for row in self.scheduler.answered():
             self._cache(row, [row.token])
             row.passes, row.pass_steps = row.passes + 1, row.pass_steps + row.step
-            row.reply.append(self.rng.randrange(2))
+            row.take(self.rng.randrange(2))
             row.thinking = False
 
     def step(self) -> list[Row]:

@@ -259,15 +259,16 @@ ANY_STOP = st.lists(
 def assert_streams(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) -> None:
     """Joined it is the text of what was pushed, cut at a stop string; on the way it is never taken back."""
     text = TextStream(chat, stop)
-    shown, pushed = "", 0
-    for pushed, token in enumerate(ids, 1):
+    shown, pushed = "", list[int]()
+    for token in ids:
+        pushed.append(token)
         shown += text.push(token)
         assert not any(word in shown for word in stop)
         if text.stopped:
             break
     shown += text.finish()
-    assert shown == cut(chat.decode(ids[:pushed]), stop)
-    assert text.stopped == any(word in chat.decode(ids[:pushed]) for word in stop)
+    assert shown == cut(chat.decode(pushed), stop)
+    assert text.stopped == any(word in chat.decode(pushed) for word in stop)
     assert text.finish() == ""
 
 

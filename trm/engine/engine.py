@@ -411,7 +411,7 @@ class Engine:
                 logprobs.append(token_logprobs(logits[place], token, params.logprobs))
             if params.trace is not None:
                 traces.append((*row.seen, candidates(logits[place], params.trace)))
-            row.reply.append(token)
+            row.take(token)
             row.cached += 1
             row.supervision_steps += row.steps_taken(place)
             if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped or _completes(row, token):
