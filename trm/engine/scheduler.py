@@ -30,6 +30,7 @@ class Row:
     request: Request
     steps: int
     emit: Callable[[Event], None]
+    prefix: Prefix  # digests of its tokens
     submitted_at: float = 0.0  # by the scheduler's clock
     queue_s: float = 0.0  # waited for a slot
     slot: int = -1
@@ -52,11 +53,9 @@ class Row:
     accepted_tokens: int = 0
     may_draft: bool = True  # until a draft was not finite
     cancelled: bool = False
-    prefix: Prefix = field(default=None, repr=False)  # type: ignore[assignment]  # of its tokens; made if None
     matcher: Matcher | None = field(init=False)  # has seen the reply
 
     def __post_init__(self) -> None:
-        self.prefix = self.prefix or Prefix(self.request.prompt_ids)
         grammar = self.request.grammar
         self.matcher = None if grammar is None else grammar.matcher(may_end=not self.request.params.ignore_eos)
 
