@@ -154,7 +154,7 @@ async def submit(
                 code="context_length_exceeded",
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
-        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar) for index in range(n)]
+        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar, param) for index in range(n)]
     serving.worker.submit(submission, requests)
     return submission
 

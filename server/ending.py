@@ -15,7 +15,7 @@ from typing import NoReturn, Self
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 3  # for what is left to do once the last response has been sent; it takes milliseconds unless something hangs
+GRACE_S = 6  # for what is left once the last response has been sent: milliseconds, unless a step is long or hangs
 WAITING = frozenset(
     {"threading", "concurrent.futures.thread", "asyncio.runners"}
 )  # modules whose threads wait for others

@@ -18,7 +18,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, SlowBody, Unauthorized, describe, error_response, internal_error_response
-from server.metrics import REJECTIONS, Metrics
+from server.metrics import Metrics, rejection
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,11 @@ class Record:
             facts["finish_reasons"] = dict(submission.finish_reasons)
             if submission.error is not None:  # a stream has told of it in its last event only
                 failure = describe(submission.error)[0]
-        if failure in REJECTIONS:
-            facts["reason"] = REJECTIONS[failure]
+        reason = rejection(failure, submission and submission.error)
+        if reason is not None:
+            facts["reason"] = reason
             if scope["method"] == "POST":
-                self.metrics.rejected.labels(REJECTIONS[failure]).inc()
+                self.metrics.rejected.labels(reason).inc()
         if call.abandoned:
             self.metrics.departures.inc()
         facts["ms"] = round((time.perf_counter() - call.started_at) * 1000)

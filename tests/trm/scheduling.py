@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Request, SamplingParams
 from trm.engine.scheduler import Copy, Row, Scheduler
 
@@ -15,7 +16,7 @@ def make_row(prompt: int | Sequence[int] = 3, steps: int = 2, **params: Any) -> 
     """A row with these prompt ids, or with so many that no other row begins with."""
     if isinstance(prompt, int):
         prompt = [next(NEVER_SEEN) for _ in range(prompt)]
-    return Row(Request(tuple(prompt), SamplingParams(**params)), steps, ignore)
+    return Row(Request(tuple(prompt), SamplingParams(**params)), steps, ignore, Prefix(prompt))
 
 
 def ignore(event: Event) -> None:
@@ -91,7 +92,7 @@ class Loop:
         for row in self.scheduler.answered():
             self._cache(row, [row.token])
             row.passes, row.pass_steps = row.passes + 1, row.pass_steps + row.step
-            row.reply.append(self.rng.randrange(2))
+            row.take(self.rng.randrange(2))
             row.thinking = False
 
     def step(self) -> list[Row]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from trm.engine.drafting import FIRST_GUESS, MEMORY, PROBE_EVERY, Costs, Drafter
 from trm.engine.request import Event, Request, SamplingParams
+from trm.engine.prefix import Prefix
 from trm.engine.scheduler import Row
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
@@ -20,7 +21,7 @@ FREE = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(1.0, 1.0, 1.0))
 
 
 def make_row(acceptance: float | None = None, steps: int = 4, max_tokens: int = 100, **params: Any) -> Row:
-    row = Row(Request((1, 2), SamplingParams(max_tokens=max_tokens, **params)), steps, ignore)
+    row = Row(Request((1, 2), SamplingParams(max_tokens=max_tokens, **params)), steps, ignore, Prefix())
     row.acceptance = acceptance
     return row
 

@@ -10,7 +10,8 @@ import torch
 from tests.trm.conftest import some_prompt
 from tests.trm.engines import Listener, assert_empty, expected, make_engine, request, run
 from trm.engine import Engine, Reply, Request, SamplingParams
-from trm.errors import DeviceError, Overloaded
+from trm.engine.detokenizer import TextStream
+from trm.errors import DeviceError, InternalError, Overloaded
 
 # Cancelling
 
@@ -98,6 +99,46 @@ def test_failing_model_call_fails_its_rows_and_no_others(call, chat, kv_source, 
     for number in numbers[2:]:
         assert listener.reply(number).token_ids == expected(engine, listener.handles[number].request).token_ids
     assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (RuntimeError("CUDA error: misaligned address"), DeviceError),
+        (torch.OutOfMemoryError("out of memory"), DeviceError),
+        (MemoryError(), DeviceError),
+        (ZeroDivisionError("someone's secret"), InternalError),
+        (KeyError("someone's secret"), InternalError),
+        (NotImplementedError("someone's secret"), InternalError),
+        (RecursionError("someone's secret"), InternalError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
+)
+def test_failures_of_the_device_and_our_own_are_told_apart(failure, kind, chat, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise failure
+
+    engine = make_engine(chat)
+    listener = Listener(engine)
+    monkeypatch.setattr(engine.runner, "tick", fail)
+    [number] = listener.submit(request(3))
+    run(engine)
+
+    error = listener.events[number][-1].error
+    assert type(error) is kind
+    assert type(failure).__name__ in str(error)
+    assert ("device" in str(error)) == (kind is DeviceError)
+    assert "secret" not in str(error)
+
+
+def test_reply_that_cannot_be_decoded_to_text_is_a_bug_of_ours(chat, monkeypatch):
+    engine = make_engine(chat)
+    listener = Listener(engine)
+    monkeypatch.setattr(TextStream, "finish", lambda self: 1 / 0)
+    [number] = listener.submit(request(3))
+    run(engine)
+
+    assert type(listener.events[number][-1].error) is InternalError
 
 
 def test_failure_in_one_stage_spares_rows_in_another(chat, kv_source, monkeypatch):

@@ -21,17 +21,18 @@ from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
 from trm.engine.handle import Handle, Reservation
+from trm.engine.prefix import Prefix
 from trm.engine.request import Event, FinishReason, Follow, Reply, Request, Stats, TokenLogprobs, TokenTrace, Usage
 from trm.engine.runner import Halting, Runner, Span
 from trm.engine.sampling import candidates, choose, token_logprobs
 from trm.engine.scheduler import Copy, Row, Scheduler
-from trm.errors import BadRequest, ConfigError, DeviceError, TRMError
+from trm.errors import BadRequest, ConfigError, DeviceError, InternalError, TRMError
 from trm.model import TRMForCausalLM
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_SHARE = 0.25  # of the memory that is free when the engine starts
-LAST_STEP_S = 2  # that `close` waits for
+CLOSE_S = 5.0  # that a step which has begun may take, when the engine closes
 STATE_EFFORT_LIMIT = 2  # times the trained depth: with keys from the state every step costs cache
 
 
@@ -105,19 +106,18 @@ class Engine:
         self._thread.start()
 
     def check(self, request: Request) -> int:
-        """Supervision steps that a request asks for. Raises BadRequest where it could never be served."""
-        if not request.prompt_ids:
-            raise BadRequest("the prompt is empty", param="messages")
-        vocabulary = self.model.config.vocab_size
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
-            raise BadRequest(f"the prompt holds token ids outside 0 to {vocabulary - 1}", param="prompt")
+        """Supervision steps that a request asks for. Raises BadRequest where it could never be served.
+
+        Does not look at the prompt's tokens, see `_read`.
+        """
         if request.positions > self.max_model_len:
             raise BadRequest(
                 f"the prompt has {len(request.prompt_ids)} tokens and max_tokens is {request.params.max_tokens}, "
                 f"together {request.positions}; this server takes {self.max_model_len}",
-                param="messages",
+                param=request.prompt_field,
                 code="context_length_exceeded",
             )
+        vocabulary = self.model.config.vocab_size
         steps = (
             self.model.config.n_supervision if request.params.n_supervision is None else request.params.n_supervision
         )
@@ -161,10 +161,14 @@ class Engine:
         `on_event(index, event)` is called in the engine's thread and must not block; without it, events
         wait in the handles. Raises BadRequest, Overloaded, or DeviceError where the engine is closed.
         """
-        handles = [
-            Handle(request, self.check(request), None if on_event is None else partial(on_event, index))
-            for index, request in enumerate(requests)
-        ]
+        prefixes: dict[int, Prefix] = {}  # by the identity of the prompt, which samples share
+        handles = []
+        for index, request in enumerate(requests):
+            steps, prompt = self.check(request), request.prompt_ids
+            if id(prompt) not in prefixes:
+                prefixes[id(prompt)] = self._read(request)
+            emit = None if on_event is None else partial(on_event, index)
+            handles.append(Handle(request, steps, emit, prefixes[id(prompt)].fork()))
         rows = [handle.row for handle in handles]
         streams = {row: TextStream(self.chat, row.request.params.stop) for row in rows}
         with self._changed:
@@ -226,7 +230,7 @@ class Engine:
     def close(self, drain_s: float = 0.0) -> bool:
         """Take no more requests, give the accepted ones up to `drain_s` seconds, cancel the rest, end the thread.
 
-        Returns whether it has ended, which one that hangs in a call of the device does not.
+        Returns whether the thread has ended. It has not where a call of the model still hangs after CLOSE_S more.
         """
         with self._changed:
             self._closing = True
@@ -238,12 +242,21 @@ class Engine:
             for row in (*self.scheduler.running, *self.scheduler.waiting):
                 row.cancelled = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join(LAST_STEP_S)
-            return not self._thread.is_alive()
-        while self.step():
-            pass
-        return True
+        if self._thread is None:
+            while self.step():
+                pass
+            return True
+        self._thread.join(CLOSE_S)
+        return not self._thread.is_alive()
+
+    def _read(self, request: Request) -> Prefix:
+        """Look at all tokens of a prompt, which takes a while if they are many. Raises BadRequest for unknown ones."""
+        prompt, vocabulary = request.prompt_ids, self.model.config.vocab_size
+        if not prompt:
+            raise BadRequest("the prompt is empty", param=request.prompt_field)
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise BadRequest(f"the prompt holds token ids outside 0 to {vocabulary - 1}", param=request.prompt_field)
+        return Prefix(prompt)
 
     def _check_open(self) -> None:
         if self._closing or self._dead:
@@ -416,7 +429,7 @@ class Engine:
                 logprobs.append(token_logprobs(logits[place], token, params.logprobs))
             if params.trace is not None:
                 traces.append((*row.seen, candidates(logits[place], params.trace)))
-            row.reply.append(token)
+            row.take(token)
             row.cached += 1
             row.supervision_steps += row.steps_taken(place)
             if (token == self.chat.end_id and not params.ignore_eos) or stream.stopped or _completes(row, token):
@@ -459,7 +472,7 @@ class Engine:
     def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
         """Do something for some rows; where it fails, those rows fail and the engine goes on.
 
-        Raises DeviceError, and so ends the engine, where the device is what failed.
+        Raises DeviceError, and so ends the engine, where the device computes no more.
         """
         try:
             run()
@@ -468,9 +481,7 @@ class Engine:
             logger.exception("a step of %d rows failed", len(rows))
             self.runner.probe()
             for row in rows:
-                self._fail(
-                    row, DeviceError(f"decoding failed: {type(error).__name__}; the server's log has the details")
-                )
+                self._fail(row, _told(error))
             return False
 
     def _fail(self, row: Row, error: TRMError) -> None:
@@ -496,9 +507,11 @@ class Engine:
         text = said.text
         try:
             text += "" if error else stream.finish()
+            if reason == "length" and stream.stopped:  # by what has become text only now
+                reason = "stop"
         except Exception as failure:
             logger.exception("the end of a reply could not be decoded")
-            reason, error = "error", DeviceError(f"decoding failed: {type(failure).__name__}")
+            reason, error = "error", _told(failure)
         self._emit(row, replace(said, text=text, finish_reason=reason, usage=_usage(row), error=error))
 
     def _emit(self, row: Row, event: Event) -> None:
@@ -521,7 +534,7 @@ class Engine:
                 self._step_began = time.monotonic()
                 self.step()
                 self._step_began = None
-        except BaseException:  # whatever it was: nobody may wait for ever
+        except BaseException as failure:  # whatever it was: nobody may wait for ever
             logger.exception("the engine's thread died")
             self._dead = True
             with self._changed:
@@ -529,8 +542,8 @@ class Engine:
                 for row in left:
                     self.scheduler.release(row)
             for row in left:
-                error = DeviceError("the engine died; see the server's log")
-                self._emit(row, Event(finish_reason="error", usage=_usage(row), error=error))
+                died = type(_told(failure))("the engine died; see the server's log")
+                self._emit(row, Event(finish_reason="error", usage=_usage(row), error=died))
 
     def _fit_length(self) -> int:
         """Positions per slot: what is asked for, bounded by the model and by the cache's bytes."""
@@ -549,6 +562,20 @@ class Engine:
                 "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)
+
+
+def _told(failure: BaseException) -> TRMError:
+    """What a request learns of an exception that ended it: whether the device failed, or a bug of ours did.
+
+    Torch tells of its failures, and of those of the device, by RuntimeError and its own children of it.
+    """
+    if isinstance(failure, TRMError):
+        return failure
+    what = f"{type(failure).__name__}; the server's log has the details"
+    ours = isinstance(failure, NotImplementedError | RecursionError)
+    if isinstance(failure, RuntimeError | MemoryError) and not ours:
+        return DeviceError(f"the device failed in a call of the model: {what}")
+    return InternalError(f"decoding failed on a bug of the server: {what}")
 
 
 def _next_token(row: Row, logits: torch.Tensor, best: int, draft: Sequence[int], follow: Follow | None) -> int:

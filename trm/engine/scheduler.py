@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from trm.engine.prefix import BLOCK, Prefix, common_length
 from trm.engine.request import Candidates, Event, Matcher, Request
 from trm.errors import BadRequest, Overloaded
 
@@ -29,6 +30,7 @@ class Row:
     request: Request
     steps: int
     emit: Callable[[Event], None]
+    prefix: Prefix  # digests of its tokens
     submitted_at: float = 0.0  # by the scheduler's clock
     queue_s: float = 0.0  # waited for a slot
     slot: int = -1
@@ -68,10 +70,20 @@ class Row:
         prompt = self.request.prompt_ids
         return prompt[self.cached] if self.cached < len(prompt) else self.reply[self.cached - len(prompt)]
 
+    def take(self, token: int) -> None:
+        """Add a token to the reply."""
+        self.reply.append(token)
+        self.prefix.extend((token,))
+
+    def ids(self, start: int, end: int) -> tuple[int, ...]:
+        """Some of its tokens, at most those that there are."""
+        prompt = self.request.prompt_ids
+        return (*prompt[start:end], *self.reply[max(0, start - len(prompt)) : max(0, end - len(prompt))])
+
     @property
     def cached_ids(self) -> tuple[int, ...]:
         """The tokens whose keys and values lie in the slot."""
-        return (*self.request.prompt_ids, *self.reply)[: self.cached]
+        return self.ids(0, self.cached)
 
     @property
     def room_for_draft(self) -> int:
@@ -109,6 +121,7 @@ class Kept:
 
     ids: tuple[int, ...] = ()
     depth: int = 0
+    prefix: Prefix = field(default_factory=Prefix, compare=False)  # of these tokens and perhaps more
 
 
 @dataclass(frozen=True)
@@ -213,7 +226,7 @@ class Scheduler:
             return
         self.running.remove(row)
         if keep:
-            self._free[row.slot] = Kept(row.cached_ids, row.steps)
+            self._free[row.slot] = Kept(row.cached_ids, row.steps, row.prefix)
         else:
             self._free = {row.slot: Kept(), **self._free}
         row.slot = -1
@@ -287,26 +300,15 @@ class Scheduler:
 
     def _common(self, row: Row, source: Row | int) -> int:
         """Prompt tokens that `row` could take over from another row, once that is prefilled, or from a free slot."""
-        if isinstance(source, Row):
-            ids = source.request.prompt_ids[:-1] if source.to_prefill else source.cached_ids
-            depth = source.steps
+        held = source if isinstance(source, Row) else self._free[source]
+        if isinstance(held, Row):
+            length, depth = held.cached + held.to_prefill, held.steps
         else:
-            ids, depth = self._free[source].ids, self._free[source].depth
+            length, depth = len(held.ids), held.depth
         if self.depth_matters and depth < row.steps:
             return 0
-        return _common_prefix(row.request.prompt_ids[:-1], ids)
-
-
-def _common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many items two tuples begin with alike: slices are compared faster than their items one by one."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    equal, different = 0, shorter
-    while different - equal > 1:
-        middle = (equal + different) // 2
-        if one[equal:middle] == other[equal:middle]:
-            equal = middle
-        else:
-            different = middle
-    return equal
+        most = min(length, len(row.request.prompt_ids) - 1)
+        start = row.prefix.equal_tokens(held.prefix, most)
+        end = min(start + BLOCK, most)
+        theirs = held.ids(start, end) if isinstance(held, Row) else held.ids[start:end]
+        return start + common_length(row.request.prompt_ids[start:end], theirs)
