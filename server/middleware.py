@@ -114,7 +114,7 @@ class Record:
             facts["finish_reasons"] = dict(submission.finish_reasons)
             if submission.error is not None:  # a stream has told of it in its last event only
                 failure = describe(submission.error)[0]
-        reason = rejection(failure, submission and submission.error)
+        reason = rejection(failure, None if submission is None else submission.error)
         if reason is not None:
             facts["reason"] = reason
             if scope["method"] == "POST":

@@ -71,7 +71,7 @@ async def test_failures_of_the_device_and_our_own_are_told_apart(
         raise failure
 
     monkeypatch.setattr(engine.chat, "encode", lambda messages: [3, 4, 5])
-    monkeypatch.setattr(engine.runner, "tick", fail)
+    monkeypatch.setattr(engine.loop.runner, "tick", fail)
 
     response = await client.post("/solve", json={"question": "a", "stream": stream})
 

@@ -107,8 +107,7 @@ def test_samples_are_accepted_all_or_none(chat):
 
     with pytest.raises(Overloaded):
         listener.submit(*[request(4, temperature=1.0, sample_index=index) for index in range(3)])
-    assert len(engine.scheduler.waiting) == 1
-    assert len(engine._streams) == 1
+    assert len(engine.loop.scheduler.waiting) == 1
 
     run(engine)
     assert listener.events.keys() == {0}
@@ -132,7 +131,7 @@ def test_reserved_places_are_filled_given_back_or_kept_through_a_mistake(chat):
     handles = engine.submit([request(3)], reservation=kept)
 
     kept.release()
-    assert engine.scheduler.reserved == kept.count == 0
+    assert engine.loop.scheduler.reserved == kept.count == 0
     engine.reserve(2)
     run(engine)
     assert handles[0].result().usage.queue_s >= 0

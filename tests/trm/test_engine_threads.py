@@ -82,7 +82,7 @@ def test_events_stream_while_the_request_runs(started):
 
 def test_failed_request_raises_its_error(started, monkeypatch):
     engine = started()
-    monkeypatch.setattr(engine.runner, "feed", lambda *args: 1 / 0)
+    monkeypatch.setattr(engine.loop.runner, "feed", lambda *args: 1 / 0)
     [handle] = engine.submit([request(3)])
 
     with pytest.raises(InternalError, match="ZeroDivisionError"):
@@ -148,14 +148,14 @@ class Gate:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
-        original = engine.runner.tick
+        original = engine.loop.runner.tick
 
         def tick(*args: Any) -> Any:
             self.reached.set()
             assert self.opened.wait(TIMEOUT_S)
             return original(*args)
 
-        monkeypatch.setattr(engine.runner, "tick", tick)
+        monkeypatch.setattr(engine.loop.runner, "tick", tick)
 
     def wait(self) -> None:
         assert self.reached.wait(TIMEOUT_S)
@@ -173,7 +173,7 @@ def test_closing_cancels_what_has_not_finished(started, monkeypatch):
     closing = threading.Thread(target=engine.close, daemon=True)
     closing.start()
     with engine._changed:
-        engine._changed.wait_for(lambda: all(row.cancelled for row in engine.scheduler.waiting), TIMEOUT_S)
+        engine._changed.wait_for(lambda: all(row.cancelled for row in engine.loop.scheduler.waiting), TIMEOUT_S)
     gate.opened.set()
     closing.join(TIMEOUT_S)
 
@@ -235,8 +235,8 @@ def test_device_that_computes_no_more_ends_the_engine(started, monkeypatch):
     gate = Gate(engine, monkeypatch)
     handles = engine.submit([request(3), request(4)])
     gate.wait()
-    engine.runner.device = torch.device("meta")  # which holds no numbers to add
-    monkeypatch.setattr(engine.runner, "logits", lambda *args, **kwargs: 1 / 0)
+    engine.loop.runner.device = torch.device("meta")  # which holds no numbers to add
+    monkeypatch.setattr(engine.loop.runner, "logits", lambda *args, **kwargs: 1 / 0)
     gate.opened.set()
 
     for handle in handles:
@@ -265,8 +265,8 @@ def test_dead_device_ends_every_request_and_takes_no_more(failure, error, starte
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     engine.submit([request(3), request(4)], lambda index, event: events.put((index, event)))
     gate.wait()
-    monkeypatch.setattr(engine.runner, "clear", fail(failure))
-    monkeypatch.setattr(engine.runner, "logits", fail(failure))
+    monkeypatch.setattr(engine.loop.runner, "clear", fail(failure))
+    monkeypatch.setattr(engine.loop.runner, "logits", fail(failure))
     gate.opened.set()
 
     last = dict(events.get(timeout=TIMEOUT_S) for _ in range(2))
@@ -334,14 +334,14 @@ def test_model_is_left_as_it_was(chat, kv_source):
 
 def test_an_engine_whose_step_never_ends_is_not_alive_until_it_does(started):
     engine = started(max_step_s=0.05)
-    feed, reached, held = engine.runner.feed, threading.Event(), threading.Event()
+    feed, reached, held = engine.loop.runner.feed, threading.Event(), threading.Event()
 
     def hang(*args: Any) -> None:
         reached.set()
         held.wait(TIMEOUT_S)
         feed(*args)
 
-    engine.runner.feed = hang
+    engine.loop.runner.feed = hang
     assert engine.alive()
     [handle] = engine.submit([request(3)])
     reached.wait(TIMEOUT_S)
