@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trm.bench.soak.connection import Connection, Head, message
+from server.bench.soak.connection import Connection, Head, message
 from trm.bench.workload import make_questions
 
 Outcome = Literal["answered", "refused", "left", "failed"]

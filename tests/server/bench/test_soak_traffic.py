@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from trm.bench.soak import traffic
-from trm.bench.soak.connection import Head
-from trm.bench.soak.traffic import CHAT, SOLVE, Clients, Draw, Errand, Leaving, judge
+from server.bench.soak import traffic
+from server.bench.soak.connection import Head
+from server.bench.soak.traffic import CHAT, SOLVE, Clients, Draw, Errand, Leaving, judge
 
 JSON_HEAD = Head(200, {"content-type": "application/json"})
 BODY = {"messages": [{"role": "user", "content": "How many?"}], "max_tokens": 4}

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from trm.bench import clients
+from server.bench import clients
 
 
 def chunk(text=None, usage=None):

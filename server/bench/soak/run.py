@@ -1,6 +1,6 @@
 """A real `trm-serve` under mixed traffic for as long as asked: what became of every request, and does anything grow?
 
-Clients of all kinds (`trm.bench.soak.traffic`) keep it busy, crowds overflow its queue, canaries are asked again and
+Clients of all kinds (`server.bench.soak.traffic`) keep it busy, crowds overflow its queue, canaries are asked again and
 again, and every few seconds the process is weighed. The judgement is a list of checks, each with what was seen.
 """
 
@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-from trm.bench.serve import Server, trm_serve
-from trm.bench.soak.canaries import Canary, make_canaries
-from trm.bench.soak.connection import ask
-from trm.bench.soak.growth import Growth, growth
-from trm.bench.soak.traffic import BODY_TIMEOUT_S, CHAT, MAX_BODY_BYTES, Clients, Draw, Errand, Record
+from server.bench.serve import Server, as_flags, trm_serve
+from server.bench.settings import SoakSettings
+from server.bench.soak.canaries import Canary, make_canaries, part_at_near_tie
+from server.bench.soak.connection import ask
+from server.bench.soak.growth import Growth, growth
+from server.bench.soak.memory import weigh
+from server.bench.soak.traffic import BODY_TIMEOUT_S, CHAT, MAX_BODY_BYTES, Clients, Draw, Errand, Record
+from trm.bench.workload import load
 from trm.errors import TRMError
 
 logger = logging.getLogger(__name__)
@@ -37,40 +40,31 @@ CANARY_PAUSE_S = 2.0
 IDLE_S = 30  # within which a server must be idle once everybody has gone
 NUM_BINS = 30  # of the pictures over time
 MEGABYTE = 1e6
-JUDGED = {"rss_mb": 0.0, "descriptors": 1.0, "threads": 2.0}
+JUDGED = {"own_mb": 0.0, "descriptors": 1.0, "threads": 2.0}
 """What must not grow, and by how much it may at least: pools start a thread when two requests happen to meet."""
+TOLD = ("rss_mb", "uss_mb")
+"""What is measured beside it and judged by nobody: see `server.bench.soak.memory`."""
+NAMES = {"own_mb": "memory of its own"}
+AT_REST = {"malloc_mb": ("malloc has handed out", "MB"), "python_blocks": ("Python's objects hold", "blocks")}
+"""What must not be more after the traffic than before, by the same share: a leak shows here first (`server.memory`)."""
 Raw = dict[str, Any]
-SameText = Callable[[Canary, str, str], bool]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one run is asked for. `max_growth` is a share of the level after warm-up."""
+def max_queue(settings: SoakSettings) -> int:
+    """Places in the server's queue: few enough that a crowd overflows it."""
+    return QUEUE_PER_ROW * settings.max_rows
 
-    model: str | None
-    minutes: float
-    max_rows: int
-    num_threads: int
-    seed: int
-    max_growth: float
 
-    @property
-    def arguments(self) -> list[str]:
-        """Of the server: small enough a context and queue that all of both is used."""
-        settings = {
-            "max-rows": self.max_rows,
-            "max-queue": self.max_queue,
-            "max-model-len": MAX_MODEL_LEN,
-            "max-body-bytes": MAX_BODY_BYTES,
-            "body-timeout-seconds": BODY_TIMEOUT_S,
-            "num-threads": self.num_threads,
-        }
-        model = [] if self.model is None else [f"--model={self.model}"]
-        return model + [f"--{name}={value}" for name, value in settings.items()]
-
-    @property
-    def max_queue(self) -> int:
-        return QUEUE_PER_ROW * self.max_rows
+def server_arguments(settings: SoakSettings) -> dict[str, int]:
+    """Small enough a context and queue that all of both is used."""
+    return {
+        "max-rows": settings.max_rows,
+        "max-queue": max_queue(settings),
+        "max-model-len": MAX_MODEL_LEN,
+        "max-body-bytes": MAX_BODY_BYTES,
+        "body-timeout-seconds": BODY_TIMEOUT_S,
+        "num-threads": settings.num_threads,
+    }
 
 
 def _clocks(server_s: float = 0.0) -> np.ndarray:
@@ -101,7 +95,7 @@ class Run:
         """One sample. Cores in use, by the server, its clients and all others, are those since the one before."""
         process, connections = self.server.process, self.clients.connections
         with process.oneshot():
-            memory = process.memory_full_info()
+            memory = weigh(process)
             threads, descriptors = process.num_threads(), process.num_fds()
             clocks = _clocks(self.server.cpu_s)
         passed = clocks - self.weighed
@@ -109,8 +103,10 @@ class Run:
         seen = await self.metrics()
         sample = {
             "at": round(float(clocks[0]) - self.clients.began, 2),
-            "rss_mb": round(memory.rss / MEGABYTE, 2),
-            "uss_mb": round(memory.uss / MEGABYTE, 2),
+            "own_mb": round(memory.own / MEGABYTE, 2),
+            "rss_mb": round(memory.resident / MEGABYTE, 2),
+            "uss_mb": round(memory.private / MEGABYTE, 2),
+            "python_blocks": int(seen["trm_python_blocks"]),
             "threads": threads,
             "descriptors": descriptors - connections,  # besides those of our own connections
             "connections": connections,
@@ -122,24 +118,24 @@ class Run:
             "cache_usage": round(seen["trm_kv_cache_usage_ratio"], 4),
             "generation_tokens": int(seen["trm_generation_tokens_total"]),
         }
+        if "trm_malloc_in_use_bytes" in seen:  # with glibc
+            sample["malloc_mb"] = round(seen["trm_malloc_in_use_bytes"] / MEGABYTE, 2)
         self.weighed = clocks
         return sample
 
 
-async def soak(plan: Plan, same_text: SameText) -> Raw:
-    """Start a server, soak it, stop it; returns the report. `same_text`: whether a canary's text under load is as
-    good as equal to another one that it said alone. Raises TRMError where the server cannot be weighed any more.
-    """
-    with trm_serve(*plan.arguments) as server:
+def measure(settings: SoakSettings) -> Raw:
+    """Start a server, soak it, stop it; returns the report. Raises TRMError where the server is lost meanwhile."""
+    with trm_serve(settings.model, server_arguments(settings)) as server:
         try:
-            return await _soak(plan, server, same_text)
+            return asyncio.run(_soak(settings, server))
         except (OSError, psutil.Error) as error:
             words = server.log.read_text().strip().splitlines()[-1:]
             raise TRMError(f"trm-serve was lost: {error or type(error).__name__}; its last words: {words}") from error
 
 
-async def _soak(plan: Plan, server: Server, same_text: SameText) -> Raw:
-    rng = random.Random(plan.seed)
+async def _soak(settings: SoakSettings, server: Server) -> Raw:
+    rng = random.Random(settings.seed)
     models = json.loads((await ask(server.url, "GET", "/v1/models"))[1])
     max_steps = models["data"][0]["max_supervision"]
     run = Run(server, Clients(server.url), Draw(rng, MAX_MODEL_LEN, max_steps))
@@ -147,20 +143,20 @@ async def _soak(plan: Plan, server: Server, same_text: SameText) -> Raw:
     for canary in canaries:
         record = await run.clients.once(Errand("canary, alone", CHAT, canary.body))
         run.first_texts.append(record.told.texts[0] if record.told else "")
-    await asyncio.gather(*(run.clients.once(errand) for errand in run.draw.filling(plan.max_rows)))
+    await asyncio.gather(*(run.clients.once(errand) for errand in run.draw.filling(settings.max_rows)))
     before = await _idle(run)
     logger.info("warm: %s", before)
-    await _traffic(run, plan, canaries, rng)
+    await _traffic(run, settings, canaries, rng)
     after = await _idle(run, before["descriptors"])
     logger.info("idle again: %s", after)
     metrics = await run.metrics()
     status = server.stop()
-    return _report(plan, run, canaries, same_text, before, after, metrics, status, server.log.read_text())
+    return _report(settings, run, canaries, before, after, metrics, status, server.log.read_text())
 
 
-async def _traffic(run: Run, plan: Plan, canaries: Sequence[Canary], rng: random.Random) -> None:
+async def _traffic(run: Run, settings: SoakSettings, canaries: Sequence[Canary], rng: random.Random) -> None:
     """Everybody at once, until the time is over and the last one has gone."""
-    clients, seconds = run.clients, 60 * plan.minutes
+    clients, seconds = run.clients, 60 * settings.minutes
     clients.began = time.perf_counter()
     until = clients.began + seconds
 
@@ -178,7 +174,7 @@ async def _traffic(run: Run, plan: Plan, canaries: Sequence[Canary], rng: random
         pause = max(MIN_BURST_PAUSE_S, seconds / MAX_BURSTS)
         while time.perf_counter() < until - pause:
             await asyncio.sleep(pause)
-            crowd = run.draw.burst(plan.max_rows + plan.max_queue)
+            crowd = run.draw.burst(settings.max_rows + max_queue(settings))
             await asyncio.gather(*(clients.once(errand) for errand in crowd))
 
     async def sing() -> None:
@@ -192,7 +188,7 @@ async def _traffic(run: Run, plan: Plan, canaries: Sequence[Canary], rng: random
             number += 1
             await asyncio.sleep(CANARY_PAUSE_S)
 
-    workers = (clients.work(run.draw, until, rng) for _ in range(plan.max_rows))
+    workers = (clients.work(run.draw, until, rng) for _ in range(settings.max_rows))
     await asyncio.gather(weigh(), crowds(), sing(), *workers)
 
 
@@ -209,10 +205,9 @@ async def _idle(run: Run, descriptors: int | None = None) -> Raw:
 
 
 def _report(
-    plan: Plan,
+    settings: SoakSettings,
     run: Run,
     canaries: Sequence[Canary],
-    same_text: SameText,
     before: Raw,
     after: Raw,
     metrics: dict[str, float],
@@ -225,15 +220,15 @@ def _report(
     broken = [
         {"canary": which, "alone": run.first_texts[which], "under_load": text}
         for which, text in differing
-        if not same_text(canaries[which], run.first_texts[which], text)
+        if not _same_text(settings, canaries[which], run.first_texts[which], text)
     ]
     counts = outcomes(records)
-    grown = {name: growth_of(run.samples, name, 60 * plan.minutes) for name in (*JUDGED, "uss_mb")}
+    grown = {name: growth_of(run.samples, name, 60 * settings.minutes) for name in (*JUDGED, *TOLD)}
     troubles = [line for line in log.splitlines() if re.search(r'"level": "(error|critical|warning)"|Traceback', line)]
     report = {
-        "minutes": plan.minutes,
-        "server": plan.arguments,
-        "max_growth": plan.max_growth,
+        "minutes": settings.minutes,
+        "server": as_flags(settings.model, server_arguments(settings)),
+        "max_growth": settings.max_growth,
         "outcomes": counts,
         "failures": [vars(record) | {"told": None} for record in records if record.outcome == "failed"][:100],
         "refusals": refusals(records),
@@ -245,13 +240,18 @@ def _report(
         "growth": {name: vars(one) for name, one in grown.items()},
         "exit_status": status,
         "log_troubles": troubles[:20],
-        "latency": latencies(records, 60 * plan.minutes),
-        "over_time": over_time(records, 60 * plan.minutes),
+        "latency": latencies(records, 60 * settings.minutes),
+        "over_time": over_time(records, 60 * settings.minutes),
         "samples": run.samples,
     }
     left = sum(record.outcome == "left" for record in records)
     report["checks"] = checks(report, grown, left, metrics["trm_client_disconnects_total"], set(run.draw.kinds))
     return report
+
+
+def _same_text(settings: SoakSettings, canary: Canary, alone: str, under_load: str) -> bool:
+    """Whether two different texts are as good as equal. Only here does this process need the model."""
+    return part_at_near_tie(*load(settings.model, settings.num_threads), canary, alone, under_load)
 
 
 def growth_of(samples: Sequence[Raw], name: str, seconds: float) -> Growth:
@@ -322,12 +322,21 @@ def checks(
             after["descriptors"] <= before["descriptors"],
             f"{before['descriptors']} before, {after['descriptors']} after",
         ),
+        *(
+            (
+                f"at rest, {what} less than {report['max_growth']:.0%} more",
+                after[name] < (1 + report["max_growth"]) * before[name],
+                f"{before[name]:.7g} {unit} before, {after[name]:.7g} after",
+            )
+            for name, (what, unit) in AT_REST.items()
+            if name in before
+        ),
         ("nothing of note is in the log", not report["log_troubles"], f"{len(report['log_troubles'])} lines"),
         ("SIGTERM ends it with status 0", report["exit_status"] == 0, f"status {report['exit_status']}"),
     ]
     rows += [
         (
-            f"{name} grew by less than {report['max_growth']:.0%}" + (f" or {unit:g}" if unit else ""),
+            f"{NAMES.get(name, name)} grew by less than {report['max_growth']:.0%}" + (f" or {unit:g}" if unit else ""),
             grown[name].below(report["max_growth"], unit),
             f"{grown[name]} of {grown[name].level:.1f}",
         )

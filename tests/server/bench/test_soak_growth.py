@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trm.bench.soak.growth import STRETCHES, growth
+from server.bench.soak.growth import STRETCHES, growth
 
 LIMIT = 0.02
 TIMES = np.arange(0, 1440, 4.0)  # half an hour but for its warm-up, a sample every 4 s

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 
-from trm.bench import clients
-from trm.bench.workload import decode_with_engine, make_questions, make_requests
-from trm.chat import ChatFormat
+from server.bench import clients
+from server.bench.settings import ServeBenchSettings
+from trm.bench.workload import decode_with_engine, load, make_questions, make_requests
 from trm.engine import Engine, EngineConfig
 from trm.errors import ConfigError
-from trm.model import TRMForCausalLM
 from trm.settings import ENV_PREFIX
 
 START_TIMEOUT_S = 300
@@ -56,12 +55,12 @@ class Server:
 
 
 @contextmanager
-def trm_serve(*arguments: str) -> Iterator[Server]:
-    """A server with these arguments and no other settings, stopped at the end.
+def trm_serve(model: str | None, arguments: Mapping[str, Any]) -> Iterator[Server]:
+    """A server of this model, by default the bundled one, with no other settings than these, stopped at the end.
 
     Raises ConfigError with its last words where it does not start.
     """
-    command = [str(Path(sys.executable).with_name("trm-serve")), "--port", "0", *arguments]
+    command = [str(Path(sys.executable).with_name("trm-serve")), "--port=0", *as_flags(model, arguments)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     with tempfile.NamedTemporaryFile("r") as log, open(log.name, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
@@ -69,6 +68,12 @@ def trm_serve(*arguments: str) -> Iterator[Server]:
             yield Server(_url(process, Path(log.name)), process, psutil.Process(process.pid), Path(log.name))
         finally:
             _stop(process)
+
+
+def as_flags(model: str | None, arguments: Mapping[str, Any]) -> list[str]:
+    """Settings of `trm-serve` as its command line has them."""
+    named = arguments if model is None else {"model": model, **arguments}
+    return [f"--{name}={value}" for name, value in named.items()]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
@@ -88,7 +93,7 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def post_all(url: str, num_streams: int, bodies: Sequence[Any]) -> Raw:
-    """The report of `trm.bench.clients` on these chats."""
+    """The report of `server.bench.clients` on these chats."""
     address = urlsplit(url)
     job = {"host": address.hostname, "port": address.port, "path": "/v1/chat/completions"}
     done = subprocess.run(
@@ -104,17 +109,10 @@ def post_all(url: str, num_streams: int, bodies: Sequence[Any]) -> Raw:
     return report
 
 
-def compare(
-    source: str,
-    model: TRMForCausalLM,
-    chat: ChatFormat,
-    num_requests: int,
-    num_streams: int,
-    num_threads: int,
-    repeats: int,
-    seed: int,
-) -> Raw:
-    """`repeats` runs of both, in turn, after one of each that warms up."""
+def measure(settings: ServeBenchSettings) -> Raw:
+    """`repeats` runs of both, in turn, after one of each that warms up: raw times, and the ratios they come to."""
+    model, chat = load(settings.model, settings.num_threads)
+    num_requests, num_streams, seed = settings.num_requests, settings.max_rows, settings.seed
     efforts = [model.config.n_supervision]
     requests = make_requests(chat, num_requests, efforts, seed)
     longest = max(request.positions for request in requests)
@@ -130,18 +128,22 @@ def compare(
         }
         for question, params in make_questions(num_requests, efforts, seed)
     ]
-    sizes = {"max-rows": num_streams, "max-model-len": longest, "num-threads": num_threads, "max-draft-tokens": 0}
-    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    arguments = {
+        "max-rows": num_streams,
+        "max-model-len": longest,
+        "num-threads": settings.num_threads,
+        "max-draft-tokens": 0,
+    }
     bare, bare_cpu_s, http = [], [], []
-    with trm_serve(f"--model={source}", *arguments) as server:
-        for _ in range(1 + repeats):
+    with trm_serve(settings.model, arguments) as server:
+        for _ in range(1 + settings.repeats):
             before = time.process_time()
             bare.append(decode_with_engine(engine, requests))
             bare_cpu_s.append(time.process_time() - before)
             before = server.cpu_s
             http.append(post_all(server.url, num_streams, bodies) | {"server_cpu_s": server.cpu_s - before})
     texts = [chat.decode(ids) for ids in bare[-1].replies]
-    return {
+    raw: Raw = {
         "tokens": sum(request.params.max_tokens for request in requests),
         "tokens_over_http": sum(reply["tokens"] for reply in http[-1]["replies"]),
         "requests_equal": sum(reply["text"] == text for reply, text in zip(http[-1]["replies"], texts, strict=True)),
@@ -153,6 +155,7 @@ def compare(
         "first_token_s": [reply["first_s"] for run in http[1:] for reply in run["replies"]],
         "gaps_s": [gap for run in http[1:] for reply in run["replies"] for gap in reply["gaps_s"]],
     }
+    return {**ratios(raw), "requests": num_requests, "raw": raw}
 
 
 def ratios(raw: Raw) -> Raw:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from server.bench.soak import canaries
+from server.bench.soak.canaries import Canary, make_canaries, part_at_near_tie
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
-from trm.bench.soak import canaries
-from trm.bench.soak.canaries import Canary, make_canaries, part_at_near_tie
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import SamplingParams
 
