@@ -47,7 +47,7 @@ from trm.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
-RAYS_OWN = frozenset({"host", "port", "idle_connection_seconds", "exit_on_failure"})
+RAYS_OWN = frozenset({"host", "port", "root_path", "idle_connection_seconds", "exit_on_failure"})
 LOST = (RayActorError, ObjectLostError)  # the process has died, or its machine with all that it held
 MAX_DECODERS_TRIED = 3  # a request that kills whoever decodes it must not go through all of them
 MAX_OPEN_REQUESTS = 10_000  # of one entrance; those that no decoder has room for wait in max_queued_requests

@@ -7,7 +7,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server import errors, openapi
 from server.metrics import Metrics
-from server.middleware import OPEN_PATHS, ReadBody, Record, RequireKey
+from server.middleware import OPEN_PATHS, ReadBody, Record, RequireKey, RootPath
 from server.routes import chat, completions, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
@@ -15,26 +15,38 @@ from server.token_bytes import TokenBytes
 from server.worker import Worker
 from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
+from trm.errors import ConfigError
+
+ROUTES = (chat, completions, models, playground, solve, status, tokens)
 
 
 def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
     """An app that serves `engine`, or is starting until `attach` gives it one.
 
-    Of the settings it reads what concerns requests.
+    Of the settings it reads what concerns requests. Raises ConfigError for a root path that is one of its own paths.
     """
     metrics = Metrics()
     app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.serving = None
-    for routes in (chat, completions, models, playground, solve, status, tokens):
+    for routes in ROUTES:
         app.include_router(routes.router)
     errors.install(app)
     openapi.install(app)
+    _check_root_path(app, settings.root_path)
     add_middleware(app, settings, metrics)
     if engine is not None:
         attach(app, engine)
     return app
+
+
+def _check_root_path(app: FastAPI, prefix: str) -> None:
+    """Whether a proxy has taken the prefix away must show in every path."""
+    routes = [*app.routes, *(route for module in ROUTES for route in module.router.routes)]
+    for path in (getattr(route, "path", "") for route in routes):
+        if prefix and f"{path}/".startswith(f"{prefix}/"):
+            raise ConfigError(f"--root-path {prefix}: the server's own path {path} begins so; choose another prefix")
 
 
 def add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
@@ -43,6 +55,8 @@ def add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> N
         ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
     )
     app.add_middleware(RequireKey, keys=settings.keys(), public=settings.public_paths)
+    if settings.root_path:
+        app.add_middleware(RootPath, prefix=settings.root_path)
     app.add_middleware(Record, metrics=metrics, quiet={*OPEN_PATHS, "/metrics", *playground.PATHS})
     if settings.cors_origins:  # outermost: a preflight has no key, and pages may read errors and headers too
         app.add_middleware(
@@ -59,7 +73,7 @@ def attach(app: FastAPI, engine: Engine) -> None:
     settings: ServeSettings = app.state.settings
     metrics: Metrics = app.state.metrics
     worker = Worker(engine, metrics, settings.request_timeout_seconds)
-    metrics.watch(engine, worker.available)
+    metrics.watch(engine, lambda: worker.unavailable() is None)
     token_bytes = TokenBytes(engine.chat.tokenizer)
     app.state.serving = Serving(
         engine=engine,

@@ -5,11 +5,15 @@ import ctypes
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
+from server.ending import Deadline, leave
 from server.settings import ServeSettings
 from trm.errors import ConfigError, DeviceError
 from trm.logs import configure_logging
@@ -22,25 +26,45 @@ logger = logging.getLogger(__name__)
 
 MALLOC_ARENAS = 2
 M_ARENA_MAX = -8  # of glibc's malloc.h
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SWITCH_INTERVAL_S = 0.001  # after which the engine gets Python's lock back from a busy event loop; Python's own is 5 ms
 
 
 def main() -> None:
     """Entry point of `trm-serve`."""
-    run_command(_serve, ServeSettings.command)
+    with stopping_at_once():  # from the start: process 1 of a container ignores signals that it has no handler for
+        run_command(_serve, ServeSettings.command)
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Exit with 0 at SIGTERM and Ctrl-C; for while nothing has been accepted."""
+
+    def stop(sig: int, frame: FrameType | None) -> None:
+        logger.info("stopping now")
+        os._exit(0)  # an exception could land in any library that is being imported
+
+    before = {sig: signal.signal(sig, stop) for sig in SIGNALS}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def _serve() -> None:
     settings = ServeSettings.from_command_line()
     configure_logging(settings.log_level.upper(), settings.log_format)
     limit_malloc_arenas()
-    with listen(settings.host, settings.port) as sock:  # before loading: a taken port should not cost a minute
-        serve(settings, sock)
+    with listen(settings.host, settings.port) as sock, Deadline() as deadline:
+        serve(settings, sock, deadline)  # the port is taken before loading: an error there should not cost a minute
     logger.info("stopped")
 
 
-def serve(settings: ServeSettings, sock: socket.socket) -> None:
+def serve(settings: ServeSettings, sock: socket.socket, deadline: Deadline) -> None:
     """Answer requests on `sock`, while the model loads with 503, until a signal or the engine's failure ends it.
+
+    `deadline` is then set.
 
     Raises what kept the model from loading, and DeviceError where the engine failed and that is to end the server.
     """
@@ -49,7 +73,9 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     app = create_app(None, settings)
-    server = DrainingServer(app, settings)
+    server = DrainingServer(app, settings, deadline.within)
+    for sig in SIGNALS:
+        signal.signal(sig, server.handle_exit)  # here too: uvicorn gives back what it found, when it is through
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     failures: list[Exception] = []
@@ -71,11 +97,11 @@ def serve(settings: ServeSettings, sock: socket.socket) -> None:
     server.run(sockets=[sock])
     if failures:
         raise failures[0]
-    if server.engine_failed:
-        raise DeviceError("the engine failed; see the log above")
-    engine = app.state.serving.engine
-    if engine.alive():  # one that hangs would be waited for without end
-        engine.close()
+    failure = "the engine failed; see the log above" if server.engine_failed else None
+    if not app.state.serving.engine.close():  # its thread hangs, and Python's own end could wait for the device too
+        leave(failure or "the engine's last step does not end")
+    if failure:
+        raise DeviceError(failure)
 
 
 def limit_malloc_arenas() -> None:

@@ -138,8 +138,10 @@ async def submit(
     ids, off the event loop, and there the grammar is compiled. `param` is the field that holds the text.
     """
     submission = serving.reserve(call, count * n)
-    grammar, prompts = await asyncio.to_thread(
-        lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+    grammar, prompts = await submission.prepare(
+        asyncio.to_thread(
+            lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+        )
     )
     requests: list[EngineRequest] = []
     for prompt in prompts:
@@ -152,7 +154,7 @@ async def submit(
                 code="context_length_exceeded",
             )
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
-        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar) for index in range(n)]
+        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar, param) for index in range(n)]
     serving.worker.submit(submission, requests)
     return submission
 

@@ -8,15 +8,19 @@ import contextlib
 import fcntl
 import logging
 import os
+import socket
 import struct
 import termios
 import time
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from server.ending import GRACE_S
 from server.http_protocol import HttpProtocol
 from server.serving import Serving
 from server.settings import ServeSettings
@@ -30,13 +34,16 @@ class DrainingServer(uvicorn.Server):
     """A server that, when told to stop, stays open until accepted work is done or its time is over.
 
     Meanwhile new work gets its 503 and probes their answer; uvicorn alone would close the port at once.
-    With `settings.exit_on_failure` it also stops, with `engine_failed` set, when the engine has died.
+    With `settings.exit_on_failure` it also stops, with `engine_failed` set, when the engine has died. `ends_within` is
+    told, as soon as it stops, in how many seconds the process should be over whatever hangs; `Deadline.within`, say.
     """
 
-    def __init__(self, app: FastAPI, settings: ServeSettings) -> None:
+    def __init__(
+        self, app: FastAPI, settings: ServeSettings, ends_within: Callable[[float], None] = lambda limit_s: None
+    ) -> None:
         config = uvicorn.Config(
             app,
-            http=HttpProtocol,
+            http=partial(HttpProtocol, metrics=app.state.metrics),  # type: ignore[arg-type]  # called, no more
             ws="none",
             lifespan="off",
             log_config=None,
@@ -50,6 +57,7 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._drain_s = settings.drain_seconds
         self._exit_on_failure = settings.exit_on_failure
+        self._ends_within = ends_within
         self._drain: asyncio.Task[None] | None = None
         self._stopping = False
         self._idle_since: dict[tuple[Any, Any, int], float] = {}
@@ -61,10 +69,12 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal, between any two steps of the main thread; what it asks for happens on the loop."""
-        if self._stopping or self._serving is None:  # while the model loads there is nothing to finish
+        again = self._stopping or self.should_exit
+        if again or self._serving is None:  # while the model loads there is nothing to finish
             logger.info("stopping now")
-            os._exit(128 + sig if self._stopping else 0)
+            os._exit(128 + sig if again else 0)
         self._stopping = True
+        self._ends_within(self._drain_s + LAST_WORDS_S + GRACE_S)
         asyncio.get_running_loop().call_soon_threadsafe(self._stop, self._serving)
 
     def _stop(self, serving: Serving) -> None:
@@ -74,6 +84,13 @@ class DrainingServer(uvicorn.Server):
     async def _finish_work(self, serving: Serving) -> None:
         await serving.worker.drain(self._drain_s)
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn when the main loop is over."""
+        self.should_exit = True
+        self._ends_within(LAST_WORDS_S + GRACE_S)
+        await super().shutdown(sockets)
+        self._ends_within(GRACE_S)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends the server."""

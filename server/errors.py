@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from trm.errors import BadRequest, DeviceError, Overloaded, TRMError
+from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMError
 
 MAX_PATH_CHARS = 200  # of a client's own field name in a message
 
@@ -61,10 +61,16 @@ STATUS: Mapping[type[TRMError], tuple[int, str]] = {
     HeadTooLarge: (431, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
     DeviceError: (500, "server_error"),
+    InternalError: (500, "server_error"),
     Unavailable: (503, "server_error"),
     TimedOut: (504, "server_error"),
 }
-CODES: Mapping[type[TRMError], str] = {Overloaded: "queue_full", DeviceError: "device_error"}
+INTERNAL_ERROR = "internal_error"
+CODES: Mapping[type[TRMError], str] = {
+    Overloaded: "queue_full",
+    DeviceError: "device_error",
+    InternalError: INTERNAL_ERROR,
+}
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 def internal_error_body() -> dict[str, Any]:
     """What a client learns of an unexpected exception."""
-    return error_body("internal server error; the server's log has the details", "server_error", code="internal_error")
+    return error_body("internal server error; the server's log has the details", "server_error", code=INTERNAL_ERROR)
 
 
 def describe(error: TRMError) -> tuple[int, dict[str, Any]]:

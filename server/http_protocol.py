@@ -6,13 +6,18 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import HeadTooLarge, describe
+from server.metrics import REJECTIONS, Metrics
 from trm.errors import BadRequest
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; httptools alone collects them for as long as they come
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. A head that is too large or not HTTP is refused, and the connection closed."""
+    """One connection. A head that is too large or not HTTP is refused and counted, and the connection closed."""
+
+    def __init__(self, *, metrics: Metrics, **given: Any) -> None:
+        super().__init__(**given)
+        self._metrics = metrics
 
     def connection_made(self, transport: Any) -> None:
         """Called once, at first."""
@@ -52,6 +57,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._too_large:
             error = HeadTooLarge(f"the request's headers have more than {MAX_HEAD_BYTES} bytes, this server's limit")
         status, body = describe(error)
+        self._metrics.rejected.labels(REJECTIONS[status]).inc()  # nothing else sees it: it comes before the application
         content = json.dumps(body).encode()
         head = f"HTTP/1.1 {status} {'Request Header Fields Too Large' if self._too_large else 'Bad Request'}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\nconnection: close\r\n\r\n"

@@ -42,15 +42,17 @@ def choice_trace(token_bytes: TokenBytes, tokens: Sequence[tuple[int, TokenTrace
 class Offsets:
     """Where in a reply's text its tokens begin; ask for each of them in turn."""
 
-    def __init__(self, chat: ChatFormat) -> None:
+    def __init__(self, chat: ChatFormat, token_bytes: TokenBytes) -> None:
         self._text = TextStream(chat)
+        self._token_bytes = token_bytes
         self._length = 0
 
     def next(self, token_id: int) -> int:
-        """Where the next token begins. The parts of a character all begin where it does."""
-        start = self._length
-        self._length += len(self._text.push(token_id))
-        return start
+        """Where the next token begins. The parts of a character all begin where it does, the bytes of a run too."""
+        start, text = self._length, self._text.push(token_id)
+        self._length += len(text)
+        own = (self._token_bytes(token_id) or b"").decode(errors="replace")
+        return self._length - len(own) if own and text.endswith(own) else start
 
 
 def completion_logprobs(token_bytes: TokenBytes, offsets: Offsets, tokens: Scored) -> CompletionLogprobs:

@@ -17,6 +17,7 @@ from server.memory import malloc_in_use_bytes, python_blocks
 from server.schemas.solve import Outcome
 from trm.engine.engine import Engine
 from trm.engine.request import Event, FinishReason
+from trm.errors import DeviceError, TRMError
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 STEP_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -29,11 +30,18 @@ REJECTIONS = {
     408: "slow_body",
     413: "too_large",
     429: "overloaded",
-    500: "failed",
+    431: "head_too_large",
+    500: "internal",
     503: "unavailable",
     504: "timeout",
 }
-"""Status of a POST that was refused, or of the error that ended its stream -> label `reason`."""
+"""Status that refused a POST or an unreadable request, or of the error that ended a stream -> label `reason`."""
+DEVICE_FAILED = "failed"  # in place of "internal", where a request ended with a DeviceError
+
+
+def rejection(status: int, error: TRMError | None) -> str | None:
+    """The label of a request that ended with this status, and with `error` if it got as far as the engine."""
+    return DEVICE_FAILED if status == 500 and isinstance(error, DeviceError) else REJECTIONS.get(status)
 
 
 @dataclass
@@ -102,7 +110,7 @@ class Metrics:
 
         for reason in get_args(FinishReason):
             self.finished.labels(reason)
-        for reason in REJECTIONS.values():
+        for reason in (*REJECTIONS.values(), DEVICE_FAILED):
             self.rejected.labels(reason)
         for outcome in get_args(Outcome):
             self.answers.labels(outcome)

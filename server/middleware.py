@@ -14,10 +14,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLarge, SlowBody, Unauthorized, describe, error_response, internal_error_response
-from server.metrics import REJECTIONS, Metrics
+from server.metrics import Metrics, rejection
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,39 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
+
+
+def path_below(scope: Scope) -> str:
+    """A request's path as the routes know it: without the prefix under which a proxy shows this server."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    if path == prefix:
+        return ""
+    return path[len(prefix) :] if path.startswith(f"{prefix}/") else path
+
+
+class RootPath:
+    """Tells the rest of the app of the prefix, and gives it back to paths that a proxy took it from.
+
+    Works in place, so that whatever wraps it sees the same. The prefix alone is sent on to its slash, or the
+    playground's page would ask for its files in the wrong place.
+    """
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self.app = app
+        self.prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self.prefix
+            if scope["path"] == self.prefix:
+                await RedirectResponse(f"{self.prefix}/")(scope, receive, send)
+                return
+            if not scope["path"].startswith(f"{self.prefix}/"):
+                scope["path"] = self.prefix + scope["path"]
+                if scope.get("raw_path"):
+                    scope["raw_path"] = self.prefix.encode() + scope["raw_path"]
+        await self.app(scope, receive, send)
 
 
 class Record:
@@ -71,7 +105,7 @@ class Record:
         """Nothing goes on for a request that is over; count it and log it."""
         submission = call.submission
         status = CLIENT_CLOSED_REQUEST if call.abandoned or call.status is None else call.status
-        facts: dict[str, Any] = {"request_id": call.id, "method": scope["method"], "path": scope["path"]}
+        facts: dict[str, Any] = {"request_id": call.id, "method": scope["method"], "path": path_below(scope)}
         facts["status"] = failure = status
         if submission is not None:
             submission.cancel()
@@ -80,14 +114,15 @@ class Record:
             facts["finish_reasons"] = dict(submission.finish_reasons)
             if submission.error is not None:  # a stream has told of it in its last event only
                 failure = describe(submission.error)[0]
-        if failure in REJECTIONS:
-            facts["reason"] = REJECTIONS[failure]
+        reason = rejection(failure, None if submission is None else submission.error)
+        if reason is not None:
+            facts["reason"] = reason
             if scope["method"] == "POST":
-                self.metrics.rejected.labels(REJECTIONS[failure]).inc()
+                self.metrics.rejected.labels(reason).inc()
         if call.abandoned:
             self.metrics.departures.inc()
         facts["ms"] = round((time.perf_counter() - call.started_at) * 1000)
-        logger.log(logging.DEBUG if scope["path"] in self.quiet else logging.INFO, "request", extra=facts)
+        logger.log(logging.DEBUG if facts["path"] in self.quiet else logging.INFO, "request", extra=facts)
 
 
 def is_public(path: str, public: Sequence[str]) -> bool:
@@ -108,7 +143,7 @@ class RequireKey:
         if (
             scope["type"] == "http"
             and self.keys
-            and not is_public(scope["path"], self.public)
+            and not is_public(path_below(scope), self.public)
             and not self._known(scope)
         ):
             error = Unauthorized("missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")

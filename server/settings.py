@@ -16,6 +16,7 @@ BUNDLED_MODEL_ID = "qwen-trm"
 
 ApiKey = Annotated[str, Field(min_length=1)]
 PublicPath = Annotated[str, Field(pattern=r"^/([^*]*|[^*]*/\*)$")]
+RootPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")]
 LISTS = ("api_key", "public_paths", "cors_origins")  # flags that take several values at once
 
@@ -27,7 +28,7 @@ class ServeSettings(Settings):
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "model": ("model", "served_model_name", "device", "dtype", "num_threads"),
-        "address": ("host", "port", "cors_origins"),
+        "address": ("host", "port", "root_path", "cors_origins"),
         "keys": ("api_key", "api_key_file", "public_paths"),
         "engine": ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"),
         "limits of one request": (
@@ -57,6 +58,10 @@ class ServeSettings(Settings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one and logs it")
+    root_path: RootPath = Field(
+        "",
+        description="path prefix under which a proxy shows this server, such as /trm, whether or not it takes it away",
+    )
     cors_origins: Annotated[CliVariadicArg[list[Origin]], NoDecode] = Field(
         [], description="origins whose pages may use this server, such as https://example.org, or * for all"
     )
@@ -138,6 +143,11 @@ class ServeSettings(Settings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("root_path", mode="before")
+    @classmethod
+    def _end(cls, value: Any) -> Any:
+        return value.removesuffix("/") if isinstance(value, str) else value
 
     def keys(self) -> list[str]:
         """All keys that open the server; none if it is open. Raises ConfigError for a file that has none."""

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from server.errors import TimedOut, Unavailable
 from server.metrics import Metrics, Times
@@ -19,6 +20,8 @@ from trm.engine.handle import Handle, Reservation
 from trm.engine.request import Event, Reply
 from trm.engine.request import Request as EngineRequest
 from trm.errors import DeviceError, TRMError
+
+T = TypeVar("T")
 
 
 class Submission:
@@ -37,6 +40,7 @@ class Submission:
         self._metrics = metrics
         self._on_end = on_end
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._stopped = asyncio.Event()
         self.reserved_at = time.perf_counter()
         self.submitted_at: float | None = None
         self.first_token_at: float | None = None  # of any of the requests
@@ -74,8 +78,21 @@ class Submission:
     def stop(self, error: TRMError) -> None:
         """Cancel from the server's side: whoever listens gets `error` after the events so far."""
         self.error = error
+        self._stopped.set()
         self._events.put_nowait((0, Event(finish_reason="error", error=error)))
         self.cancel()
+
+    async def prepare(self, work: Coroutine[None, None, T]) -> T:
+        """What `work` for its requests returns. Raises what stops the submission before: a thread may never return."""
+        working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if self.error is not None:
+                raise self.error
+            return working.result()
+        finally:
+            working.cancel()  # nothing happens to one that is done
+            stopped.cancel()
 
     def spare(self, indexes: Iterable[int]) -> None:
         """Cancel some requests whose replies are not needed any more; the others go on, and iterating too."""
@@ -143,7 +160,8 @@ class Worker:
         Called on the event loop, as all of this; does not wait. Raises Unavailable while stopping or after
         the device failed, and what `Engine.reserve` raises.
         """
-        self.check_available()
+        if (reason := self.unavailable()) is not None:
+            raise reason
         with _unavailable():
             submission = Submission(self._engine.reserve(count), self._metrics, self._forget)
         timer = None
@@ -173,16 +191,13 @@ class Worker:
         with _unavailable():
             submission.begin(requests, self._engine.submit(requests, on_event, submission.reservation))
 
-    def available(self) -> bool:
-        """Whether work can be taken."""
-        return self._engine.alive() and not self.draining
-
-    def check_available(self) -> None:
-        """Raise Unavailable unless work can be taken."""
+    def unavailable(self) -> Unavailable | None:
+        """Why no work can be taken, None while it can."""
         if not self._engine.alive():
-            raise _engine_lost()
+            return _engine_lost()
         if self.draining:
-            raise Unavailable("the server is stopping and takes no new work", "draining")
+            return Unavailable("the server is stopping and takes no new work", "draining")
+        return None
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more work, let what is under way finish for `timeout_s`, end the rest with Unavailable."""

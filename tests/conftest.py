@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from trm import TRMForCausalLM, bundled_model_path
 from trm.chat import ChatFormat
@@ -79,6 +87,40 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def chat(tokenizer: Any) -> ChatFormat:
     return ChatFormat(tokenizer)
+
+
+def byte_fallback_tokenizer(*pieces: str) -> Any:
+    """A tokenizer of Llama 2's kind: `<unk>`, `<s>`, `</s>`, then `pieces`, which may be bytes as in `<0xE2>`."""
+    vocabulary = {piece: id_ for id_, piece in enumerate(("<unk>", "<s>", "</s>", *pieces))}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_prefix_space=False
+    )
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer() -> Any:
+    """A small one of Llama 2's kind: the 256 bytes are ids 3 to 258, pieces of text follow."""
+    texts = [
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "\u2581\u2581b",
+        "\u00e9",
+        "\u65e5\u672c",
+        "\u2581\u20ac",
+        "\ufffd",
+        "12",
+        "<0x41",
+    ]
+    tokenizer = byte_fallback_tokenizer(*(f"<0x{byte:02X}>" for byte in range(256)), *texts)
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -31,4 +31,8 @@ class Overloaded(TRMError):
 
 
 class DeviceError(TRMError):
-    """A model call failed, or gave numbers that are not finite."""
+    """The device failed in a call of the model or has no memory left, or the model gave numbers that are not finite."""
+
+
+class InternalError(TRMError):
+    """A bug of ours met a request: an exception that nobody expected. The log has its traceback."""

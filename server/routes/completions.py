@@ -47,7 +47,7 @@ class CompletionWording(Wording):
 
     def __init__(self, serving: Serving, params: SamplingParams, num_choices: int) -> None:
         super().__init__(serving, params)
-        self._offsets = [Offsets(serving.engine.chat) for _ in range(num_choices)]
+        self._offsets = [Offsets(serving.engine.chat, serving.token_bytes) for _ in range(num_choices)]
 
     def whole(self, text: str) -> dict[str, Any]:
         return {"text": text}

@@ -3,10 +3,10 @@
 Its files are listed here, one route each: nothing that a client sends is ever joined to a path.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
 FOLDER = Path(__file__).parent.parent / "playground"
@@ -29,10 +29,12 @@ HEADERS: Mapping[str, str] = {
 router = APIRouter(include_in_schema=False)
 
 
-async def _file(request: Request) -> FileResponse:
-    name = PATHS[request.url.path]
-    return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)
+def _answer_with(name: str) -> Callable[[], Awaitable[FileResponse]]:
+    async def file() -> FileResponse:
+        return FileResponse(FOLDER / name, media_type=FILES[name], headers=HEADERS)
+
+    return file
 
 
-for path in PATHS:
-    router.add_api_route(path, _file)
+for path, name in PATHS.items():
+    router.add_api_route(path, _answer_with(name))

@@ -24,7 +24,8 @@ async def health(serving: ServingOrNoneDep) -> StatusBody:
 @router.get("/ready")
 async def ready(serving: ServingDep) -> StatusBody:
     """200 while new work is taken."""
-    serving.worker.check_available()
+    if (reason := serving.worker.unavailable()) is not None:
+        raise reason
     return StatusBody(status="ready")
 
 

@@ -217,7 +217,9 @@ def test_heads_are_bounded_and_refusals_in_shape(start, app, sent, status, size)
     assert head.startswith(b"HTTP/1.1 %d " % status)
     if status != 200:
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    metrics = httpx.get(f"{live.url}/metrics").text
+    for counted, reason in ((400, "invalid"), (431, "head_too_large")):
+        assert f'trm_request_rejected_total{{reason="{reason}"}} {float(status == counted)}' in metrics
 
 
 @pytest.mark.parametrize("stream", [False, True])

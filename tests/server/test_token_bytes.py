@@ -58,3 +58,22 @@ def test_byte_fallback():
     spelt = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
     assert [spelt(id_) for id_ in range(len(pieces))] == [b"<unk>", b" so", b"\xe2", "\u00e9".encode(), b" "]
+
+
+def test_tokens_that_fall_back_on_bytes_spell_what_they_decode_to(llama2_tokenizer):
+    """An added token is decoded like any other, and a piece may only look like a byte."""
+    own = copy.deepcopy(llama2_tokenizer)
+    own.add_tokens(["<0xe9>", "\u2581two\u2581words", "<0x4>"])
+    spelt, letter = TokenBytes(own), own.convert_tokens_to_ids("a")  # before it, or a first space would be left out
+
+    for id_ in range(len(own)):
+        text = own.decode([letter, id_], skip_special_tokens=False)
+        assert text == "a" + spelt(id_).decode(errors="replace")
+    assert spelt(own.convert_tokens_to_ids("<0xe9>")) == b"\xe9"
+
+
+def test_pieces_that_look_like_bytes_are_text_where_nothing_falls_back_on_bytes(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<0x41>"])
+
+    assert TokenBytes(own)(len(tokenizer)) == b"<0x41>"

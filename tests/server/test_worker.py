@@ -116,6 +116,21 @@ async def test_requests_that_take_too_long_are_ended(engine):
     assert engine.reserved == 0
 
 
+async def test_a_request_whose_tokenising_hangs_is_ended_too(engine, make_app, connect, chat_body):
+    hangs = threading.Event()
+    engine.chat.encode = lambda messages: [int(hangs.wait(10))]
+
+    async with connect(make_app(request_timeout_seconds=0.1)) as client:
+        response = await client.post("/v1/chat/completions", json=chat_body())
+        hung = not hangs.is_set()
+        hangs.set()
+
+    assert hung
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    assert not engine.requests
+    assert not engine.reserved
+
+
 async def test_a_timeout_leaves_what_ended_in_time_alone(engine):
     worker = Worker(engine, Metrics(), timeout_s=0.05)
 

@@ -27,7 +27,7 @@ def make_engine(chat: ChatFormat, kv_source: str = "context", *, draft: int = 0,
     sizes = {"max_rows": 4, "max_model_len": 64, "max_draft_tokens": draft}
     engine = Engine(exact_model(kv_source), chat, EngineConfig(**(sizes | config)))
     if draft:
-        engine.drafter.length = lambda rows, num_running: draft
+        engine.loop.drafter.length = lambda rows, num_running: draft
     return engine
 
 
@@ -70,10 +70,9 @@ class Listener:
 
 def assert_empty(engine: Engine) -> None:
     """Every slot is free again and nothing is remembered."""
-    assert engine.scheduler.running == []
-    assert not engine.scheduler.waiting
-    assert sorted(engine.scheduler._free) == list(range(engine.config.max_rows))
-    assert not engine._streams
+    assert engine.loop.scheduler.running == []
+    assert not engine.loop.scheduler.waiting
+    assert sorted(engine.loop.scheduler._free) == list(range(engine.config.max_rows))
     assert not engine.step()
 
 

@@ -5,9 +5,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Request, SamplingParams
-from trm.engine.scheduler import Copy, Row, Scheduler
+from trm.engine.row import Pass, Row
+from trm.engine.scheduler import Copy, Scheduler
 
+NO_TEXT: Any = None  # in place of a reply's text stream, which a schedule does not touch
 NEVER_SEEN = itertools.count(1000)
 
 
@@ -15,7 +18,7 @@ def make_row(prompt: int | Sequence[int] = 3, steps: int = 2, **params: Any) -> 
     """A row with these prompt ids, or with so many that no other row begins with."""
     if isinstance(prompt, int):
         prompt = [next(NEVER_SEEN) for _ in range(prompt)]
-    return Row(Request(tuple(prompt), SamplingParams(**params)), steps, ignore)
+    return Row(Request(tuple(prompt), SamplingParams(**params)), steps, ignore, NO_TEXT, Prefix(prompt))
 
 
 def ignore(event: Event) -> None:
@@ -82,17 +85,20 @@ class Loop:
         self.fed.append(self.scheduler.feeding())
         for row in self.fed[-1]:
             self.clocks.setdefault(row, self.scheduler.clock)
-            row.thinking, row.step, row.halted_at = True, 0, []
+            row.work = Pass()
         if thinking := self.scheduler.thinking():
             self.scheduler.clock += 1
             for row in thinking:
-                row.step += 1
-                row.note_halted([row.request.params.halts and self.rng.random() < 0.5])
+                assert row.work is not None
+                row.work.step += 1
+                row.work.note_halted([row.request.params.halts and self.rng.random() < 0.5])
         for row in self.scheduler.answered():
+            assert row.work is not None
             self._cache(row, [row.token])
-            row.passes, row.pass_steps = row.passes + 1, row.pass_steps + row.step
-            row.reply.append(self.rng.randrange(2))
-            row.thinking = False
+            row.taken.passes += 1
+            row.taken.pass_steps += row.work.step
+            row.take(self.rng.randrange(2))
+            row.work = None
 
     def step(self) -> list[Row]:
         """One step of the whole loop; returns the rows that it finished."""

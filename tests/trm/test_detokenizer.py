@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
@@ -36,6 +37,11 @@ BYTES = st.lists(st.integers(0, 258), max_size=25)
 def any_chat(request: pytest.FixtureRequest) -> ChatFormat:
     name = "tokenizer" if request.param == "bundled" else "qwen2_tokenizer"
     return ChatFormat(request.getfixturevalue(name))
+
+
+@pytest.fixture(scope="session")
+def fallback_chat(llama2_tokenizer: Any) -> ChatFormat:
+    return ChatFormat(llama2_tokenizer)
 
 
 def stream(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
@@ -214,3 +220,126 @@ def test_streams_do_not_share_state(chat):
         pieces[first] += first.push(token)
 
     assert pieces == {first: "👩", second: "x"}
+
+
+# Tokenizers with byte fallback: a run of bytes decodes whole or not at all
+
+SPECIAL, FIRST_BYTE = 2, 3
+TEXT_IDS = range(FIRST_BYTE + 256, FIRST_BYTE + 256 + 12)
+
+
+def of(text: bytes) -> list[int]:
+    """The byte tokens of `llama2_tokenizer`."""
+    return [FIRST_BYTE + byte for byte in text]
+
+
+def a(tokenizer: Any, piece: str) -> int:
+    found: int = tokenizer.convert_tokens_to_ids(piece)
+    return found
+
+
+# Whole characters, halves, bytes that are never right, texts, special tokens, ids that are no token.
+FALLBACK_PIECES = st.one_of(
+    st.sampled_from(["é", "€", "🙂", "\n", " ", "A", "ab"]).map(lambda text: of(text.encode())),
+    st.sampled_from(["é", "€", "🙂"]).map(lambda text: of(text.encode()[:-1])),
+    st.binary(min_size=1, max_size=2).map(of),
+    st.sampled_from(TEXT_IDS).map(lambda id_: [id_]),
+    st.sampled_from([0, 1, SPECIAL, 10**6]).map(lambda id_: [id_]),
+)
+FALLBACK_IDS = st.lists(FALLBACK_PIECES, max_size=10).map(lambda pieces: [id_ for piece in pieces for id_ in piece])
+ANY_STOP = st.lists(
+    st.one_of(
+        st.sampled_from(["\n", " ", "a", "ab", "A", "é", "€", "\ufffd", "\ufffd\ufffd", "\ufffda", "A\n", "\n\n"]),
+        st.text("aA é\n", min_size=1, max_size=3),
+    ),
+    max_size=2,
+)
+
+
+def assert_streams(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) -> None:
+    """Joined it is the text of what was pushed, cut at a stop string; on the way it is never taken back."""
+    text = TextStream(chat, stop)
+    shown, pushed = "", list[int]()
+    for token in ids:
+        pushed.append(token)
+        shown += text.push(token)
+        assert not any(word in shown for word in stop)
+        if text.stopped:
+            break
+    shown += text.finish()
+    assert shown == cut(chat.decode(pushed), stop)
+    assert text.stopped == any(word in chat.decode(pushed) for word in stop)
+    assert text.finish() == ""
+
+
+@settings(PROPERTY, max_examples=1500)
+@given(FALLBACK_IDS, ANY_STOP)
+@example(of(b"A\xff"), [])  # the text of the first byte is not what it seems
+@example(of(b"\n\xe2\x82"), [])  # ends inside a run
+@example(of(b"\n\xe2\x82"), ["\n"])
+@example([*of(b"\n\xe2"), SPECIAL, *of(b"\x82\xac")], [])  # a special token parts no run
+@example([*of(b" \xff"), TEXT_IDS[3]], [])  # nor does a run that fails lose its first space
+@example([*of(b"\xff"), TEXT_IDS[0], TEXT_IDS[3]], [])
+@example([TEXT_IDS[8], *of(b"\xac"), TEXT_IDS[1]], [])  # a piece that is itself U+FFFD
+def test_reply_with_bytes_joins_to_the_decoded_reply(fallback_chat, ids, stop):
+    assert_streams(fallback_chat, ids, stop)
+
+
+@settings(PROPERTY, max_examples=1500)
+@given(st.lists(st.integers(0, FIRST_BYTE + 256 + 15), max_size=25), ANY_STOP)
+def test_any_ids_with_bytes_join_to_the_decoded_reply(fallback_chat, ids, stop):
+    assert_streams(fallback_chat, ids, stop)
+
+
+@PROPERTY
+@given(st.one_of(IDS, BYTES), ANY_STOP)
+def test_any_ids_with_stop_strings_join_to_the_decoded_reply(chat, ids, stop):
+    assert_streams(chat, ids, stop)
+
+
+@settings(PROPERTY, max_examples=100)
+@given(st.one_of(st.lists(st.integers(0, 151_656), max_size=25), BYTES), ANY_STOP)
+def test_any_ids_of_the_real_tokenizer_with_stop_strings_join_to_the_decoded_reply(qwen2_tokenizer, ids, stop):
+    assert_streams(ChatFormat(qwen2_tokenizer), ids, stop)
+
+
+def test_run_of_bytes_is_shown_when_it_is_over_or_cannot_be_right_any_more(fallback_chat, llama2_tokenizer):
+    letter = a(llama2_tokenizer, "a")
+
+    assert stream(fallback_chat, [letter, *of(b"\n"), letter]) == ["a", "", "\na", ""]
+    assert stream(fallback_chat, [letter, *of(b"\n\xff"), *of(b"A"), letter]) == [
+        "a",
+        "",
+        "\ufffd" * 2,
+        "\ufffd",
+        "a",
+        "",
+    ]
+    assert stream(fallback_chat, [letter, *of("€".encode())]) == ["a", "", "", "", "€"]
+
+
+def test_stop_string_inside_a_run_of_bytes_ends_the_reply_at_once(fallback_chat, llama2_tokenizer):
+    """Llama 2 has no other token for a new line, and people stop there."""
+    ids = [a(llama2_tokenizer, "a"), *of(b"\n")]
+
+    assert stream(fallback_chat, [*ids, a(llama2_tokenizer, "b")], ["\n"]) == ["a", "", ""]
+
+
+@pytest.mark.parametrize("kind", ["chat", "fallback_chat"])
+@pytest.mark.parametrize(
+    "run",
+    [b"A" * 600, b"\xff" * 600, "€".encode() * 200, b"A" * 300 + b"\xff" + b"B" * 299],
+    ids=lambda run: run[-1:].hex(),
+)
+def test_what_a_byte_costs_does_not_grow_with_their_number(kind, run, request, monkeypatch):
+    """A reply may be forced to be bytes that are no character, alone."""
+    chat = request.getfixturevalue(kind)
+    decoded: list[int] = []
+    decode = TextStream._decode
+    monkeypatch.setattr(TextStream, "_decode", lambda self, ids: (decoded.append(len(ids)), decode(self, ids))[1])
+    level = bytes_to_unicode()
+    ids = of(run) if kind == "fallback_chat" else [a(chat.tokenizer, level[byte]) for byte in run]
+
+    assert_streams(chat, ids, ["zz"])
+
+    assert sum(decoded) < 20 * len(run)

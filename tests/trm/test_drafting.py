@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trm.scheduling import NO_TEXT
 from trm.engine.drafting import FIRST_GUESS, MEMORY, PROBE_EVERY, Costs, Drafter
+from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Request, SamplingParams
-from trm.engine.scheduler import Row
+from trm.engine.row import Row
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 POSITIONS = (1, 8, 64)
@@ -20,7 +22,7 @@ FREE = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(1.0, 1.0, 1.0))
 
 
 def make_row(acceptance: float | None = None, steps: int = 4, max_tokens: int = 100, **params: Any) -> Row:
-    row = Row(Request((1, 2), SamplingParams(max_tokens=max_tokens, **params)), steps, ignore)
+    row = Row(Request((1, 2), SamplingParams(max_tokens=max_tokens, **params)), steps, ignore, NO_TEXT, Prefix())
     row.acceptance = acceptance
     return row
 
@@ -163,7 +165,7 @@ def test_acceptance_is_the_mean_of_the_rows_that_can_draft():
 
 def test_steps_of_rows_that_halt_are_what_they_took():
     early, unknown = (make_row(0.7, steps=16, halt_threshold=0.5) for _ in range(2))
-    early.passes, early.pass_steps = 10, 10
+    early.taken.passes, early.taken.pass_steps = 10, 10
 
     assert length([early]) == length([make_row(0.7, steps=1)])
     assert length([unknown]) == length([make_row(0.7, steps=16)])

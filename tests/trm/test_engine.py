@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import make_model
+from tests.conftest import byte_fallback_tokenizer, make_model
 from tests.trm.conftest import END, NEAR_TIE, assert_same_tokens, some_prompt
 from tests.trm.engines import (
     KV_SOURCES,
@@ -185,7 +185,7 @@ def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
     lay_out_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=5, max_model_len=256))
-    engine.drafter.length = lambda rows, num_running: 3
+    engine.loop.drafter.length = lambda rows, num_running: 3
     stories = [
         "Tom has 12 apples and buys 7 more.",
         "Each of 4 boxes holds 6 pens.",
@@ -314,3 +314,52 @@ def test_beginning_of_a_stop_string_is_released_at_the_end(chat):
 
     assert reply.text == text
     assert reply.finish_reason == "length"
+
+
+# Tokenizers that fall back on bytes
+
+BYTES = (
+    "<0xE2>",
+    "<0x82>",
+    "<0xAC>",
+    "<0xFF>",
+    "<0x0A>",
+    "<0x20>",
+    "<0x41>",
+    "\u2581",
+    "a",
+    "\u2581b",
+    "\u2581\u2581",
+    "\u20ac",
+    "12",
+)
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_sampled_replies_in_bytes_are_their_tokens_decoded(draft):
+    """Bytes in any order are mostly no characters. A run of them that turned out wrong used to end in an error."""
+    chat = ChatFormat(byte_fallback_tokenizer(*BYTES))
+    engine = make_engine(chat, draft=draft)
+    requests = [
+        Request(tuple(some_prompt(3, n, 16)), SamplingParams(12, 2.0, seed=n, stop=("\n",) if n % 2 else ()))
+        for n in range(40)
+    ]
+
+    replies = engine.generate(requests)
+
+    assert {reply.finish_reason for reply in replies} == {"stop", "length"}
+    for one, reply in zip(requests, replies, strict=True):
+        whole = chat.decode(reply.token_ids)
+        assert reply.text == (whole.split("\n")[0] if one.params.stop else whole)
+    assert sum("\ufffd" in reply.text for reply in replies) > 10
+
+
+def test_stop_string_that_only_the_end_completes_is_a_stop():
+    """What is no whole character becomes text when nothing can follow any more."""
+    chat = ChatFormat(byte_fallback_tokenizer(*BYTES))
+    engine = make_engine(chat)
+    half = ((chat.tokenizer.convert_tokens_to_ids("<0xE2>"), 100.0),)
+
+    [reply] = engine.generate([request(3, max_tokens=1, logit_bias=half, stop=("\ufffd",))])
+
+    assert (reply.text, reply.finish_reason, len(reply.token_ids)) == ("", "stop", 1)

@@ -64,5 +64,5 @@ def test_statistics_add_up(chat, kv_source):
     assert stats.prompt_tokens == sum(len(one.prompt_ids) for one in requests)
     assert stats.generation_tokens == sum(len(reply.token_ids) for reply in replies)
     assert stats.row_steps == sum(reply.usage.supervision_steps for reply in replies)
-    tables = (engine.runner.backbone_slots, engine.runner.slots)
+    tables = (engine.loop.runner.backbone_slots, engine.loop.runner.slots)
     assert stats.kv_cache_bytes == sum(table.keys.nbytes + table.values.nbytes for table in tables)

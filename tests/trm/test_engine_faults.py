@@ -10,7 +10,8 @@ import torch
 from tests.trm.conftest import some_prompt
 from tests.trm.engines import Listener, assert_empty, expected, make_engine, request, run
 from trm.engine import Engine, Reply, Request, SamplingParams
-from trm.errors import DeviceError, Overloaded
+from trm.engine.detokenizer import TextStream
+from trm.errors import DeviceError, InternalError, Overloaded
 
 # Cancelling
 
@@ -78,7 +79,7 @@ def test_next_tenant_of_a_cancelled_rows_slot_is_right(steps_before, chat, kv_so
 def test_failing_model_call_fails_its_rows_and_no_others(call, chat, kv_source, monkeypatch):
     engine = make_engine(chat, kv_source, max_rows=2)
     listener = Listener(engine)
-    original = getattr(engine.runner, call)
+    original = getattr(engine.loop.runner, call)
     left = [True]
 
     def fail_once(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +87,7 @@ def test_failing_model_call_fails_its_rows_and_no_others(call, chat, kv_source, 
             raise RuntimeError("CUDA error: an illegal memory access, of someone's secret prompt")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(engine.runner, call, fail_once)
+    monkeypatch.setattr(engine.loop.runner, call, fail_once)
     numbers = listener.submit(*[request(length, max_tokens=6) for length in (5, 9, 4, 7)])
     run(engine)
 
@@ -100,6 +101,46 @@ def test_failing_model_call_fails_its_rows_and_no_others(call, chat, kv_source, 
     assert_empty(engine)
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (RuntimeError("CUDA error: misaligned address"), DeviceError),
+        (torch.OutOfMemoryError("out of memory"), DeviceError),
+        (MemoryError(), DeviceError),
+        (ZeroDivisionError("someone's secret"), InternalError),
+        (KeyError("someone's secret"), InternalError),
+        (NotImplementedError("someone's secret"), InternalError),
+        (RecursionError("someone's secret"), InternalError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
+)
+def test_failures_of_the_device_and_our_own_are_told_apart(failure, kind, chat, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise failure
+
+    engine = make_engine(chat)
+    listener = Listener(engine)
+    monkeypatch.setattr(engine.loop.runner, "tick", fail)
+    [number] = listener.submit(request(3))
+    run(engine)
+
+    error = listener.events[number][-1].error
+    assert type(error) is kind
+    assert type(failure).__name__ in str(error)
+    assert ("device" in str(error)) == (kind is DeviceError)
+    assert "secret" not in str(error)
+
+
+def test_reply_that_cannot_be_decoded_to_text_is_a_bug_of_ours(chat, monkeypatch):
+    engine = make_engine(chat)
+    listener = Listener(engine)
+    monkeypatch.setattr(TextStream, "finish", lambda self: 1 / 0)
+    [number] = listener.submit(request(3))
+    run(engine)
+
+    assert type(listener.events[number][-1].error) is InternalError
+
+
 def test_failure_in_one_stage_spares_rows_in_another(chat, kv_source, monkeypatch):
     """A row that is being prefilled has no part in a tick that fails, and the other way round."""
     engine = make_engine(chat, kv_source, max_rows=2, prefill_chunk=2)
@@ -109,7 +150,7 @@ def test_failure_in_one_stage_spares_rows_in_another(chat, kv_source, monkeypatc
     [prefilling] = listener.submit(request(21))
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "tick", lambda *args: 1 / 0)
+        patch.setattr(engine.loop.runner, "tick", lambda *args: 1 / 0)
         engine.step()
     run(engine)
 
@@ -125,7 +166,7 @@ def poison(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, backbone: bool = 
 
     `backbone` False: only those of the recursion.
     """
-    runner, original = engine.runner, engine.runner.prefill
+    runner, original = engine.loop.runner, engine.loop.runner.prefill
 
     def prefill(spans: Any, tokens: Any, steps: Any) -> None:
         original(spans, tokens, steps)
@@ -220,7 +261,7 @@ def test_next_tenant_is_right_after_a_row_that_never_looked_at_its_keys(chat, mo
 
 def test_cache_is_born_as_zeros(chat, kv_source):
     """`torch.empty` may hold NaN, which poisons even where it is masked."""
-    runner = make_engine(chat, kv_source).runner
+    runner = make_engine(chat, kv_source).loop.runner
 
     for table in (runner.backbone_slots, runner.slots):
         assert not table.keys.any()
@@ -270,7 +311,7 @@ class ErraticRunner:
 def test_every_accepted_request_ends_exactly_once_whatever_happens(seed, draft, chat, caplog):
     rng = random.Random(seed)
     engine = make_engine(chat, draft=draft, max_rows=3, max_queue=4, prefill_chunk=5)
-    engine.runner = ErraticRunner(rng)  # type: ignore[assignment]
+    engine.loop.runner = ErraticRunner(rng)  # type: ignore[assignment]
     listener = Listener(engine)
     refused = 0
     with caplog.at_level("CRITICAL"):
@@ -288,8 +329,8 @@ def test_every_accepted_request_ends_exactly_once_whatever_happens(seed, draft, 
                     listener.handles[rng.randrange(max(0, len(listener.handles) - 8), len(listener.handles))].cancel()
                 case _:
                     engine.step()
-            used = [row.slot for row in engine.scheduler.running]
-            assert sorted([*used, *engine.scheduler._free]) == [0, 1, 2]
+            used = [row.slot for row in engine.loop.scheduler.running]
+            assert sorted([*used, *engine.loop.scheduler._free]) == [0, 1, 2]
         engine.close()
 
     reasons = [listener.reply(number).finish_reason for number in listener.handles]

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from server.token_bytes import TokenBytes
-from tests.conftest import make_model
+from tests.conftest import byte_fallback_tokenizer, make_model
 from tests.trm.conftest import END, NEAR_TIE, assert_same_tokens, some_prompt
 from tests.trm.engines import TEXTS, Listener, assert_empty, expected, make_engine, request, run
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
@@ -159,7 +159,7 @@ def test_untrained_decoder_accepts_every_draft(chat, kv_source):
     """P1: it is the backbone, so what is drafted under the grammar is what is chosen under it."""
     model = make_model(kv_source=kv_source, scale=0.0, sizes={"vocab_size": 16}).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=5))
-    engine.drafter.length = lambda rows, num_running: 5
+    engine.loop.drafter.length = lambda rows, num_running: 5
     one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=12, temperature=1.0), SMALL.regex("a{12}"))
 
     [reply] = engine.generate([one])
@@ -172,7 +172,7 @@ def test_untrained_decoder_accepts_every_draft(chat, kv_source):
 def test_nothing_is_drafted_behind_the_end_of_the_grammar(chat):
     model = make_model(scale=0.0, sizes={"vocab_size": 16}).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=7))
-    engine.drafter.length = lambda rows, num_running: 7
+    engine.loop.drafter.length = lambda rows, num_running: 7
     one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=40), SMALL.regex(":{4}"))
 
     [reply] = engine.generate([one])
@@ -270,7 +270,7 @@ def bundled() -> tuple[Engine, GrammarCompiler]:
     lay_out_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=16, max_model_len=400))
-    engine.drafter.length = lambda rows, num_running: 3
+    engine.loop.drafter.length = lambda rows, num_running: 3
     return engine, GrammarCompiler(TokenBytes(chat.tokenizer).texts(model.config.vocab_size), chat.end_id)
 
 
@@ -347,3 +347,26 @@ def test_replies_equal_the_reference_but_for_near_ties(bundled):
         solo = reference.decode(engine.model, one.prompt_ids, one.params, engine.chat.end_id, one.grammar)
         assert_same_tokens(reply.token_ids, solo, NEAR_TIE)
     assert engine.stats().accepted_tokens > 0
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_grammar_of_a_tokenizer_that_falls_back_on_bytes_gives_whole_characters(draft):
+    """What is one character to the grammar is some bytes to the decoder, in a run that must be right as a whole."""
+    bytes_ = ("<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "<0x0A>", "<0xC3>", "<0xA9>", "<0x41>")
+    chat = ChatFormat(byte_fallback_tokenizer(*bytes_, "\u2581", "a", "\u2581A", "\u20ac", "\u00e9a"))
+    engine = make_engine(chat, draft=draft)
+    compiler = GrammarCompiler(TokenBytes(chat.tokenizer).texts(16), chat.end_id)
+    pattern = "[aA](\u20ac|\u00e9| |\\n|A){3,5}"
+
+    replies = engine.generate(
+        [
+            Request(tuple(some_prompt(3, n, 16)), SamplingParams(40, 2.0, seed=n), grammar=compiler.regex(pattern))
+            for n in range(40)
+        ]
+    )
+
+    seen = {token for reply in replies for token in reply.token_ids}
+    assert {*chat.tokenizer.convert_tokens_to_ids(["<0xE2>", "<0x0A>", "<0xA9>", "\u20ac"])} <= seen
+    for reply in replies:
+        assert re.fullmatch(pattern, reply.text)
+        assert reply.finish_reason == "stop"

@@ -1,5 +1,7 @@
 """What the engine refuses, by name and with the arithmetic, and how large its cache is."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.trm.engines import Listener, assert_empty, expected, make_engine, request, run
@@ -16,7 +18,7 @@ def test_impossible_request_is_refused_with_the_arithmetic(chat):
         engine.submit([request(14, max_tokens=7)])
 
     assert caught.value.code == "context_length_exceeded"
-    assert caught.value.param == "messages"
+    assert caught.value.param == "prompt"
     assert_empty(engine)
 
 
@@ -33,7 +35,7 @@ def test_request_that_just_fits_is_served_exactly(chat, kv_source):
 @pytest.mark.parametrize(
     ("prompt", "params", "message", "param"),
     [
-        ((), {}, "empty", "messages"),
+        ((), {}, "empty", "prompt"),
         ((3, 16), {}, "outside 0 to 15", "prompt"),
         ((3, -1), {}, "outside 0 to 15", "prompt"),
         ((3,), {"n_supervision": 5}, "5.*0 to 4", "supervision_steps"),
@@ -49,6 +51,38 @@ def test_request_that_could_never_be_served_is_refused(prompt, params, message, 
 
     assert caught.value.param == param
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("prompt", [(), (3, 16), (3,) * 60], ids=["empty", "unknown-token", "too-long"])
+def test_what_is_wrong_with_a_prompt_is_told_of_the_field_that_it_came_from(prompt, chat):
+    with pytest.raises(BadRequest) as caught:
+        make_engine(chat).submit([Request(prompt, SamplingParams(max_tokens=9), prompt_field="question")])
+
+    assert caught.value.param == "question"
+
+
+class CountedPrompt(tuple[int, ...]):
+    """A prompt that counts how often all of it is read."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        type(self).read += 1
+        return super().__iter__()
+
+
+def test_prompt_of_many_samples_is_looked_at_once(chat):
+    """It happens on the event loop: 64 samples of 30,000 tokens took a sixth of a second."""
+    engine = make_engine(chat, max_rows=1, max_queue=63)
+    prompt = CountedPrompt(request(20).prompt_ids)
+    CountedPrompt.read = 0
+
+    engine.submit([Request(prompt, SamplingParams(max_tokens=5, sample_index=index)) for index in range(64)])
+
+    assert CountedPrompt.read <= 3  # its smallest, its largest, its digests
+    [bad] = [Request((99,), SamplingParams(max_tokens=5))]
+    with pytest.raises(BadRequest):
+        engine.submit([bad, bad])
 
 
 def test_overload_is_immediate_and_leaves_the_accepted_alone(chat):
@@ -73,8 +107,7 @@ def test_samples_are_accepted_all_or_none(chat):
 
     with pytest.raises(Overloaded):
         listener.submit(*[request(4, temperature=1.0, sample_index=index) for index in range(3)])
-    assert len(engine.scheduler.waiting) == 1
-    assert len(engine._streams) == 1
+    assert len(engine.loop.scheduler.waiting) == 1
 
     run(engine)
     assert listener.events.keys() == {0}
@@ -98,7 +131,7 @@ def test_reserved_places_are_filled_given_back_or_kept_through_a_mistake(chat):
     handles = engine.submit([request(3)], reservation=kept)
 
     kept.release()
-    assert engine.scheduler.reserved == kept.count == 0
+    assert engine.loop.scheduler.reserved == kept.count == 0
     engine.reserve(2)
     run(engine)
     assert handles[0].result().usage.queue_s >= 0

@@ -19,13 +19,13 @@ def ask(*tail: int, head: int = 20, **params: Any) -> Request:
 def count_prefilled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that pass through prefill from now on, one entry for each piece."""
     counts: list[int] = []
-    original = engine.runner.prefill
+    original = engine.loop.runner.prefill
 
     def prefill(spans: Any, tokens: Any, steps: Any) -> None:
         counts.extend(span.length for span in spans)
         original(spans, tokens, steps)
 
-    monkeypatch.setattr(engine.runner, "prefill", prefill)
+    monkeypatch.setattr(engine.loop.runner, "prefill", prefill)
     return counts
 
 
@@ -111,7 +111,7 @@ def test_slot_that_was_used_long_ago_is_given_up_first(chat):
 
 def test_row_whose_source_fails_computes_its_own_prefix(chat, kv_source, monkeypatch):
     engine = make_engine(chat, kv_source, prefill_chunk=4)
-    original = engine.runner.prefill
+    original = engine.loop.runner.prefill
     calls = iter(range(100))
 
     def prefill(*args: Any) -> None:
@@ -119,7 +119,7 @@ def test_row_whose_source_fails_computes_its_own_prefix(chat, kv_source, monkeyp
             raise RuntimeError("device lost")
         original(*args)
 
-    monkeypatch.setattr(engine.runner, "prefill", prefill)
+    monkeypatch.setattr(engine.loop.runner, "prefill", prefill)
     listener = Listener(engine)
     first, second = listener.submit(ask(3), ask(3, temperature=1.0))
     run(engine)
@@ -147,8 +147,8 @@ def test_prefix_that_is_not_finite_is_not_taken_over(chat, kv_source):
     listener = Listener(engine)
     [bad] = listener.submit(ask(3, n_supervision=4, max_tokens=9))
     engine.step()
-    slot = engine.scheduler.running[0].slot
-    engine.runner.backbone_slots.keys[:, slot, :, 7] = float("nan")
+    slot = engine.loop.scheduler.running[0].slot
+    engine.loop.runner.backbone_slots.keys[:, slot, :, 7] = float("nan")
 
     [good] = listener.submit(ask(4))
     run(engine)

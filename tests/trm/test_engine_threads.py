@@ -3,6 +3,7 @@
 import copy
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from tests.trm.conftest import exact_model
 from tests.trm.engines import Listener, assert_empty, expected, make_engine, request
 from trm.chat import ChatFormat
 from trm.engine import Engine, EngineConfig, Event, Reply, Request
-from trm.errors import DeviceError
+from trm.errors import DeviceError, InternalError
 
 TIMEOUT_S = 60
 
@@ -81,10 +82,10 @@ def test_events_stream_while_the_request_runs(started):
 
 def test_failed_request_raises_its_error(started, monkeypatch):
     engine = started()
-    monkeypatch.setattr(engine.runner, "feed", lambda *args: 1 / 0)
+    monkeypatch.setattr(engine.loop.runner, "feed", lambda *args: 1 / 0)
     [handle] = engine.submit([request(3)])
 
-    with pytest.raises(DeviceError, match="ZeroDivisionError"):
+    with pytest.raises(InternalError, match="ZeroDivisionError"):
         in_threads(handle.result)
     assert engine.alive(), "the next request may well succeed"
 
@@ -147,14 +148,14 @@ class Gate:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
-        original = engine.runner.tick
+        original = engine.loop.runner.tick
 
         def tick(*args: Any) -> Any:
             self.reached.set()
             assert self.opened.wait(TIMEOUT_S)
             return original(*args)
 
-        monkeypatch.setattr(engine.runner, "tick", tick)
+        monkeypatch.setattr(engine.loop.runner, "tick", tick)
 
     def wait(self) -> None:
         assert self.reached.wait(TIMEOUT_S)
@@ -172,7 +173,7 @@ def test_closing_cancels_what_has_not_finished(started, monkeypatch):
     closing = threading.Thread(target=engine.close, daemon=True)
     closing.start()
     with engine._changed:
-        engine._changed.wait_for(lambda: all(row.cancelled for row in engine.scheduler.waiting), TIMEOUT_S)
+        engine._changed.wait_for(lambda: all(row.cancelled for row in engine.loop.scheduler.waiting), TIMEOUT_S)
     gate.opened.set()
     closing.join(TIMEOUT_S)
 
@@ -187,9 +188,27 @@ def test_closing_cancels_what_has_not_finished(started, monkeypatch):
     assert seen.keys() == {0, 1}
 
 
+@pytest.mark.parametrize("drain_s", [0.0, 0.2])
+def test_closing_does_not_wait_for_a_device_call_that_hangs(drain_s, started, monkeypatch):
+    monkeypatch.setattr("trm.engine.engine.CLOSE_S", 0.3)
+    engine = started(max_rows=1)
+    gate = Gate(engine, monkeypatch)
+    [handle] = engine.submit([request(3)])
+    gate.wait()
+    began = time.monotonic()
+
+    [ended] = in_threads(lambda: engine.close(drain_s))
+
+    assert ended is False
+    assert drain_s + 0.3 <= time.monotonic() - began < drain_s + 5
+    gate.opened.set()
+    assert in_threads(handle.result)[0].finish_reason == "cancelled"
+    assert in_threads(engine.close) == [True]
+
+
 def test_closed_engine_takes_no_more_requests(started):
     engine = started()
-    engine.close()
+    assert engine.close() is True
 
     with pytest.raises(DeviceError, match="shut down"):
         engine.submit([request()])
@@ -203,7 +222,7 @@ def test_engine_that_was_never_started_closes_too(chat):
     running, waiting = listener.submit(request(3, max_tokens=30, ignore_eos=True), request(4))
     engine.step()
 
-    engine.close()
+    assert engine.close() is True
 
     assert listener.reply(running).finish_reason == listener.reply(waiting).finish_reason == "cancelled"
     assert not engine.alive()
@@ -216,8 +235,8 @@ def test_device_that_computes_no_more_ends_the_engine(started, monkeypatch):
     gate = Gate(engine, monkeypatch)
     handles = engine.submit([request(3), request(4)])
     gate.wait()
-    engine.runner.device = torch.device("meta")  # which holds no numbers to add
-    monkeypatch.setattr(engine.runner, "logits", lambda *args, **kwargs: 1 / 0)
+    engine.loop.runner.device = torch.device("meta")  # which holds no numbers to add
+    monkeypatch.setattr(engine.loop.runner, "logits", lambda *args, **kwargs: 1 / 0)
     gate.opened.set()
 
     for handle in handles:
@@ -229,15 +248,25 @@ def test_device_that_computes_no_more_ends_the_engine(started, monkeypatch):
         engine.reserve(1)
 
 
-def test_dead_device_ends_every_request_and_takes_no_more(started, monkeypatch):
+def fail(error: Exception) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"), [(RuntimeError("CUDA error"), DeviceError), (KeyError("a bug"), InternalError)]
+)
+def test_dead_device_ends_every_request_and_takes_no_more(failure, error, started, monkeypatch):
     """Even clearing a slot fails: nothing can be served any more, and nobody may wait for ever."""
     engine = started(max_rows=1)
     gate = Gate(engine, monkeypatch)
     events: queue.Queue[tuple[int, Event]] = queue.Queue()
     engine.submit([request(3), request(4)], lambda index, event: events.put((index, event)))
     gate.wait()
-    monkeypatch.setattr(engine.runner, "clear", lambda *args: 1 / 0)
-    monkeypatch.setattr(engine.runner, "logits", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(engine.loop.runner, "clear", fail(failure))
+    monkeypatch.setattr(engine.loop.runner, "logits", fail(failure))
     gate.opened.set()
 
     last = dict(events.get(timeout=TIMEOUT_S) for _ in range(2))
@@ -245,7 +274,7 @@ def test_dead_device_ends_every_request_and_takes_no_more(started, monkeypatch):
     assert last.keys() == {0, 1}
     for event in last.values():
         assert event.finish_reason == "error"
-        assert isinstance(event.error, DeviceError)
+        assert type(event.error) is error
         assert event.usage is not None, "usage comes with the finish_reason"
     assert events.empty()
     engine._thread.join(TIMEOUT_S)
@@ -305,14 +334,14 @@ def test_model_is_left_as_it_was(chat, kv_source):
 
 def test_an_engine_whose_step_never_ends_is_not_alive_until_it_does(started):
     engine = started(max_step_s=0.05)
-    feed, reached, held = engine.runner.feed, threading.Event(), threading.Event()
+    feed, reached, held = engine.loop.runner.feed, threading.Event(), threading.Event()
 
     def hang(*args: Any) -> None:
         reached.set()
         held.wait(TIMEOUT_S)
         feed(*args)
 
-    engine.runner.feed = hang
+    engine.loop.runner.feed = hang
     assert engine.alive()
     [handle] = engine.submit([request(3)])
     reached.wait(TIMEOUT_S)

@@ -105,13 +105,13 @@ def test_traces_come_with_their_tokens_and_the_end_token_has_one(chat):
 def test_only_traced_rows_are_read_out_before_they_answer(chat, monkeypatch):
     engine = make_engine(chat)
     read: list[int] = []
-    logits = engine.runner.logits
+    logits = engine.loop.runner.logits
 
     def count(slots, *args, **kwargs):
         read.append(len(slots))
         return logits(slots, *args, **kwargs)
 
-    monkeypatch.setattr(engine.runner, "logits", count)
+    monkeypatch.setattr(engine.loop.runner, "logits", count)
     plain = [request(length, n_supervision=4, max_tokens=3, ignore_eos=True) for length in (3, 4, 5)]
 
     engine.generate(plain)

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from tests.trm.scheduling import Loop, admit, check, make_row, slots_of
-from trm.engine.scheduler import Row, Scheduler
+from trm.engine.row import Pass, Row
+from trm.engine.scheduler import Scheduler
 from trm.errors import BadRequest, Overloaded
 
 # Admission
@@ -135,7 +136,7 @@ def test_time_in_the_queue_ends_with_a_slot_or_with_leaving():
     now[0] = 9.0
     scheduler.release(second)
 
-    assert [row.queue_s for row in rows] == [1.0, 4.0, 3.0]
+    assert [row.taken.queue_s for row in rows] == [1.0, 4.0, 3.0]
 
 
 # Leaving
@@ -202,7 +203,7 @@ def test_row_is_prefilled_up_to_its_last_prompt_token_and_then_fed():
     assert scheduler.prefilling(2) == []
     assert scheduler.feeding() == [row]
     assert row.token == 15
-    row.thinking = True
+    row.work = Pass()
     assert scheduler.feeding() == []
     assert scheduler.thinking() == [row]
 
@@ -282,22 +283,22 @@ def test_prefill_budget_goes_to_the_oldest_though_calls_are_in_order_of_slots():
 )
 def test_places_halt_one_by_one_and_the_row_answers_with_the_last(steps, draft, halted, steps_taken):
     row = make_row(steps=steps)
-    row.thinking, row.draft = True, draft
+    row.work = work = Pass(draft=draft)
     for flags in halted:
         assert not row.answered
-        row.step += 1
-        row.note_halted(flags)
+        work.step += 1
+        work.note_halted(flags)
 
     assert row.answered
-    assert [row.steps_taken(place) for place in range(1 + len(draft))] == steps_taken
+    assert [work.steps_taken(place) for place in range(1 + len(draft))] == steps_taken
 
 
 def test_places_that_have_not_halted_have_taken_every_step():
     row = make_row(steps=5)
-    row.thinking, row.draft, row.step = True, [7, 8], 5
+    row.work = work = Pass(5, [7, 8])
 
     assert row.answered
-    assert [row.steps_taken(place) for place in range(3)] == [5, 5, 5]
+    assert [work.steps_taken(place) for place in range(3)] == [5, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_places_that_have_not_halted_have_taken_every_step():
 )
 def test_row_is_answered_when_every_position_has_had_its_steps(thinking, step, steps, halted_at, answered):
     row = make_row(steps=steps)
-    row.thinking, row.step, row.halted_at = thinking, step, halted_at
+    row.work = Pass(step, halted_at=halted_at) if thinking else None
 
     assert row.answered is answered
 
@@ -332,7 +333,7 @@ def test_row_is_answered_when_every_position_has_had_its_steps(thinking, step, s
 )
 def test_expected_steps_are_the_effort_or_what_passes_took_so_far(params, passes, pass_steps, expected):
     row = make_row(steps=6, **params)
-    row.passes, row.pass_steps = passes, pass_steps
+    row.taken.passes, row.taken.pass_steps = passes, pass_steps
 
     assert row.expected_steps == expected
 
@@ -363,11 +364,11 @@ def test_rows_are_called_by_slot():
 
     assert slots_of(scheduler.feeding()) == [0, 1, 2]
     for row in rows:
-        row.thinking = True
+        row.work = Pass()
     assert slots_of(scheduler.thinking()) == [0, 1, 2]
     assert scheduler.answered() == []
     for row in rows[:2]:
-        row.step = row.steps
+        row.work = Pass(row.steps)
     assert scheduler.thinking() == rows[2:]
     assert scheduler.answered() == rows[:2]
 
@@ -415,7 +416,7 @@ def test_row_that_may_halt_does_not_wait_for_its_first_token(params):
     scheduler = Scheduler(max_rows=3, max_queue=0)
     busy, halting, steady = make_row(1, steps=4), make_row(1, steps=4, **params), make_row(1, steps=4)
     admit(scheduler, busy, halting, steady)
-    busy.thinking, scheduler.clock = True, 1
+    busy.work, scheduler.clock = Pass(), 1
 
     assert scheduler.feeding() == [halting]
 
@@ -425,8 +426,8 @@ def test_rows_that_halt_gather_at_their_mean_pace(taken, pace):
     scheduler = Scheduler(max_rows=2, max_queue=0)
     busy, halting = make_row(1, steps=16), make_row(1, steps=16, halt_tolerance=0.1)
     admit(scheduler, busy, halting)
-    halting.passes, halting.pass_steps = len(taken), sum(taken)
-    busy.thinking = True
+    halting.taken.passes, halting.taken.pass_steps = len(taken), sum(taken)
+    busy.work = Pass()
     begun = []
     for scheduler.clock in range(1, 13):
         begun += [scheduler.clock] if scheduler.feeding() == [halting] else []
@@ -438,10 +439,10 @@ def test_effort_zero_does_not_wait():
     scheduler = Scheduler(max_rows=2, max_queue=0)
     busy, row = make_row(1, steps=4), make_row(1, steps=0)
     admit(scheduler, busy, row)
-    busy.thinking, scheduler.clock = True, 3
+    busy.work, scheduler.clock = Pass(), 3
 
     assert scheduler.feeding() == [row]
-    row.thinking = True
+    row.work = Pass()
     assert scheduler.answered() == [row], "without a single step"
     assert scheduler.thinking() == [busy]
 
@@ -460,7 +461,7 @@ def test_clock_goes_on_while_anybody_thinks():
     scheduler = Scheduler(max_rows=2, max_queue=0)
     busy, row = make_row(1, steps=4), make_row(1, steps=4)
     admit(scheduler, busy, row)
-    busy.thinking, scheduler.clock = True, 3
+    busy.work, scheduler.clock = Pass(), 3
 
     assert scheduler.feeding() == []
     assert scheduler.clock == 3

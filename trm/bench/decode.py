@@ -121,7 +121,7 @@ class DecodeBench:
         deepest = with_params(requests, n_supervision=max(efforts))
         sizes = {"max_model_len": max(r.positions for r in requests), "max_queue": count, "max_draft_tokens": 0}
         free, rectangular, waiting, grouped = (self.engine(**sizes) for _ in range(4))
-        waiting.scheduler = LockstepScheduler(self.max_rows, count, free.scheduler.depth_matters)
+        waiting.loop.scheduler = LockstepScheduler(self.max_rows, count, free.loop.scheduler.depth_matters)
         by_effort = [requests[start :: len(efforts)] for start in range(len(efforts))]
         ways: dict[str, Callable[[], list[Decoded]]] = {
             "continuous": lambda: [decode_with_engine(free, requests)],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from trm.engine.scheduler import Row
+from trm.engine.row import Row
 
 FIRST_GUESS = 0.7  # acceptance assumed before anything was measured
 MEMORY = 0.9  # weight of the past when an acceptance is learnt

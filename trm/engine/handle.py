@@ -3,8 +3,10 @@
 import queue
 from collections.abc import Callable, Iterator
 
+from trm.engine.detokenizer import TextStream
+from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Reply, Request
-from trm.engine.scheduler import Row
+from trm.engine.row import Row
 from trm.errors import TRMError
 
 
@@ -26,12 +28,19 @@ class Handle:
     Events go to `on_event` in the engine's thread where one was given, else they wait here.
     """
 
-    def __init__(self, request: Request, steps: int, on_event: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        steps: int,
+        stream: TextStream,
+        prefix: Prefix,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
         self.request = request
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listened = on_event is not None
         self._ended: tuple[Reply, TRMError | None] | None = None
-        self.row = Row(request, steps, on_event or self._events.put)
+        self.row = Row(request, steps, on_event or self._events.put, stream, prefix)
 
     def cancel(self) -> None:
         """Leave before the next tick; the final event then says "cancelled". Harmless afterwards."""

@@ -164,6 +164,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     grammar: Grammar | None = None
+    prompt_field: str = "prompt"  # where its caller got the prompt from, for errors to name
 
     @property
     def positions(self) -> int:

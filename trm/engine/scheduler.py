@@ -11,96 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from trm.engine.request import Candidates, Event, Matcher, Request
+from trm.engine.prefix import BLOCK, Prefix, common_length
+from trm.engine.row import Row
 from trm.errors import BadRequest, Overloaded
 
 PACE_WINDOW = 64  # departures that tell how soon a place becomes free
-
-
-@dataclass(eq=False)
-class Row:
-    """One accepted request on its way through the engine.
-
-    Its tokens are the prompt, then the reply. `cached` of them have their keys and values in the
-    slot; the token after those is the one being worked on, at supervision step `step` of `steps`,
-    and with it the drafted tokens behind it, if any.
-    """
-
-    request: Request
-    steps: int
-    emit: Callable[[Event], None]
-    submitted_at: float = 0.0  # by the scheduler's clock
-    queue_s: float = 0.0  # waited for a slot
-    slot: int = -1
-    settled: bool = False  # it is known whose keys and values are taken over
-    source: "Row | None" = None  # the row whose prompt must be cached first, up to
-    source_length: int = 0
-    cached: int = 0
-    step: int = 0
-    thinking: bool = False  # the token at `cached` has passed the backbone
-    reply: list[int] = field(default_factory=list)
-    draft: list[int] = field(default_factory=list)
-    halted_at: list[int] = field(default_factory=list)  # steps that each position took, 0 while it goes on
-    seen: list[Candidates] = field(default_factory=list)  # of a request that is traced: after each step but the last
-    acceptance: float | None = None  # share of drafted tokens that were right, lately
-    passes: int = 0  # through the recursion, each for one token and what was drafted behind it
-    pass_steps: int = 0  # supervision steps of all of them
-    supervision_steps: int = 0  # behind the tokens of the reply
-    cached_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    may_draft: bool = True  # until a draft was not finite
-    cancelled: bool = False
-    matcher: Matcher | None = field(init=False)  # has seen the reply
-
-    def __post_init__(self) -> None:
-        grammar = self.request.grammar
-        self.matcher = None if grammar is None else grammar.matcher(may_end=not self.request.params.ignore_eos)
-
-    @property
-    def to_prefill(self) -> int:
-        """Prompt tokens still to be cached before the last one, which decodes like any other token."""
-        return max(0, len(self.request.prompt_ids) - 1 - self.cached)
-
-    @property
-    def token(self) -> int:
-        """The token after the cached ones."""
-        prompt = self.request.prompt_ids
-        return prompt[self.cached] if self.cached < len(prompt) else self.reply[self.cached - len(prompt)]
-
-    @property
-    def cached_ids(self) -> tuple[int, ...]:
-        """The tokens whose keys and values lie in the slot."""
-        return (*self.request.prompt_ids, *self.reply)[: self.cached]
-
-    @property
-    def room_for_draft(self) -> int:
-        """Tokens that may be drafted behind the next one."""
-        if not self.may_draft or self.steps == 0 or self.request.params.trace is not None:
-            return 0
-        return self.request.params.max_tokens - len(self.reply) - 1
-
-    @property
-    def expected_steps(self) -> float:
-        """Supervision steps of a pass: the effort, or the mean so far where positions may halt."""
-        halts = self.request.params.halts and self.passes
-        return self.pass_steps / self.passes if halts else self.steps
-
-    @property
-    def answered(self) -> bool:
-        """Whether every position has had its steps."""
-        return self.thinking and (self.step >= self.steps or (bool(self.halted_at) and all(self.halted_at)))
-
-    def note_halted(self, halted: Sequence[bool]) -> None:
-        """After a step: which of the positions being worked on have halted by now."""
-        before = self.halted_at or [0] * (1 + len(self.draft))
-        self.halted_at = [
-            at or (self.step if stopped else 0) for at, stopped in zip(before, halted[: len(before)], strict=True)
-        ]
-
-    def steps_taken(self, place: int) -> int:
-        """Supervision steps behind the answer at a place, 0 being the chosen token's."""
-        return (self.halted_at[place] if self.halted_at else 0) or self.step
 
 
 @dataclass(frozen=True)
@@ -109,6 +24,7 @@ class Kept:
 
     ids: tuple[int, ...] = ()
     depth: int = 0
+    prefix: Prefix = field(default_factory=Prefix, compare=False)  # of these tokens and perhaps more
 
 
 @dataclass(frozen=True)
@@ -144,6 +60,11 @@ class Scheduler:
         self._now = now
         self._departures = deque([0.0], maxlen=PACE_WINDOW)  # after the time when the first row came
 
+    @property
+    def unfinished(self) -> int:
+        """Rows that are here, running or waiting."""
+        return len(self.running) + len(self.waiting)
+
     def reserve(self, count: int) -> None:
         """Keep places for so many rows. Rows that fit into free slots do not count against the queue."""
         if count > self.max_queue + self.max_rows:
@@ -167,7 +88,7 @@ class Scheduler:
             self.reserve(reserved)
         self.reserved -= reserved
         now = self._now()
-        if not (self.running or self.waiting):
+        if not self.unfinished:
             self._departures = deque([now], maxlen=PACE_WINDOW)
         for row in rows:
             row.submitted_at = now
@@ -187,7 +108,7 @@ class Scheduler:
         copies = [copy for row in late for copy in self._settle(row, *self._best_source(row))]
         while self._free and self.waiting:
             row = self.waiting.popleft()
-            row.queue_s = self._now() - row.submitted_at
+            row.taken.queue_s = self._now() - row.submitted_at
             source, length = self._best_source(row)
             if isinstance(source, int) and 2 * length >= len(self._free[source].ids):
                 row.slot = source
@@ -208,12 +129,12 @@ class Scheduler:
         """Forget a row, wherever it is, and free its slot; `keep` says that its keys and values are good."""
         self._departures.append(self._now())
         if row.slot < 0:
-            row.queue_s = self._departures[-1] - row.submitted_at
+            row.taken.queue_s = self._departures[-1] - row.submitted_at
             self.waiting.remove(row)
             return
         self.running.remove(row)
         if keep:
-            self._free[row.slot] = Kept(row.cached_ids, row.steps)
+            self._free[row.slot] = Kept(row.cached_ids, row.steps, row.prefix)
         else:
             self._free = {row.slot: Kept(), **self._free}
         row.slot = -1
@@ -244,7 +165,7 @@ class Scheduler:
         """
         if not any(row.thinking for row in self.running):
             self.clock = 0
-        paces = [row.expected_steps for row in self.running if row.request.params.halts and row.passes]
+        paces = [row.expected_steps for row in self.running if row.request.params.halts and row.taken.passes]
         pace = round(sum(paces) / len(paces)) if paces else 1
         ready = (row for row in self.running if row.settled and not row.to_prefill and not row.thinking)
         begun = (row for row in ready if not self.clock % max(1, pace if row.request.params.halts else row.steps))
@@ -260,7 +181,7 @@ class Scheduler:
 
     def _seconds_until_free(self, count: int) -> int:
         """When so many rows more will have left, at the pace of the latest; at least 1."""
-        if not (self.running or self.waiting):
+        if not self.unfinished:
             return 1
         elapsed = self._now() - self._departures[0]
         return max(1, math.ceil(count * elapsed / max(1, len(self._departures) - 1)))
@@ -287,26 +208,15 @@ class Scheduler:
 
     def _common(self, row: Row, source: Row | int) -> int:
         """Prompt tokens that `row` could take over from another row, once that is prefilled, or from a free slot."""
-        if isinstance(source, Row):
-            ids = source.request.prompt_ids[:-1] if source.to_prefill else source.cached_ids
-            depth = source.steps
+        held = source if isinstance(source, Row) else self._free[source]
+        if isinstance(held, Row):
+            length, depth = held.cached + held.to_prefill, held.steps
         else:
-            ids, depth = self._free[source].ids, self._free[source].depth
+            length, depth = len(held.ids), held.depth
         if self.depth_matters and depth < row.steps:
             return 0
-        return _common_prefix(row.request.prompt_ids[:-1], ids)
-
-
-def _common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many items two tuples begin with alike: slices are compared faster than their items one by one."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    equal, different = 0, shorter
-    while different - equal > 1:
-        middle = (equal + different) // 2
-        if one[equal:middle] == other[equal:middle]:
-            equal = middle
-        else:
-            different = middle
-    return equal
+        most = min(length, len(row.request.prompt_ids) - 1)
+        start = row.prefix.equal_tokens(held.prefix, most)
+        end = min(start + BLOCK, most)
+        theirs = held.ids(start, end) if isinstance(held, Row) else held.ids[start:end]
+        return start + common_length(row.request.prompt_ids[start:end], theirs)

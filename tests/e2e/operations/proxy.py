@@ -41,12 +41,20 @@ def nginx() -> str:
     return found
 
 
-def write_conf(folder: Path, urls: list[str], port: int) -> list[str]:
-    """The configuration with these servers and this port; the command that runs it in `folder`."""
+def write_conf(folder: Path, urls: list[str], port: int, prefixed: bool = False, strip: bool = False) -> list[str]:
+    """The configuration with these servers and this port; the command that runs it in `folder`.
+
+    `prefixed`: with the lines for a path prefix, which are comments there; `strip`: nginx takes the prefix away.
+    """
     lines = iter(urls)
     conf = re.sub(r"server 127.0.0.1:\d+", lambda _: "server " + next(lines).removeprefix("http://"), CONF.read_text())
     assert next(lines, None) is None, "the file has fewer servers"
     conf = conf.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("/var/log/nginx/", "")
+    if prefixed:
+        conf, replaced = re.subn(r"    location / \{\n.*?\}\n", "", conf, flags=re.DOTALL)
+        assert replaced == 1
+        conf = re.sub(r"^    #(location|    |\})", r"    \1", conf, flags=re.MULTILINE)
+        conf = conf.replace("proxy_pass http://trm;", "proxy_pass http://trm/;") if strip else conf
     (folder / "trm.conf").write_text(conf)
     (folder / "nginx.conf").write_text(MAIN.format(user="user root;" if os.geteuid() == 0 else ""))
     return [nginx(), "-p", str(folder), "-c", "nginx.conf", "-e", "error.log"]
@@ -55,11 +63,11 @@ def write_conf(folder: Path, urls: list[str], port: int) -> list[str]:
 class Proxy:
     """A running nginx."""
 
-    def __init__(self, urls: list[str], folder: Path) -> None:
+    def __init__(self, urls: list[str], folder: Path, prefixed: bool = False, strip: bool = False) -> None:
         self.folder = folder
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._process = subprocess.Popen(write_conf(folder, urls, port), stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(write_conf(folder, urls, port, prefixed, strip), stdout=subprocess.DEVNULL)
         wait_for(lambda: self._listens(port))
 
     def _listens(self, port: int) -> bool:

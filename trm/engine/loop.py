@@ -1,0 +1,322 @@
+"""The engine's loop: what one step does, for all rows together. One thread runs it.
+
+Asks the scheduler who is next, the runner for the numbers and `choosing` for the tokens, and tells the listeners.
+Where a call fails its rows fail, and the others go on. Raises DeviceError where the device computes no more.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from trm.engine.choosing import Chosen, choose_draft, choose_reply
+from trm.engine.drafting import Drafter
+from trm.engine.request import Event, FinishReason
+from trm.engine.row import Pass, Row
+from trm.engine.runner import Halting, Runner, Span
+from trm.engine.sampling import candidates
+from trm.engine.scheduler import Copy, Scheduler
+from trm.errors import DeviceError, InternalError, TRMError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """What the loop has done since it began; see `Stats`."""
+
+    steps: int = 0
+    row_places: int = 0
+    ticks: int = 0
+    row_steps: int = 0
+    backbone_calls: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class Loop:
+    """Advances the rows of a scheduler, which `lock` guards. `end_id` ends a reply."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        drafter: Drafter | None,
+        prefill_chunk: int,
+        end_id: int,
+        lock: threading.Condition,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.drafter = drafter
+        self.counters = Counters()
+        self._prefill_chunk = prefill_chunk
+        self._end_id = end_id
+        self._lock = lock
+
+    def step(self) -> bool:
+        """Advance every row by one tick. Returns whether there is anything left to do."""
+        with self._lock:
+            gone = self.scheduler.cancelled()
+        for row in gone:
+            self._finish(row, "cancelled")
+        with self._lock:
+            copies = self.scheduler.admit()
+            unfinished = self.scheduler.unfinished
+        if unfinished:
+            self.counters.steps += 1
+            self.counters.row_places += min(self.scheduler.max_rows, unfinished)
+        for copy in copies:
+            self._call([copy.row], partial(self._take_over, copy))
+        self._prefill()
+        self._feed()
+        self._tick()
+        self._answer()
+        with self._lock:
+            return self.scheduler.unfinished > 0
+
+    def abandon(self, failure: BaseException) -> None:
+        """End everything that is left, without touching the device: the loop will not step again."""
+        with self._lock:
+            left = [*self.scheduler.running, *self.scheduler.waiting]
+            for row in left:
+                self.scheduler.release(row)
+        for row in left:
+            error = type(as_error(failure))("the engine died; see the server's log")
+            self._emit(row, Event(finish_reason="error", usage=row.usage(), error=error))
+
+    # --- the stages of a step --------------------------------------------------------------------
+
+    def _take_over(self, copy: Copy) -> None:
+        """Give a row the prefix that a slot holds; where that is not finite, the row computes its own."""
+        row, length = copy.row, copy.length
+        if copy.source != row.slot:
+            if not self.runner.finite(copy.source, length, row.steps):
+                return
+            self.runner.copy(copy.source, row.slot, length, row.steps)
+        row.cached = row.taken.cached_tokens = length
+
+    def _prefill(self) -> None:
+        """Cache the next prompt tokens of rows that have some left."""
+        if chosen := self.scheduler.prefilling(self._prefill_chunk):
+            rows = [row for row, _ in chosen]
+            spans = [Span(row.slot, row.cached, count) for row, count in chosen]
+            tokens = [row.request.prompt_ids[row.cached : row.cached + count] for row, count in chosen]
+            if self._call(rows, lambda: self.runner.prefill(spans, tokens, [row.steps for row in rows])):
+                self.counters.backbone_calls += 1
+                for row, count in chosen:
+                    row.cached += count
+
+    def _feed(self) -> None:
+        """Pass the next token of rows that are ready through the backbone, and what it drafts behind it."""
+        rows = self.scheduler.feeding()
+        if not rows or not self._pass(rows, [row.token for row in rows], offset=0):
+            return
+        for row in rows:
+            row.work = Pass()
+        self._trace(rows)
+        length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
+        for offset in range(1, length + 1):
+            rows = [row for row in rows if row.room_for_draft >= offset]
+            if not rows or not self._call(rows, partial(self._draft, rows, offset - 1)):
+                return
+            drafted = [(row, work.draft[-1]) for row, work in _at_work(rows) if len(work.draft) == offset]
+            rows = [row for row, _ in drafted]
+            if not rows or not self._pass(rows, [token for _, token in drafted], offset):
+                return
+
+    def _draft(self, rows: Sequence[Row], place: int) -> None:
+        """Choose each row's next draft as its token would be chosen, but from the backbone's own logits."""
+        logits = self.runner.logits([row.slot for row in rows], place)[:, 0]
+        answers = zip(logits, logits.argmax(dim=-1).tolist(), _finite(logits), strict=True)
+        for (row, work), answer in zip(_at_work(rows), answers, strict=True):
+            self._call([row], partial(choose_draft, row, work, *answer, self._end_id))
+
+    def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
+        """One backbone call for one token of each row, `offset` places behind the chosen one."""
+        slots, positions = [row.slot for row in rows], [row.cached + offset for row in rows]
+        if self._call(rows, lambda: self.runner.feed(slots, positions, tokens, offset)):
+            self.counters.backbone_calls += 1
+            return True
+        return False
+
+    def _tick(self) -> None:
+        """One supervision step for every row that has any left."""
+        rows = self.scheduler.thinking()
+        if not rows:
+            return
+        working = list(_at_work(rows))
+        spans = [Span(row.slot, row.cached, work.places) for row, work in working]
+        steps = [work.step for _, work in working]
+        limits = None
+        if any(row.request.params.halts for row in rows):
+            limits = [Halting.of(row.request.params) for row in rows]
+        halted: list[list[bool]] = []
+        if not self._call(rows, lambda: halted.extend(self.runner.tick(spans, steps, limits))):
+            return
+        self.counters.ticks += 1
+        self.counters.row_steps += len(rows)
+        self.scheduler.clock += 1
+        for _, work in working:
+            work.step += 1
+        for (_, work), stopped in zip(working, halted, strict=limits is not None):
+            work.note_halted(stopped)
+        self._trace(rows)
+
+    def _trace(self, rows: Sequence[Row]) -> None:
+        """Note the candidates of rows that are traced, where they think on; those of the last step lead to a token."""
+        rows = [row for row in rows if row.request.params.trace is not None and not row.answered]
+
+        def note() -> None:
+            logits = self.runner.logits([row.slot for row in rows])
+            for (row, work), answer in zip(_at_work(rows), logits, strict=True):
+                work.seen.append(candidates(answer[0], row.request.params.trace or 0))
+
+        if rows:
+            self._call(rows, note)
+
+    def _answer(self) -> None:
+        """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
+        rows = self.scheduler.answered()
+        if not rows:
+            return
+        logits: list[Tensor] = []
+        working = list(_at_work(rows))
+        count = max(work.places for _, work in working)
+        if not self._call(rows, lambda: logits.append(self.runner.logits([row.slot for row in rows], count=count))):
+            return
+        answers = zip(logits[0], logits[0].argmax(dim=-1).tolist(), _finite(logits[0]), strict=True)
+        for (row, work), answer in zip(working, answers, strict=True):
+            self._call([row], partial(self._choose, row, work, *answer))
+
+    def _choose(self, row: Row, work: Pass, logits: Tensor, best: Sequence[int], finite: Sequence[bool]) -> None:
+        """Choose the tokens of a row's pass, see `choose_reply`; book them and tell of them."""
+        chosen = choose_reply(row, work, logits, best, finite, self._end_id)
+        self._count(row, work, chosen.ids)
+        if work.draft and not all(finite[: work.places]):
+            # A draft that overflowed poisons the tokens before it, even masked: go on without drafts.
+            self.runner.clear(row.slot, row.cached, row.cached + work.places)
+            row.may_draft, chosen.error = False, None
+        row.work = None
+        said = _event(row, chosen)
+        if chosen.reason:
+            self._finish(row, chosen.reason, said)
+            return
+        if chosen.ids:
+            self._emit(row, said)
+        if chosen.error:
+            self._fail(row, chosen.error)
+
+    def _count(self, row: Row, work: Pass, ids: Sequence[int]) -> None:
+        """Book a pass: the tokens that the row has just got, and what became of its draft."""
+        drafted, accepted = len(work.draft), sum(map(int.__eq__, ids, work.draft))
+        counters, taken = self.counters, row.taken
+        if ids and len(row.reply) == len(ids):
+            counters.prompt_tokens += len(row.request.prompt_ids)
+            counters.cached_tokens += taken.cached_tokens
+        counters.generation_tokens += len(ids)
+        counters.draft_tokens += drafted
+        counters.accepted_tokens += accepted
+        taken.draft_tokens += drafted
+        taken.accepted_tokens += accepted
+        taken.passes += 1
+        taken.pass_steps += work.step
+        if self.drafter is not None:
+            self.drafter.learn(row, judged=min(len(ids), drafted), accepted=accepted)
+
+    # --- how things end --------------------------------------------------------------------------
+
+    def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
+        """Do something for some rows; where it fails, those rows fail and the engine goes on.
+
+        Raises DeviceError, and so ends the engine, where the device computes no more.
+        """
+        try:
+            run()
+            return True
+        except Exception as error:
+            logger.exception("a step of %d rows failed", len(rows))
+            self.runner.probe()
+            for row in rows:
+                self._fail(row, as_error(error))
+            return False
+
+    def _fail(self, row: Row, error: TRMError) -> None:
+        self._finish(row, "error", error=error)
+
+    def _finish(self, row: Row, reason: FinishReason, said: Event | None = None, error: TRMError | None = None) -> None:
+        """Free the row's slot and send its final event, which brings what is yet to be `said`.
+
+        What lies in the slot stays for others, if finite logits have shown that it is finite; at effort 0
+        nobody has read the keys from the context yet.
+        """
+        keep = bool(row.reply) and error is None
+        if keep and row.steps == 0:
+            keep = self.runner.finite(row.slot, row.cached, row.steps)
+        if row.slot >= 0 and not keep:
+            self.runner.clear(row.slot, 0, row.request.positions)
+        elif row.slot >= 0 and reason == "cancelled":
+            self.runner.clear(row.slot, row.cached, row.cached + (row.work.places if row.work else 1))
+        with self._lock:
+            self.scheduler.release(row, keep)
+        said = said or Event()
+        text = said.text
+        try:
+            text += "" if error else row.stream.finish()
+            if reason == "length" and row.stream.stopped:  # by what has become text only now
+                reason = "stop"
+        except Exception as failure:
+            logger.exception("the end of a reply could not be decoded")
+            reason, error = "error", as_error(failure)
+        self._emit(row, replace(said, text=text, finish_reason=reason, usage=row.usage(), error=error))
+
+    def _emit(self, row: Row, event: Event) -> None:
+        """Tell the listener. One that raises loses its request, not everybody's."""
+        try:
+            row.emit(event)
+        except BaseException:  # even what would end a thread of its own
+            logger.exception("a listener failed; its request is cancelled")
+            row.cancelled = True
+
+
+def as_error(failure: BaseException) -> TRMError:
+    """What a request learns of an exception that ended it: whether the device failed, or a bug of ours did.
+
+    Torch tells of its failures, and of those of the device, by RuntimeError and its own children of it.
+    """
+    if isinstance(failure, TRMError):
+        return failure
+    what = f"{type(failure).__name__}; the server's log has the details"
+    ours = isinstance(failure, NotImplementedError | RecursionError)
+    if isinstance(failure, RuntimeError | MemoryError) and not ours:
+        return DeviceError(f"the device failed in a call of the model: {what}")
+    return InternalError(f"decoding failed on a bug of the server: {what}")
+
+
+def _at_work(rows: Iterable[Row]) -> Iterable[tuple[Row, Pass]]:
+    """Rows that are inside the recursion, with their passes."""
+    return ((row, row.work) for row in rows if row.work is not None)
+
+
+def _event(row: Row, chosen: Chosen) -> Event:
+    return Event(
+        tuple(chosen.ids),
+        chosen.text,
+        None,
+        row.usage(),
+        logprobs=tuple(chosen.logprobs),
+        traces=tuple(chosen.traces),
+    )
+
+
+def _finite(logits: Tensor) -> list[Any]:
+    """Whether all of the logits (…, V) are finite: nested lists of bool."""
+    low, high = logits.aminmax(dim=-1)  # neither hides a NaN
+    return (low.isfinite() & high.isfinite()).tolist()
