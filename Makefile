@@ -57,7 +57,7 @@ audit: $(VENV)/installed-tools
 
 # Rebuilds trm/bundled from nothing: about two hours on two cores. Stages that are finished stay in runs/bundled.
 model: $(VENV)/installed-train
-	$(VENV)/bin/python -m training.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
+	$(VENV)/bin/python -m training.research.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build *.egg-info

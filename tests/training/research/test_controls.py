@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from training.building import backbone_source
 from training.config import TrainSettings
-from training.controls import CONTROL_JSON, ControlSettings, Kind, add_weights, train_control
-from training.run import backbone_source, train
+from training.research.controls import CONTROL_JSON, ControlSettings, Kind, add_weights, train_control
+from training.run import train
 from trm import bundled_model_path, checkpoint
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

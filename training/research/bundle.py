@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from training import checkpoints
+from training import checkpoints, extra
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.controls import CONTROL_JSON, ControlSettings, train_control
-from training.evaluation.pictures import draw
 from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
+from training.research.controls import CONTROL_JSON, ControlSettings, train_control
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.logs import configure_logging
@@ -81,6 +80,10 @@ the control that lies in `control/`.
 
 def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) -> None:
     """Train everything under `work`, then put the model, its control, its reports and its card into `target`."""
+    for library in ("matplotlib", "tensorboard"):
+        extra.require(library, "the bundled model's recipe")
+    from training.evaluation.pictures import draw
+
     backbone, decoder = work / "backbone", work / "decoder"
     pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=2)
     if not _is_finished(backbone, pretraining.max_steps):

@@ -1,4 +1,4 @@
-"""Measure what an optimiser step needs in memory: `python -m training.bench_memory [flags of trm-train]`.
+"""Measure what an optimiser step needs in memory: `python -m training.research.bench_memory [flags of trm-train]`.
 
 Both ways of gradient, batches of 8 and 32, 2, 4 and 16 supervision steps; each in a process of its own, on the
 CPU. A table, then one JSON line.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from training.building import model_settings
 from training.config import TrainSettings
 from training.problems.data import encode_problems, load_problems
-from training.run import model_settings
 from training.trainer import Trainer
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat
@@ -47,7 +47,7 @@ def measure_passes(trainer: Trainer) -> int:
     A pass is one optimiser step with full gradient, one per supervision step with the paper's. The second finds
     the optimiser's states in memory.
     """
-    return peak_bytes(lambda: [trainer.train_step() for _ in range(2 * trainer.steps_per_group)])
+    return peak_bytes(lambda: [trainer.train_step() for _ in range(2 * trainer.feed.steps_per_group)])
 
 
 def measure_run(settings: TrainSettings) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def measure_run(settings: TrainSettings) -> dict[str, Any]:
         return Trainer(settings, model, chat, examples, "cpu")
 
     trainer = fresh()
-    for _ in range(2 * trainer.steps_per_group):
+    for _ in range(2 * trainer.feed.steps_per_group):
         trainer.train_step()
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before counting, which takes memory
     return {
         "gradient": settings.gradient,
         "batch_size": len(examples),
         "n_supervision": settings.n_supervision,
-        "carry_bytes": 2 * trainer.prepared[0].x.numel() * 4,
+        "carry_bytes": 2 * trainer.feed.prepared[0].x.numel() * 4,
         "step_bytes": measure_passes(fresh()),
         "peak_rss_bytes": peak_rss_bytes,
     }
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "training.bench_memory")
+    run_command(main, "training.research.bench_memory")

@@ -7,7 +7,7 @@ import pytest
 from tests.training.test_trainer import make_trainer
 from training.batches import collate
 from training.config import TrainSettings
-from training.reference import random_order, train_plainly
+from training.research.reference import random_order, train_plainly
 
 
 @pytest.mark.parametrize("kv_source", ["context", "state"])
@@ -17,10 +17,10 @@ def test_the_trainer_gives_the_losses_of_the_plain_loop(
     fast = make_trainer(settings(kv_source=kv_source, cache_states="memory", step_weights="linear", autocast="off"))
     plain = make_trainer(fast.settings)
     fast.keep_states(tmp_path)
-    order = [indices for group in range(6) for indices in fast._batches(group)]
-    batches = (collate([plain.examples[i] for i in indices], 0) for indices in order)
+    order = [indices for group in range(6) for indices in fast.feed.batches_of(group)]
+    batches = (collate([plain.feed.examples[i] for i in indices], 0) for indices in order)
 
-    expected = list(train_plainly(plain.model, batches, plain.settings, plain.total_steps, plain.warmup_steps))
+    expected = list(train_plainly(plain.model, batches, plain.settings, plain.total_steps, plain.weights.warmup_steps))
     losses = [fast.train_step()["losses"] for _ in order]
 
     assert losses[0][-1] - losses[-1][-1] > 0.1  # it learns: the updates are compared as well

@@ -1,6 +1,6 @@
 """The plain training loop: no buckets, no kept states, the recursion at every position.
 
-Slow and obvious. It is the control of `training.bench` and what the tests hold the trainer's losses to;
+Slow and obvious. It is the control of `training.research.bench` and what the tests hold the trainer's losses to;
 nothing else uses it. Gradient goes through all supervision steps, as with `--gradient full`.
 Legend as in `training.loss`.
 """

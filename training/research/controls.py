@@ -22,10 +22,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from training.batches import Batch, collate, epoch_order
+from training.building import backbone_source, build_trainer
 from training.config import TrainSettings
 from training.loss import reply_loss
 from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
-from training.run import backbone_source, build_trainer
 from training.trainer import Trainer
 from trm import checkpoint
 from trm.device import has_fast_bfloat16, use_device
@@ -48,7 +48,7 @@ NAMES: dict[str, str] = {
 class ControlSettings(Settings):
     """Spend a decoder's training compute on its backbone instead."""
 
-    command: ClassVar[str] = "python -m training.controls"
+    command: ClassVar[str] = "python -m training.research.controls"
 
     kind: Kind = Field("continued", description="what is trained: all weights, one layer more, or low-rank updates")
     run: Path = Field(Path("runs/trm"), description="the decoder's run directory: data, order, optimiser, compute")
@@ -75,7 +75,7 @@ def train_control(settings: ControlSettings) -> Path:
     stored = checkpoint.read_json(settings.run / "run.json")["settings"]
     run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
     trainer = build_trainer(run, *backbone_source(run), device)
-    decoder_weights = sum(p.numel() for p in trainer.parameters.values())
+    decoder_weights = sum(p.numel() for p in trainer.weights.parameters.values())
     with FlopCounterMode(display=False) as counted:
         for _ in range(COUNTED_STEPS):
             trainer.train_step()
@@ -151,10 +151,10 @@ def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dic
 
 def _batches(trainer: Trainer, run: TrainSettings) -> Iterator[Batch]:
     """The decoder's batches in its order, epoch after epoch."""
-    pad_id = trainer.chat.tokenizer.pad_token_id or 0
+    pad_id = trainer.pad_id
     for epoch in itertools.count():
-        for indices in epoch_order(trainer.lengths, run.batch_size, run.seed, epoch):
-            yield collate([trainer.examples[i] for i in indices], pad_id).to(trainer.device)
+        for indices in epoch_order(trainer.feed.lengths, run.batch_size, run.seed, epoch):
+            yield collate([trainer.feed.examples[i] for i in indices], pad_id).to(trainer.device)
 
 
 def _write(settings: ControlSettings, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
@@ -170,7 +170,7 @@ def _write(settings: ControlSettings, model: Any, trainer: Trainer, record: dict
 
 
 def main() -> None:
-    """Entry point of `python -m training.controls`."""
+    """Entry point of `python -m training.research.controls`."""
 
     def command() -> None:
         settings = ControlSettings.from_command_line()

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from training.bench_memory import measure_passes, peak_bytes
+from training.building import model_settings
 from training.config import TrainSettings
 from training.problems.data import encode_problems, load_problems
-from training.run import model_settings
+from training.research.bench_memory import measure_passes, peak_bytes
 from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
@@ -39,7 +39,7 @@ def passes(settings: Callable[..., TrainSettings], n_supervision: int, **changes
     """The peak, and the bytes of one (y, z)."""
     small = {"batch_size": 4, "epochs": 2, "n_latent": 1, "autocast": "off"}
     trainer = make_trainer(settings(n_supervision=n_supervision, **(small | changes)))
-    return measure_passes(trainer), 2 * trainer.prepared[0].x.numel() * 4
+    return measure_passes(trainer), 2 * trainer.feed.prepared[0].x.numel() * 4
 
 
 def test_with_full_gradient_a_step_more_costs_its_states_only(

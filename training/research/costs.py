@@ -1,4 +1,4 @@
-"""What a run costs, by arithmetic: `python -m training.costs [flags of trm-train]`.
+"""What a run costs, by arithmetic: `python -m training.research.costs [flags of trm-train]`.
 
 Reads configuration, tokenizer and data, never the weights; docs/training.md has the formulas. Counts products of
 matrices, two operations per weight and token, and takes the halting head, norms and updates for free.
@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from training.batches import PAD_MULTIPLE, epoch_order
+from training.building import model_settings
 from training.config import TrainSettings
 from training.problems.data import encode_problems, load_problems
-from training.run import model_settings
 from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, Example
 from trm.config import TRMConfig
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "training.costs")
+    run_command(main, "training.research.costs")

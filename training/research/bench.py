@@ -1,7 +1,7 @@
-"""How fast the trainer is against the plain loop, at equal data: `python -m training.bench [flags of trm-train]`.
+"""How fast the trainer is against the plain loop: `python -m training.research.bench [flags of trm-train]`.
 
-`--num-problems` random problems as long as GSM8K's, on the bundled backbone or another. What keeping the backbone's
-states costs, once, is said beside the ratio. One JSON line.
+Both train on `--num-problems` random problems as long as GSM8K's, on the bundled backbone or another. What keeping the
+backbone's states costs, once, is said beside the ratio. One JSON line.
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from training.batches import collate
+from training.building import model_settings
 from training.config import TrainSettings
-from training.reference import random_order, train_plainly
-from training.run import model_settings
+from training.research.reference import random_order, train_plainly
 from training.trainer import Trainer
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat, Example
@@ -58,7 +58,7 @@ def measure(settings: TrainSettings) -> dict[str, Any]:
         return Trainer(settings, model, chat, examples, device)
 
     fast, plain = trainer(), trainer()
-    steps = fast.groups_per_epoch
+    steps = fast.feed.groups_per_epoch
     batches = [
         collate([examples[i] for i in indices], 0).to(device)
         for indices in random_order(settings.num_problems, settings.batch_size, settings.seed)
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "training.bench")
+    run_command(main, "training.research.bench")

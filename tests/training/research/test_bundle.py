@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from training import bundle
 from training.config import PretrainSettings
+from training.research import bundle
 from trm import TRMForCausalLM
 
 
@@ -18,7 +18,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.pretrain.TOKENIZER_PROBLEMS", 200)
     monkeypatch.setattr("training.pretrain.NUM_TEST_PROBLEMS", 2)
     monkeypatch.setattr("training.pretrain.NUM_EVALUATIONS", 1)
-    monkeypatch.setattr("training.controls.COUNTED_STEPS", 2)
+    monkeypatch.setattr("training.research.controls.COUNTED_STEPS", 2)
     monkeypatch.setattr(bundle, "DECODER", bundle.DECODER | {"num_problems": 16, "batch_size": 4})
     monkeypatch.setattr(bundle, "EVALUATIONS", {"all": ("synthetic", 3, [0, 4])})
     monkeypatch.setattr(bundle, "MAX_TOKENS", 6)

@@ -6,10 +6,10 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.training.research.test_bench_memory import make_trainer
 from tests.training.test_hub_backbone import CONFIG
-from tests.training.test_memory import make_trainer
 from training.config import TrainSettings
-from training.costs import batch_sizes, operations, weights
+from training.research.costs import batch_sizes, operations, weights
 from trm.config import TRMConfig
 
 
@@ -22,10 +22,11 @@ def test_operations_are_those_that_torch_counts(
     trainer = make_trainer(settings(gradient=gradient, kv_source=kv_source, train_lm_head=train_lm_head, **few))
 
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):  # a fused kernel is not counted
-        for _ in range(trainer.steps_per_group):
+        for _ in range(trainer.feed.steps_per_group):
             trainer.train_step()
 
-    expected = operations(trainer.model.config, batch_sizes(trainer.examples, 6, 0, kv_source), gradient, train_lm_head)
+    sizes = batch_sizes(trainer.feed.examples, 6, 0, kv_source)
+    expected = operations(trainer.model.config, sizes, gradient, train_lm_head)
     assert counted.get_total_flops() == pytest.approx(expected.total, rel=0.02)
 
 
