@@ -44,7 +44,5 @@ class SoakSettings(Settings):
         """As for every command, but who wants pictures learns before the soak whether they can be drawn."""
         settings = super().from_command_line(argv)
         if settings.report is not None and find_spec("matplotlib") is None:
-            raise ConfigError(
-                "--report draws pictures with matplotlib, which is not installed; leave it out, or install it"
-            )
+            raise ConfigError("--report needs matplotlib, which is not installed: pip install 'qwen-trm[train]'")
         return settings

@@ -77,5 +77,5 @@ def test_a_report_without_matplotlib_is_refused_before_the_soak(monkeypatch, tmp
     monkeypatch.setattr(bench_settings, "find_spec", lambda name: None)
 
     assert read_command_line(["soak"])[1].report is None
-    with pytest.raises(ConfigError, match="matplotlib, which is not installed"):
+    with pytest.raises(ConfigError, match="--report needs matplotlib, which is not installed"):
         read_command_line(["soak", "--report", str(tmp_path)])
