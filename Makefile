@@ -4,16 +4,36 @@ PYTHON ?= python3
 GSM8K ?= ../shared/gsm8k
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+LOCKED := --constraint requirements.lock
+UV := $(VENV)/bin/uv
 
-.PHONY: install serve test e2e deploy-check lint audit model clean
+.PHONY: install serve test newest oldest lock e2e deploy-check lint audit model clean
 
-install: $(VENV)/installed
+install: $(VENV)/installed-train
 
 serve: $(VENV)/installed
 	exec $(VENV)/bin/trm-serve $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
+
+# The fast tests in an environment of their own, with the newest or the oldest versions that pyproject.toml allows.
+# FOLDER/requirements.txt then says which versions these are.
+newest: RESOLUTION := highest
+oldest: RESOLUTION := lowest-direct
+newest oldest: | $(UV)
+	rm -rf $(VENV)-$@
+	$(MAKE) --no-print-directory $(VENV)-$@/bin/python
+	$(UV) pip compile --quiet pyproject.toml --extra train --extra dev --resolution $(RESOLUTION) --no-annotate \
+	  --python $(VENV)-$@/bin/python --no-header --output-file $(VENV)-$@/requirements.txt
+	$(VENV)-$@/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint $(VENV)-$@/requirements.txt --editable '.[train,dev]'
+	$(VENV)-$@/bin/python -m pytest -m 'not slow'
+
+# Renews the versions that everything else here installs: for every platform, every extra, and torch for CPU and CUDA.
+lock: | $(UV)
+	$(UV) pip compile --quiet pyproject.toml --all-extras --universal --upgrade --no-annotate \
+	  --custom-compile-command 'make lock' --output-file requirements.lock
 
 # Crowds of clients, other people's tools, failures on purpose; everything else of tests/e2e belongs to `make test`.
 # One decoding thread for each server: beside clients and other servers, two wait for each other most of the time.
@@ -36,25 +56,33 @@ audit: $(VENV)/installed-tools
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
 # Rebuilds trm/bundled from nothing: about two hours on two cores. Stages that are finished stay in runs/bundled.
-model: $(VENV)/installed
-	$(VENV)/bin/python -m training.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
+model: $(VENV)/installed-train
+	$(VENV)/bin/python -m training.research.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build *.egg-info
 
 # Debian without python3-venv cannot put pip into a new environment; the system's own pip can.
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && \
-	  $(PYTHON) -m pip --python $(VENV)/bin/python install pip; } || { rm -rf $(VENV); exit 1; }
+%/bin/python:
+	$(PYTHON) -m venv $* >/dev/null 2>&1 || { rm -rf $*; $(PYTHON) -m venv --without-pip $* && \
+	  $(PYTHON) -m pip --python $@ install pip; } || { rm -rf $*; exit 1; }
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable .
+$(UV): requirements.lock | $(VENV)/bin/python
+	$(PIP) install $(LOCKED) uv
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+$(VENV)/installed: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(PIP) install $(LOCKED) --editable .
+	touch $@
+
+$(VENV)/installed-train: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(PIP) install $(LOCKED) --editable '.[train]'
 	touch $@ $(VENV)/installed
 
-$(VENV)/installed-tools: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --constraint constraints.txt --editable '.[dev,tools,ray,deploy]'
-	touch $@ $(VENV)/installed-dev $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(PIP) install $(LOCKED) --editable '.[train,dev]'
+	touch $@ $(VENV)/installed-train $(VENV)/installed
+
+$(VENV)/installed-tools: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(PIP) install $(LOCKED) --editable '.[train,dev,tools,ray,deploy]'
+	touch $@ $(VENV)/installed-dev $(VENV)/installed-train $(VENV)/installed

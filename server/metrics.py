@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.memory import malloc_in_use_bytes, python_blocks
 from server.schemas.solve import Outcome
 from trm.engine.engine import Engine
 from trm.engine.request import Event, FinishReason
@@ -57,6 +58,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        registry.register(_MemoryCollector())
         self.alive = Gauge("trm_alive", "0 while the engine or its device has failed or hangs", registry=registry)
         self.alive.set(1)
         self.ready = Gauge("trm_ready", "1 while new work is taken", registry=registry)
@@ -177,3 +179,14 @@ class _EngineCollector(Collector):
         )
         yield from (GaugeMetricFamily(name, text, value=value) for name, text, value in gauges)
         yield from (CounterMetricFamily(name, text, value=value) for name, text, value in counters)
+
+
+class _MemoryCollector(Collector):
+    """What is in use of the memory that the process holds."""
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily(
+            "trm_python_blocks", "Pieces of memory that Python's objects hold", value=python_blocks()
+        )
+        if (used := malloc_in_use_bytes()) is not None:
+            yield GaugeMetricFamily("trm_malloc_in_use_bytes", "Bytes that malloc has handed out", value=used)

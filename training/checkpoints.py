@@ -14,9 +14,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from training.directories import require_writable
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
@@ -106,15 +108,18 @@ def read_whole(directory: Path) -> State:
 def put_in_place(aside: Path, directory: Path, state: State) -> None:
     """Complete a checkpoint in `aside` with its state, force it to the disk, and rename it to `directory`.
 
-    What stands there and is no checkpoint of this run is kept, under the name `<directory>.broken`.
+    What stands there and is no checkpoint of this run is kept, under the name `<directory>.broken` or `.broken-<n>`.
     """
     files = {str(path.relative_to(aside)): _digest(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     checkpoint.write_json(aside / STATE_JSON, {"format_version": FORMAT_VERSION} | state | {"files": files})
     for path in (*aside.rglob("*"), aside):
         _force_to_disk(path)
     if directory.exists() and not _same_run(_state_or_none(directory), state):
-        logger.warning("%s is broken or of another run; it is kept as %s.broken", directory, directory.name)
-        os.rename(directory, directory.with_name(f"{directory.name}.broken"))
+        kept = directory.with_name(f"{directory.name}.broken")
+        if kept.exists():
+            kept = next(path for n in count(2) if not (path := kept.with_name(f"{kept.name}-{n}")).exists())
+        logger.warning("%s is broken or of another run; it is kept as %s", directory, kept.name)
+        os.rename(directory, kept)
     checkpoint.replace_directory(aside, directory)
     _force_to_disk(directory.parent)
 
@@ -132,17 +137,40 @@ def prune(run_dir: Path, state: State, keep_last: int) -> None:
     past = [path for path in _own(run_dir, state) if step_of(path) <= state["step"]]
     for path in past[:-keep_last]:
         if spared is None or path != spared[0]:
-            condemned = path.with_name(f".{path.name}.old")  # so that a kill leaves no half of a checkpoint
+            condemned = path.with_name(f".{path.name}.pruned")  # so that a kill leaves no half of a checkpoint
             os.rename(path, condemned)
             shutil.rmtree(condemned)
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run was writing or removing."""
+    """Remove what a killed run was writing or removing; put back what it had not yet replaced.
+
+    Not while another run is at work there.
+    """
     for path in run_dir.glob(".checkpoint-*"):
-        if re.fullmatch(r"\.checkpoint-\d+\.(partial|old)", path.name) and path.is_dir():
+        found = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|pruned)", path.name)
+        if not found or not path.is_dir():
+            continue
+        directory = run_dir / found[1]
+        if found[2] == "old" and not directory.exists() and _is_whole(path):
+            logger.warning("putting %s back: a killed run was replacing it", directory)
+            checkpoint.settle(directory)
+        else:
             logger.warning("removing %s: a killed run was at work on it", path)
             shutil.rmtree(path)
+
+
+def warn_of_later(run_dir: Path, step: int) -> None:
+    """Say it where a run directory holds checkpoints of steps that the run has still to take."""
+    later = [path.name for path in checkpoints(run_dir) if step_of(path) > step]
+    if later:
+        logger.warning(
+            "going on from step %d, but %s is there already: it stays until this run gets there, "
+            "and --resume %s would take it",
+            step,
+            later[-1],
+            run_dir,
+        )
 
 
 def require_space(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
@@ -172,7 +200,12 @@ def record_progress(run_dir: Path, state: State, line: Mapping[str, Any]) -> Non
 
 @contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run directory; the claim ends with the process, however that ends."""
+    """Make a run directory, keep other processes out of it, and clear up after a killed one.
+
+    The claim ends with the process, however that ends. Raises ConfigError where the directory is taken, or not ours
+    to write.
+    """
+    require_writable(run_dir)
     with (run_dir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,6 +213,7 @@ def claim(run_dir: Path) -> Iterator[None]:
             raise ConfigError(f"--output-dir {run_dir}: another trm-train is at work there") from None
         except OSError as error:
             logger.warning("%s: no locks there (%s); start no second run in it", run_dir, error.strerror)
+        clear_leftovers(run_dir)
         yield
 
 
@@ -194,6 +228,14 @@ def _state_or_none(directory: Path) -> State | None:
         return read_state(directory)
     except CheckpointError:
         return None
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        read_whole(directory)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _same_run(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:

@@ -1,4 +1,7 @@
-"""Settings of the training commands, with their defaults. One frozen class per command."""
+"""Settings of the training commands, with their defaults. One frozen class per command.
+
+A leaf, and light: `--help` imports nothing else of this package.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,14 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
-from training.loss import StepWeights
-from training.mixing import MixDepths
-from training.optim import OptimizerName
-from training.states import CacheStates
 from trm.errors import ConfigError
 from trm.settings import Settings
 
 Device = Literal["auto", "cpu", "cuda"]
+OptimizerName = Literal["adamw", "muon"]
+StepWeights = Literal["uniform", "linear", "last"]
+MixDepths = Literal["off", "steps", "halting"]
+CacheStates = Literal["auto", "memory", "disk", "off"]
 DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY,…] or a JSON-lines file"
 
 

@@ -4,18 +4,19 @@ Legend: B rows, S positions, A answer positions of the longest row, D hidden, M 
 N supervision steps.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from training.batches import IGNORE_INDEX, Batch
+from training.config import StepWeights
 from trm.layers import Attending, Rope, causal_mask, signed
 from trm.model import TRMForCausalLM
-
-StepWeights = Literal["uniform", "linear", "last"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,48 @@ def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tenso
     """
     best_from_here = cross_entropy.flip(0).cummin(0).values.flip(0)
     return right | (best_from_here >= cross_entropy - delta)
+
+
+def paper_step(model: TRMForCausalLM, prepared: Prepared, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
+    """One supervision step from y and z (B, Q, D); gradient through the last cycle only. Returns y and z detached."""
+    y, z = model.decoder.step(prepared.x, y, z, prepared.attending(model), grad_cycles=1)
+    return y.detach(), z.detach(), token_losses(model, y, prepared)
+
+
+def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterator[TokenLosses]:
+    """`depth` supervision steps with gradient through all of them.
+
+    Activations and logits are recomputed in the backward pass: only the states and the losses of a step are kept.
+    """
+    attending = prepared.attending(model)
+
+    def step(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
+        y, z = model.decoder.step(prepared.x, y, z, attending)
+        return y, z, token_losses(model, y, prepared)
+
+    y = z = torch.zeros_like(prepared.x)
+    for _ in range(depth):
+        y, z, losses = recompute_in_backward(step, y, z, use_reentrant=False)
+        yield losses
+
+
+class Objective(NamedTuple):
+    """The loss to minimise and what it is made of, as sums over the labels of a batch.
+
+    `loss` () has a gradient; `parts` (3, N), cross-entropy, halting loss and hits of each supervision step, has none.
+    """
+
+    loss: Tensor
+    parts: Tensor
+
+
+def objective(steps: Sequence[TokenLosses], weights: Tensor, halt_delta: float | None) -> Objective:
+    """Add up the supervision steps of a batch, with `weights` (N,); `halt_delta` None: a token may halt where right."""
+    cross_entropy, right, halt = (torch.stack(part) for part in zip(*steps, strict=True))  # each (N, M)
+    may_halt = right if halt_delta is None else halting_targets(cross_entropy.detach(), right, halt_delta)
+    halting = F.binary_cross_entropy_with_logits(halt, may_halt.float(), reduction="none")
+    loss = (weights.to(halt.device) * cross_entropy.sum(1)).sum() + halting.sum(1).mean()
+    return Objective(loss, torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)]))
 
 
 def step_weights(kind: StepWeights, num_steps: int) -> Tensor:

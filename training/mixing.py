@@ -7,13 +7,11 @@ fresh example while the others go on. Legend: B rows, A positions of a row's rec
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MixDepths = Literal["off", "steps", "halting"]
 EXPLORATION = 0.1  # share of the rows that a step makes think on, whatever their halting head says (official: 0.1)
 
 

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-OptimizerName = Literal["adamw", "muon"]
+from training.config import OptimizerName
+
 ADAMW_BETAS = (0.9, 0.95)
 MUON_ADAMW_RATIO = 0.5  # AdamW's rate beside Muon's, for embeddings, norms, biases and heads
 

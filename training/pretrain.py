@@ -20,12 +20,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from training.batches import collate
 from training.config import PretrainSettings
+from training.directories import require_writable
 from training.loss import reply_loss
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.problems.data import load_problems
 from training.problems.problem import Problem
 from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families, problems
-from training.run import require_writable
 from training.tokenizer import train_tokenizer
 from trm.answers import is_correct
 from trm.chat import ROLES, SYSTEM_PROMPT, ChatFormat, Example, solve_messages

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -37,6 +36,8 @@ class RunLog:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
+        from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+
         _cut(self.run_dir / LOG_FILE, self.step)
         self._file = self._open.enter_context((self.run_dir / LOG_FILE).open("a"))
         self._board = self._open.enter_context(SummaryWriter(self.run_dir, purge_step=self.step + 1))

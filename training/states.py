@@ -6,12 +6,12 @@ Raises ConfigError where the states do not fit where they were asked to lie.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import psutil
@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from training import workers
 from training.batches import collate
+from training.config import CacheStates
 from training.loss import encode
 from trm.chat import Example
 from trm.errors import ConfigError
 from trm.model import TRMForCausalLM
 
-CacheStates = Literal["auto", "memory", "disk", "off"]
+logger = logging.getLogger(__name__)
+
 CHUNK_TOKENS = 8192  # padding included, of one pass of the backbone
 RAM_SHARE = 0.25  # of what is available; beyond it "auto" goes to disk
 DISK_SHARE = 0.5  # of what is free; beyond it "auto" keeps nothing
@@ -81,6 +83,28 @@ def choose(wanted: CacheStates, needed: int, file: Path, epochs: float) -> Cache
             "use another place or --cache-states off"
         )
     return wanted
+
+
+def keep(
+    model: TRMForCausalLM,
+    examples: Sequence[Example],
+    autocast: bool,
+    wanted: CacheStates,
+    directory: Path,
+    key: str,
+    epochs: float,
+) -> tuple[CacheStates, States | None]:
+    """Compute the states of all examples now and keep them where `choose` says: the place, and the states unless "off".
+
+    Files go to `directory`; `key` names data and backbone.
+    """
+    needed, file = size_bytes(model, examples), file_in(directory, model, key, autocast)
+    place = workers.agree(choose(wanted, needed, file, epochs))
+    if place == "off":
+        return place, None
+    logger.info("keeping the backbone's states: %.2f GB, %s", needed / 1e9, place)
+    in_file = place == "disk"
+    return place, on_disk(model, examples, autocast, file) if in_file else in_memory(model, examples, autocast)
 
 
 def in_memory(model: TRMForCausalLM, examples: Sequence[Example], autocast: bool) -> States:

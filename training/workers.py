@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun or accelerate start them: who this one is, and sums over all of them.
+"""The processes of one run, as torchrun starts them: who this one is, and sums over all of them.
 
 Every process holds the whole model and a share of each batch's rows. With a single process every function here
 gives back what it was given.
@@ -17,10 +17,11 @@ T = TypeVar("T")
 
 def start(device: str) -> None:
     """Join the others, where the launcher says that there are any; gloo on CPUs, nccl with one GPU for each."""
-    if count() > 1:
-        from accelerate import PartialState  # heavy
-
-        PartialState(cpu=device == "cpu")
+    if count() == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(_local_rank())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
 def leave() -> None:
@@ -46,7 +47,11 @@ def count_here() -> int:
 
 def is_first_here() -> bool:
     """Whether this process is the one that writes to its machine's own disk."""
-    return count() == 1 or int(os.environ.get("LOCAL_RANK", rank())) == 0
+    return count() == 1 or _local_rank() == 0
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def share(rows: Tensor) -> Tensor:

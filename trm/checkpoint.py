@@ -50,6 +50,11 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{path}: is a file; a model is a directory with {CONFIG_FILE}")
+    if _old(path).is_dir():
+        raise CheckpointError(
+            f"{model}: no such directory, but a write over it was cut short and its last whole copy is {_old(path)}: "
+            "rename that, or write again"
+        )
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise CheckpointError(f"{model}: no such directory")
     from huggingface_hub import snapshot_download
@@ -250,6 +255,7 @@ def _may_be_replaced(path: Path) -> bool:
 
 def make_aside(directory: Path) -> Path:
     """A new, empty directory beside `directory`, to be renamed to it when it is complete."""
+    settle(directory)
     aside = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -311,9 +317,12 @@ def _let_others_read(path: Path) -> None:
 
 
 def replace_directory(aside: Path, directory: Path) -> None:
-    """Rename `aside` to `directory`; an older one there is moved out of the way first, then removed."""
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Rename `aside` to `directory`; an older one there is moved out of the way first, then removed.
+
+    Killed anywhere, it leaves a whole copy at `directory`, or at the older one's place, from where `settle` takes it.
+    """
+    settle(directory)
+    old = _old(directory)
     if directory.exists():
         os.rename(directory, old)
     try:
@@ -323,6 +332,20 @@ def replace_directory(aside: Path, directory: Path) -> None:
             os.rename(old, directory)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(directory: Path) -> None:
+    """Put back what a killed `replace_directory` had moved out of the way, unless it had got as far as the new copy."""
+    old = _old(directory)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        os.rename(old, directory)
+
+
+def _old(directory: Path) -> Path:
+    """Where an older copy stands while a newer one takes its place."""
+    return directory.with_name(f".{directory.name}.old")
 
 
 def backbone_record(source: str | Path, revision: str | None, backbone: PreTrainedModel) -> dict[str, str | None]:

@@ -130,3 +130,6 @@ class TRMConfig(PreTrainedConfig):
 
 def _unknown_backbone(architecture: str | None) -> ConfigError:
     return ConfigError(f"backbone architecture {architecture!r} is not supported; supported: {', '.join(BACKBONES)}")
+
+
+AutoConfig.register("trm", TRMConfig)

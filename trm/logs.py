@@ -14,6 +14,8 @@ import threading
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import wrapt
+
 LogFormat = Literal["auto", "text", "json"]
 
 _ORDINARY = frozenset(vars(logging.makeLogRecord({}))) | {
@@ -28,15 +30,8 @@ _PLAIN = re.compile(r"[\w./:%+-]+")
 
 def configure_logging(level: str = "INFO", log_format: LogFormat = "text") -> None:
     """What a command does once. Level in capitals; "auto" is text on a terminal, else JSON."""
-    import huggingface_hub.utils.logging as huggingface_logging
-    import transformers.utils.logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for library in (huggingface_logging, transformers_logging):  # each has a handler of its own
-        library.get_logger()
-        library.enable_propagation()
-    logging.getLogger("huggingface_hub").handlers.clear()
-    logging.getLogger("transformers").handlers.clear()
+    for library in ("huggingface_hub", "transformers"):  # which may be imported later, or never
+        wrapt.register_post_import_hook(_take_over, f"{library}.utils.logging")
     handler = LineHandler(sys.stderr.fileno())
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
@@ -112,6 +107,15 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+def _take_over(library_logging: Any) -> None:
+    """Let a library of the Hugging Face family log through ours, without its own handler and progress bars."""
+    library_logging.get_logger()
+    library_logging.enable_propagation()
+    logging.getLogger(library_logging.__name__.partition(".")[0]).handlers.clear()
+    if hasattr(library_logging, "disable_progress_bar"):
+        library_logging.disable_progress_bar()
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from trm import checkpoint
-from trm.cache import entry_writer, grow
+from trm.cache import CACHE_NAME, CACHE_NAMES, entry_writer, grow, one_cache
 from trm.config import TRMConfig
 from trm.errors import BadRequest, ConfigError
 from trm.layers import Attending, KeyValue, Layer, Rope, causal_mask, rms, signed
@@ -37,14 +37,30 @@ class TRMOutput(ModelOutput):
 
     logits (B, Q, V) of the last step; halt_logits (B, Q); with return_all_steps,
     all_logits (N, B, Q, V) and all_halt_logits (N, B, Q) hold every step, step 1 first.
+    The cache answers to both of its names, as attribute and as key.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     halt_logits: Tensor | None = None
     all_logits: Tensor | None = None
     all_halt_logits: Tensor | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """The cache, by the name that transformers used before 5.24."""
+        return self.cache
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__("cache" if key in CACHE_NAMES else key)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("cache" if key in CACHE_NAMES else key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value under `key`, or `default`."""
+        return super().get("cache" if key in CACHE_NAMES else key, default)
 
 
 class Decoder(nn.Module):
@@ -206,6 +222,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         n_supervision: int | None = None,
         return_all_steps: bool = False,
         return_dict: bool = True,
+        cache: Cache | None = None,
     ) -> TRMOutput:
         """Logits after `n_supervision` steps (default: the trained number; 0 gives the backbone's own).
 
@@ -213,6 +230,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids (B, S) default to the number of real tokens before each one. labels (B, S) as in
         transformers, -100 ignored. With keys from the context and no labels, the recursion runs at
         the positions of `logits_to_keep` only (an int: the last so many, 0 for all; or their indices).
+        `cache` and `past_key_values` are two names of one argument, transformers' own from 5.24 on and before.
         """
         if not return_dict:
             raise BadRequest("forward returns a TRMOutput only; leave return_dict out", param="return_dict")
@@ -221,9 +239,10 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             raise BadRequest(
                 "labels need the logits of every position; leave logits_to_keep at 0", param="logits_to_keep"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = one_cache(cache=cache, past_key_values=past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = cache.get_seq_length() if cache is not None else 0
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise BadRequest("input_ids or inputs_embeds is needed", param="input_ids")
@@ -239,15 +258,15 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         mask = causal_mask(attention_mask, length)
-        x, rope = self.encode(input_ids, mask, position_ids, past_key_values, inputs_embeds)
+        x, rope = self.encode(input_ids, mask, position_ids, cache, inputs_embeds)
 
         context = None
         first_entry = self.config.backbone_config.num_hidden_layers
-        if past_key_values is not None:
-            grow(past_key_values, first_entry + self.config.cache_entries(steps))
+        if cache is not None:
+            grow(cache, first_entry + self.config.cache_entries(steps))
         kept = self._kept(logits_to_keep, length, x.device)
         if self.config.kv_source == "context":
-            write = entry_writer(past_key_values, first_entry)
+            write = entry_writer(cache, first_entry)
             context = [write(i, *kv) for i, kv in enumerate(self.decoder.context_keys_values(x, rope))]
             x, mask, rope = x[:, kept], mask[:, :, kept], (rope[0][:, kept], rope[1][:, kept])
             kept = slice(None)
@@ -255,7 +274,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         y, z = (x if steps == 0 else torch.zeros_like(x)), torch.zeros_like(x)
         answers: list[Tensor] = []
         for step in range(steps):
-            entries = entry_writer(past_key_values, first_entry + self.config.cache_entries(step))
+            entries = entry_writer(cache, first_entry + self.config.cache_entries(step))
             y, z = self.decoder.step(x, y, z, Attending(rope, mask, context, entries))
             if return_all_steps:
                 answers.append(y[:, kept])
@@ -268,7 +287,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return TRMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
+            cache=cache,
             halt_logits=self.decoder.halt_logits(y),
             all_logits=torch.stack([self.readout(a) for a in answers]) if answers else None,
             all_halt_logits=torch.stack([self.decoder.halt_logits(a) for a in answers]) if answers else None,
@@ -298,8 +317,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
                 attention_mask=mask,
                 position_embeddings=(cos.to(r.dtype), sin.to(r.dtype)),
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{CACHE_NAME: cache},
             )
         wide = r if r.dtype == torch.float64 else r.float()
         return rms(wide).to(dtype), signed(cos, sin)
@@ -328,6 +347,9 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate(). Batches must be padded on the left; `n_supervision` sets the effort."""
         _refuse_right_padding(kwargs.get("attention_mask"))
+        cache = one_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         return super().generate(inputs, *args, **kwargs)
 
     def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -364,3 +386,6 @@ def _dtype(dtype: Any) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is none of torch's")
     return found
+
+
+AutoModelForCausalLM.register(TRMConfig, TRMForCausalLM)

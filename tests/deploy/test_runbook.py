@@ -1,7 +1,6 @@
 """What the runbook says of errors, memory and files, against the code."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,11 +59,3 @@ def test_the_bytes_of_larger_models_by_the_runbooks_formula(name: str, shape: di
 
     layers = shape["num_hidden_layers"] + config.cache_entries(config.max_supervision)
     assert in_table(name) == 2 * shape["num_key_value_heads"] * config.head_dim * layers * bfloat16
-
-
-@pytest.mark.parametrize("document", sorted(DEPLOY.glob("*.md")), ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
-
-    assert links
-    assert [link for link in links if not (document.parent / link).exists()] == []

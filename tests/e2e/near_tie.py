@@ -2,8 +2,8 @@
 
 from functools import cache
 
+from server.bench.soak.canaries import Canary, part_at_near_tie
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
-from trm.bench.soak.canaries import Canary, part_at_near_tie
 from trm.chat import ChatFormat
 from trm.engine import SamplingParams
 

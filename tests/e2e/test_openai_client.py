@@ -22,6 +22,8 @@ from trm import bundled_model_path
 from trm.chat import SYSTEM_PROMPT
 from trm.config import EFFORT_NAMES
 
+pytestmark = pytest.mark.slow
+
 MODEL = "qwen-trm"
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does he have now?"
 REPLY = "12+7=19\n\\boxed{19}"

@@ -34,9 +34,10 @@ WAIT_S = 120
 STICKERS = "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. "
 STICKERS += "How many stickers does he have altogether now?"  # the bundled backbone divides, its decoder multiplies
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: deploy/debian-packages.txt"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: deploy/debian-packages.txt"),
+]
 
 
 class Page:

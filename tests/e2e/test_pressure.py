@@ -17,6 +17,8 @@ import pytest
 
 from tests.e2e.conftest import ServerProcess
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., ServerProcess]
 PROBE_S, REFUSAL_S = 0.05, 0.02  # as promised
 PATIENCE = 5  # how many times as long the median may be where crowd, server and other tests share two cores

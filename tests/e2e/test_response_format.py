@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field
 
 from tests.e2e.conftest import ServerProcess
 
+pytestmark = pytest.mark.slow
+
 MESSAGES: Any = [{"role": "user", "content": "Tom has 12 apples. He buys 7 more. How many apples does he have now?"}]
 
 

@@ -19,6 +19,8 @@ from tests.e2e.near_tie import assert_near_tie
 from trm import bundled_model_path
 from trm.engine import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does he have now?"
 
 

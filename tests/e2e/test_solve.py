@@ -4,8 +4,11 @@ import json
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.e2e.conftest import ServerProcess
+
+pytestmark = pytest.mark.slow
 
 QUESTIONS = [
     "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?",

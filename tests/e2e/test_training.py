@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.e2e.conftest import COMMANDS, START_TIMEOUT_S, ServerProcess, clean_environment, run_command
 from tests.training.comparing import differing_tensors
 from training.config import TrainSettings
 from training.run import train
+
+pytestmark = pytest.mark.slow
 
 ROWS = [
     {

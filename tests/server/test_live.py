@@ -17,6 +17,8 @@ from server.draining import DrainingServer
 from server.http_protocol import MAX_HEAD_BYTES
 from server.settings import ServeSettings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def start(engine):

@@ -191,6 +191,8 @@ def test_moved_data_is_asked_for_and_taken(settings: Settings, jsonl: Callable[.
 def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in (".checkpoint-9.partial", ".checkpoint-3.old", ".checkpoint-mine.partial", "checkpoint-3", ".old"):
         (tmp_path / name).mkdir()
+    for name in (".checkpoint-1.pruned", ".checkpoint-2.old"):  # halves
+        (tmp_path / name).mkdir()
 
     checkpoints.clear_leftovers(tmp_path)
 

@@ -21,13 +21,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.conftest import randomize, shared_path
+from training.checkpoints import STATE_TENSORS
 from training.config import TrainSettings
 from training.run import train
-from training.trainer import STATE_TENSORS, Trainer
+from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import CheckpointError
+
+pytestmark = pytest.mark.slow
 
 HUB_ID = "Qwen/Qwen2.5-Math-1.5B-Instruct"
 COMMITS = ("a" * 40, "b" * 40)
@@ -173,13 +176,14 @@ def test_masters_move_in_float32_over_a_bfloat16_backbone(repository: Repository
     trainer = Trainer(settings, model, chat, examples, "cpu")
     backbone = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
     trainer.train_step()  # the zero-initialised projections hide the others from the first step
-    masters = {name: tensor.detach().clone() for name, tensor in trainer.parameters.items()}
+    masters = {name: tensor.detach().clone() for name, tensor in trainer.weights.parameters.items()}
 
     trainer.train_step()
 
-    moments = [t for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.ndim]
-    assert {t.dtype for t in [*trainer.parameters.values(), *trainer.ema.average.values(), *moments]} == {torch.float32}
-    assert [name for name, tensor in trainer.parameters.items() if torch.equal(tensor, masters[name])] == []
+    moments = [t for o in trainer.weights.optimizers for s in o.state.values() for t in s.values() if t.ndim]
+    trained = [*trainer.weights.parameters.values(), *trainer.weights.ema.average.values()]
+    assert {t.dtype for t in [*trained, *moments]} == {torch.float32}
+    assert [name for name, tensor in trainer.weights.parameters.items() if torch.equal(tensor, masters[name])] == []
     assert {t.dtype for t in backbone.values()} == {torch.bfloat16}
     assert all(torch.equal(tensor, backbone[name]) for name, tensor in model.backbone.state_dict().items())
 

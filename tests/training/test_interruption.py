@@ -18,6 +18,8 @@ from training.config import TrainSettings
 from training.run import train
 from trm.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 Settings = Callable[..., TrainSettings]
 
 TIMEOUT_S = 60

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 import training.mixing
 from tests.training.test_trainer import make_trainer
+from training.checkpoints import STATE_TENSORS
 from training.config import TrainSettings
 from training.mixing import MixedRows
 from training.run import train
-from training.trainer import STATE_TENSORS, Trainer
+from training.trainer import Trainer
 from trm.errors import ConfigError
 
 Settings = Callable[..., TrainSettings]
@@ -21,7 +22,7 @@ Settings = Callable[..., TrainSettings]
 def mixed_trainer(settings: TrainSettings, tmp_path: Path) -> Trainer:
     trainer = make_trainer(settings)
     trainer.keep_states(tmp_path)
-    for parameter in trainer.parameters.values():
+    for parameter in trainer.weights.parameters.values():
         torch.nn.init.normal_(parameter, std=0.1)
     return trainer
 
@@ -33,12 +34,12 @@ def test_a_row_goes_its_way_as_if_alone(settings: Settings, tmp_path: Path, kv_s
     for _ in range(8):
         trainer.train_step()
 
-    assert trainer.mixed is not None
-    rows = trainer.mixed.rows
+    assert trainer.feed.mixed is not None
+    rows = trainer.feed.mixed.rows
     assert {row.done for row in rows if row} == {1, 2, 3}
     for row in rows:
         assert row is not None
-        alone = trainer._prepare([row.index])
+        alone = trainer.feed.prepare([row.index])
         y = z = torch.zeros_like(alone.x)
         with torch.no_grad():
             for _ in range(row.done):
@@ -50,11 +51,11 @@ def test_a_row_goes_its_way_as_if_alone(settings: Settings, tmp_path: Path, kv_s
 def test_every_example_has_its_steps_before_one_has_more(settings: Settings, tmp_path: Path) -> None:
     # 24 examples, 5 rows, 3 steps each; the first rows leave early to spread the depths.
     trainer = mixed_trainer(settings(mix_depths="steps", gradient="paper", batch_size=5, epochs=3), tmp_path)
-    assert trainer.mixed is not None
+    assert trainer.feed.mixed is not None
     steps = [0] * 24
     for _ in range(12):
         trainer.train_step()
-        for row in trainer.mixed.rows:
+        for row in trainer.feed.mixed.rows:
             steps[row.index if row else -1] += 1
 
     assert sum(steps) == 60
@@ -71,8 +72,8 @@ def test_a_row_leaves_when_its_head_is_sure(settings: Settings, tmp_path: Path, 
     for _ in range(12):
         trainer.train_step()
 
-    assert trainer.mixed is not None
-    assert trainer.mixed.taken in taken  # 12 steps of 4 rows, 3 steps a row at most; exploration keeps a few
+    assert trainer.feed.mixed is not None
+    assert trainer.feed.mixed.taken in taken  # 12 steps of 4 rows, 3 steps a row at most; exploration keeps a few
 
 
 def test_a_row_leaves_only_if_sure_of_all_its_labels(
@@ -80,14 +81,14 @@ def test_a_row_leaves_only_if_sure_of_all_its_labels(
 ) -> None:
     monkeypatch.setattr(training.mixing, "EXPLORATION", 0.0)
     trainer = mixed_trainer(settings(mix_depths="halting", gradient="paper"), tmp_path)
-    assert trainer.mixed is not None
-    trainer._mix(trainer.mixed)
-    rows = trainer.prepared[0].answers[:, 0]
+    assert trainer.feed.mixed is not None
+    trainer.feed.fetch(0)
+    rows = trainer.feed.prepared[0].answers[:, 0]
     halt = torch.where(torch.arange(len(rows)) == (rows == 2).nonzero()[1], -1.0, 1.0)
 
-    trainer._advance(trainer.mixed, halt)
+    trainer.feed.advance(0, trainer.feed.carry, halt)
 
-    assert [row.done == row.limit for row in trainer.mixed.rows if row] == [True, True, False, True]
+    assert [row.done == row.limit for row in trainer.feed.mixed.rows if row] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("mix_depths", ["steps", "halting"])

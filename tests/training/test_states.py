@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 import training.states
 from tests.training.test_trainer import make_trainer
+from training.checkpoints import STATE_TENSORS
 from training.config import TrainSettings
 from training.run import train
 from training.states import States, choose
-from training.trainer import STATE_TENSORS
 from trm.chat import Example
 from trm.errors import ConfigError
 
@@ -26,7 +26,7 @@ def test_kept_states_give_the_losses_of_fresh_ones(settings: Settings, tmp_path:
     for place in ("off", "memory"):
         trainer = make_trainer(settings(kv_source=kv_source, cache_states=place, autocast="off"))
         trainer.keep_states(tmp_path)
-        assert (trainer.states is None) == (place == "off")
+        assert (trainer.feed.states is None) == (place == "off")
         reports.append([trainer.train_step() for _ in range(3)])
 
     for fresh, kept in zip(*reports, strict=True):
@@ -40,8 +40,8 @@ def test_a_file_holds_the_bits_of_memory_and_is_computed_once(
     def kept(place: str) -> States:
         trainer = make_trainer(settings(cache_states=place, batch_size=3, seed=1 if place == "disk" else 0))
         trainer.keep_states(tmp_path / "cache")
-        assert trainer.states is not None
-        return trainer.states
+        assert trainer.feed.states is not None
+        return trainer.feed.states
 
     memory, disk = kept("memory"), kept("disk")
     monkeypatch.setattr(training.states, "encode", None)

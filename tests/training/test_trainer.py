@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from training.batches import collate
 from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
+from training.loss import full_steps
 from training.optim import EMA, learning_rate_scale, make_optimizers
 from training.problems.data import encode_problems, load_problems
 from training.run import train
@@ -46,9 +47,9 @@ def test_after_one_step_every_trainable_tensor_has_a_gradient(
     trainer = make_trainer(settings(gradient=gradient, kv_source=kv_source, train_lm_head=True))
     trainer.train_step()
     seen: dict[str, float] = {}
-    for optimizer in trainer.optimizers:
+    for optimizer in trainer.weights.optimizers:
         optimizer.register_step_pre_hook(
-            lambda *_: seen.update({n: float(p.grad.abs().max()) for n, p in trainer.parameters.items()})
+            lambda *_: seen.update({n: float(p.grad.abs().max()) for n, p in trainer.weights.parameters.items()})
         )
 
     trainer.train_step()
@@ -79,16 +80,16 @@ def test_the_loss_falls(settings: Settings, gradient: str, optimizer: str) -> No
 def test_masters_average_and_optimiser_are_float32_and_move(settings: Settings) -> None:
     # In bfloat16 an average with decay 0.999 never moved.
     trainer = make_trainer(settings(autocast="on"))
-    start = {name: tensor.clone() for name, tensor in trainer.ema.average.items()}
+    start = {name: tensor.clone() for name, tensor in trainer.weights.ema.average.items()}
     for _ in range(3):
         trainer.train_step()
 
-    tensors = [*trainer.parameters.values(), *trainer.ema.average.values()]
-    states = [t for o in trainer.optimizers for s in o.state.values() for t in s.values() if t.ndim]
+    tensors = [*trainer.weights.parameters.values(), *trainer.weights.ema.average.values()]
+    states = [t for o in trainer.weights.optimizers for s in o.state.values() for t in s.values() if t.ndim]
     assert {t.dtype for t in [*tensors, *states]} == {torch.float32}
-    moved = {name for name, tensor in trainer.ema.average.items() if not torch.equal(tensor, start[name])}
-    assert moved == set(trainer.parameters)
-    assert any(not torch.equal(trainer.ema.average[n], p) for n, p in trainer.parameters.items())
+    moved = {name for name, tensor in trainer.weights.ema.average.items() if not torch.equal(tensor, start[name])}
+    assert moved == set(trainer.weights.parameters)
+    assert any(not torch.equal(trainer.weights.ema.average[n], p) for n, p in trainer.weights.parameters.items())
 
 
 def test_the_average_follows_its_formula() -> None:
@@ -116,7 +117,7 @@ def test_the_schedule_counts_optimiser_steps_really_taken(
     rates = []
     for _ in range(steps):
         trainer.train_step()
-        rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 1e-2)
+        rates.append(trainer.weights.optimizers[0].param_groups[0]["lr"] / 1e-2)
 
     assert rates[0] == pytest.approx(0.5)  # warm-up is used
     assert max(rates) == 1.0
@@ -180,11 +181,11 @@ def test_objectives_that_do_not_fit_together_are_refused(
 def test_no_logits_are_kept_for_the_backward_pass(settings: Settings) -> None:
     # With a vocabulary of 151,936 they are by far the largest tensors.
     trainer = make_trainer(settings())
-    trainer._enter(0)
+    trainer.feed.fetch(0)
     kept: list[torch.Tensor] = []
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        steps = list(trainer._full_steps(trainer.prepared[0], 3))
+        steps = list(full_steps(trainer.model, trainer.feed.prepared[0], 3))
 
     assert steps[0].cross_entropy.requires_grad
     assert kept
@@ -296,12 +297,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: Settings) -> None:
         trainer.train_step()
 
 
+def test_a_tiny_loss_is_not_reported_as_none(settings: Settings) -> None:
+    trainer = make_trainer(settings(gradient="paper", autocast="off"))
+    with torch.no_grad():
+        trainer.model.decoder.halt_head.bias.fill_(-13)  # no label is right yet, and the head knows: ln(1 + e^-13)
+
+    report = trainer.train_step()
+
+    assert report["token_accuracies"] == [0]
+    assert report["halting_losses"] == [pytest.approx(2.26e-6, rel=0.3)]
+
+
 def test_answer_positions_only_give_the_loss_of_all_positions(settings: Settings) -> None:
     """With keys from the context the recursion skips prompt positions; the loss must not notice."""
     trainer = make_trainer(settings(autocast="off"))
-    for parameter in trainer.parameters.values():
+    for parameter in trainer.weights.parameters.values():
         torch.nn.init.normal_(parameter, std=0.1)
-    batch = collate([trainer.examples[i] for i in trainer._batches(0)[0]], 0)
+    batch = collate([trainer.feed.examples[i] for i in trainer.feed.batches_of(0)[0]], 0)
     whole = trainer.model(batch.input_ids, batch.attention_mask, return_all_steps=True)
     labelled = batch.labels != -100
     expected = [
@@ -316,8 +328,8 @@ def test_answer_positions_only_give_the_loss_of_all_positions(settings: Settings
 
 def test_muon_takes_matrices_and_leaves_heads_and_vectors_to_adamw(settings: Settings) -> None:
     trainer = make_trainer(settings(train_lm_head=True))
-    muon, adamw = make_optimizers(trainer.parameters.items(), "muon", 1e-3, 0.1)
-    names = {id(p): n for n, p in trainer.parameters.items()}
+    muon, adamw = make_optimizers(trainer.weights.parameters.items(), "muon", 1e-3, 0.1)
+    names = {id(p): n for n, p in trainer.weights.parameters.items()}
     adam_names = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
 
     assert adam_names == {"decoder.halt_head.weight", "decoder.halt_head.bias", "lm_head.weight"}

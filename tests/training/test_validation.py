@@ -43,17 +43,17 @@ def test_where_the_problems_come_from(settings: Settings, jsonl: Callable[..., P
 
 def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Settings) -> None:
     trainer = make_trainer(settings(autocast="off", batch_size=3))
-    trainer.validation = trainer.examples[:7]
+    trainer.validation = trainer.feed.examples[:7]
     for _ in range(4):
         trainer.train_step()
-    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    before = {name: p.detach().clone() for name, p in trainer.weights.parameters.items()}
 
     measured = trainer.validate()
 
-    assert all(torch.equal(before[name], p) for name, p in trainer.parameters.items())
+    assert all(torch.equal(before[name], p) for name, p in trainer.weights.parameters.items())
     losses, labels = torch.zeros(3), 0
-    with averaged(trainer.ema), torch.no_grad():
-        assert any(not torch.equal(before[name], p) for name, p in trainer.parameters.items())
+    with averaged(trainer.weights.ema), torch.no_grad():
+        assert any(not torch.equal(before[name], p) for name, p in trainer.weights.parameters.items())
         for example in trainer.validation:
             ids = torch.tensor([example.ids])
             out = trainer.model(ids, return_all_steps=True)

@@ -16,6 +16,8 @@ from training.checkpoints import STATE_TENSORS
 from training.config import TrainSettings
 from training.run import train
 
+pytestmark = pytest.mark.slow
+
 Settings = Callable[..., TrainSettings]
 TIMEOUT_S = 240
 

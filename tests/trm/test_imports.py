@@ -62,6 +62,18 @@ def test_packages_import_one_way(package, forbidden):
     assert {path: names for path, names in offenders.items() if names} == {}
 
 
+@pytest.mark.parametrize("package", ["trm", "server"])
+def test_only_benchmarks_import_benchmarks(package):
+    """And `trm-bench` those of both: nobody who serves or decodes pays for what measures it."""
+    offenders = {
+        str(path)
+        for path in sources(package)
+        if "bench" not in path.parts and any("bench" in name.split(".") for name in imports(path))
+    }
+
+    assert offenders == set()
+
+
 @pytest.mark.parametrize("module", ["trm.engine.scheduler", "trm.engine.request", "trm.errors", "trm.answers"])
 def test_modules_that_touch_no_tensors_import_none(module):
     """Neither themselves nor through another module of ours, so that policy is tested in microseconds."""

@@ -656,6 +656,55 @@ def test_mask_shorter_than_the_past_is_refused(kv_source):
         model(torch.tensor([[5]]), attention_mask=torch.ones(1, 1), past_key_values=cache)
 
 
+# What transformers calls the cache: `cache` from 5.24 on, `past_key_values` before. Both work with both.
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_two_names(name, kv_source):
+    model = make_model(kv_source=kv_source)
+    ids = torch.tensor([some_prompt(8)])
+    cache = DynamicCache()
+
+    out = model(ids[:, :6], use_cache=True, **{name: cache})
+    after = model(ids[:, 6:], **{name: out[name]}).logits
+
+    assert out[name] is getattr(out, name) is out.get(name) is cache
+    assert name in out
+    assert torch.allclose(after, model(ids).logits[:, 6:], atol=1e-4)
+
+
+def test_an_output_without_a_cache_has_neither_name():
+    out = make_model()(torch.tensor([some_prompt(3)]))
+
+    assert out.cache is out.past_key_values is None
+    assert "cache" not in out
+    assert "past_key_values" not in out
+    assert out.get("past_key_values", 1) == 1
+
+
+def test_two_caches_are_refused():
+    model, ids = make_model(), torch.tensor([some_prompt(3)])
+
+    with pytest.raises(BadRequest, match="one of them"):
+        model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+    with pytest.raises(BadRequest, match="one of them"):
+        model.generate(ids, max_new_tokens=2, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_goes_on_from_a_cache_of_either_name_and_prints_nothing(name, capfd):
+    model, ids = make_model(), torch.tensor([some_prompt(8)])
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    cache = DynamicCache()
+    model(ids[:, :6], use_cache=True, **{name: cache})
+
+    got = model.generate(ids, **{name: cache}, **settings)
+
+    assert got.tolist() == expected.tolist()
+    assert capfd.readouterr() == ("", "")
+
+
 # The head
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from training.run import require_writable
+from training.directories import require_writable
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from training import extra
 from training.config import EvalSettings
 from training.evaluation.answers import Answers
 from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
 from training.evaluation.decoding import answer_problems, keys
-from training.evaluation.pictures import draw
 from training.evaluation.report import build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
 from training.problems.data import load_problems
@@ -36,6 +36,8 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     The teacher-forced part is measured only where there is a report directory. An evaluation that is interrupted
     says what it has kept there, and goes on when it is run again. Raises ConfigError for settings that do not fit.
     """
+    if settings.report is not None:
+        extra.require("matplotlib", "--report")
     device = use_device(settings.device, settings.num_threads)
     directory = checkpoint.locate(settings.model or bundled_model_path())
     config = checkpoint.read_config(directory)
@@ -83,6 +85,8 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     }
     report = about | build_report(candidates, answers.by_key, len(problems), config.n_supervision) | (solutions or {})
     if settings.report is not None:
+        from training.evaluation.pictures import draw  # with matplotlib, of the extra `train`
+
         write_report(settings.report, report)
         draw(settings.report, report)
     return report

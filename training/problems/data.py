@@ -5,6 +5,7 @@ MATH (`problem`, `solution` with `\boxed{}`). A bad row is reported with its fil
 line, counted and left out; a source with no good row raises ConfigError.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from training import extra
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
 from trm.answers import convert_gsm8k, extract_boxed
@@ -83,6 +87,14 @@ def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) 
     return kept
 
 
+def fingerprint(examples: Sequence[Example]) -> str:
+    """First 16 hex digits of a SHA-256 over all token ids and label starts, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example.label_start, len(example.ids), *example.ids], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         known = ", ".join((*HUB_DATASETS, "synthetic"))
@@ -97,7 +109,8 @@ def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_rows(name: str, split: Split, flag: str) -> Iterable[tuple[str, Any]]:
-    from datasets import load_dataset  # heavy, and needed for hub datasets only
+    extra.require("datasets", f"{flag} {name}")
+    from datasets import load_dataset  # heavy
 
     repository, configuration, splits = HUB_DATASETS[name]
     try:

@@ -1,5 +1,6 @@
 """What batching in depth, halting and drafting buy. Every part returns raw counts and times; `ratios` divides them."""
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trm.bench.halting import agreements, loosest
+from trm.bench.settings import DecodeSettings
 from trm.bench.workload import (
     MEDIAN_TOKENS,
     Decoded,
@@ -19,6 +21,7 @@ from trm.bench.workload import (
     decode_with_engine,
     decode_with_generate,
     in_turn,
+    load,
     make_requests,
     model_time,
     with_params,
@@ -27,7 +30,10 @@ from trm.chat import ChatFormat
 from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request
 from trm.engine.runner import Runner, Span
+from trm.errors import ConfigError
 from trm.model import TRMForCausalLM
+
+logger = logging.getLogger(__name__)
 
 MIXED_EFFORTS = (1, 4, 8, 16)
 HALTING_EFFORT = 16
@@ -38,15 +44,40 @@ CURVE_ROWS = 8
 Raw = dict[str, Any]
 
 
+def measure(settings: DecodeSettings) -> Raw:
+    """Part by part: their raw counts and times, and the ratios that these come to."""
+    model, chat = load(settings.model, settings.num_threads)
+    if model.config.kv_source != "context":
+        raise ConfigError("the model takes keys and values from the state and cannot halt; decode needs the context's")
+    bench = DecodeBench(model, chat, settings)
+    parts: dict[str, Callable[[], Raw]] = {
+        "throughput": bench.throughput,
+        "mixed_effort": bench.mixed_effort,
+        "speculation_1_row": lambda: bench.speculation(1),
+        "speculation_all_rows": lambda: bench.speculation(settings.max_rows),
+        "halting": bench.halting,
+        "overhead": bench.overhead,
+        "reference_sizes": reference_sizes,
+    }
+    if settings.full:
+        parts["context_curve"] = lambda: {
+            kv_source: context_curve(model, kv_source, settings.repeats) for kv_source in ("context", "state")
+        }
+    raw = {}
+    for name, part in parts.items():
+        started = time.perf_counter()
+        raw[name] = part()
+        logger.info("%s: %.0f s", name, time.perf_counter() - started)
+    return {**ratios(raw), "requests": settings.num_requests, "raw": raw}
+
+
 class DecodeBench:
     """One model and one set of requests; one part of the benchmark per method."""
 
-    def __init__(
-        self, model: TRMForCausalLM, chat: ChatFormat, num_requests: int, max_rows: int, repeats: int, seed: int
-    ) -> None:
+    def __init__(self, model: TRMForCausalLM, chat: ChatFormat, settings: DecodeSettings) -> None:
         self.model, self.chat = model, chat
-        self.max_rows, self.repeats, self.seed = max_rows, repeats, seed
-        self.requests = make_requests(chat, num_requests, [model.config.n_supervision], seed)
+        self.max_rows, self.repeats, self.seed = settings.max_rows, settings.repeats, settings.seed
+        self.requests = make_requests(chat, settings.num_requests, [model.config.n_supervision], self.seed)
         self.longest = max(request.positions for request in self.requests)
         self.pad_id = chat.tokenizer.pad_token_id or 0
 

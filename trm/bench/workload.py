@@ -1,4 +1,4 @@
-"""Requests of mixed lengths, and the ways of decoding them that are compared.
+"""A model, requests of mixed lengths, and the ways of decoding them that are compared.
 
 Reply lengths are spread as GSM8K's solutions are in the bundled model's tokens: log-normal, median
 90, sigma 0.45. The end token is ignored, so that every way decodes the same number of tokens.
@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, solve_messages
+from trm.device import lay_out_for_decoding
 from trm.engine import Engine, Request, SamplingParams
 from trm.engine.row import Row
 from trm.engine.runner import Slots
@@ -34,6 +36,15 @@ QUESTION = "How many apples does Tom have now?"
 
 TokenIds = tuple[int, ...]
 Result = TypeVar("Result")
+
+
+def load(source: str | None, num_threads: int) -> tuple[TRMForCausalLM, ChatFormat]:
+    """A model, by default the bundled one, in this process, and its words."""
+    torch.set_num_threads(num_threads)
+    source = source or str(bundled_model_path())
+    model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32)
+    lay_out_for_decoding(model)
+    return model, ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
 
 
 def make_questions(

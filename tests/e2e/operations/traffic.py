@@ -18,9 +18,9 @@ from typing import Any, Literal, Self
 
 import httpx
 
+from server.bench.soak.canaries import NEAR_TIE
 from tests.e2e.near_tie import bundled
 from trm import reference
-from trm.bench.soak.canaries import NEAR_TIE
 from trm.chat import solve_messages
 from trm.engine import SamplingParams
 

@@ -161,7 +161,7 @@ def test_an_interrupted_evaluation_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("training.evaluation.run.draw", lambda directory, report: [])  # takes seconds
+    monkeypatch.setattr("training.evaluation.pictures.draw", lambda directory, report: [])  # takes seconds
     whole = evaluate_model(settings(report=tmp_path / "whole"))
     add = Answers.add
 

@@ -1,0 +1,74 @@
+"""Commands answer `--help` at once: they import neither torch nor transformers before they need them."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "tensorboard", "numpy", "fastapi", "uvicorn"}
+
+HELP = """
+import importlib, json, sys, time
+module, function, *arguments = sys.argv[1:]
+sys.argv = ["command", *arguments]
+try:
+    getattr(importlib.import_module(module), function)()
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+print(json.dumps({"modules": sorted(sys.modules), "cpu_s": time.process_time()}))
+"""
+
+
+def run(code: str, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+
+
+@pytest.mark.parametrize("command", sorted(SCRIPTS))
+def test_help_is_light_and_quick(command):
+    module, function = SCRIPTS[command].split(":")
+
+    runs = [run(HELP, module, function, "--help") for _ in range(2)]
+
+    assert runs[0].startswith("usage: trm-")
+    seen = [json.loads(text.splitlines()[-1]) for text in runs]
+    assert not HEAVY & set(seen[0]["modules"])
+    assert min(one["cpu_s"] for one in seen) < 0.5
+
+
+@pytest.mark.parametrize("module", ["trm", "trm.errors", "trm.settings", "trm.logs", "server.settings"])
+def test_modules_below_the_model_are_light(module):
+    loaded = json.loads(run(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"))
+
+    assert not HEAVY & set(loaded)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import trm; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM; import trm",
+        "import transformers, trm; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from trm import TRMForCausalLM; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import trm.config; from transformers import AutoModelForCausalLM, AutoConfig",
+    ],
+)
+def test_the_auto_classes_know_the_model_whatever_is_imported_first(imports):
+    code = f"""
+{imports}
+import trm
+path = trm.bundled_model_path()
+print(AutoConfig.from_pretrained(path).__class__ is trm.TRMConfig)
+print(AutoModelForCausalLM.from_pretrained(path).__class__ is trm.TRMForCausalLM)
+"""
+    assert run(code).split() == ["True", "True"]
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    assert run("import trm; print(hasattr(trm, 'TRMForCasualLM'))") == "False\n"

@@ -1,0 +1,53 @@
+"""Build a trainer from a run's settings: data, backbone, model."""
+
+from typing import Any
+
+import torch
+
+from training.config import TrainSettings
+from training.problems.data import encode_problems, load_problems
+from training.trainer import Trainer
+from training.validation import split_problems
+from trm import TRMForCausalLM, bundled_model_path, checkpoint
+from trm.chat import ChatFormat
+
+MODEL_SETTINGS = (
+    "n_latent",
+    "n_cycles",
+    "n_supervision",
+    "n_layers",
+    "expansion",
+    "max_supervision",
+    "kv_source",
+    "normalize_text",
+)
+
+
+def build_trainer(settings: TrainSettings, source: str, revision: str | None, device: str) -> Trainer:
+    """A trainer at step 0, with the data that the settings name, on the backbone of `source`."""
+    chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
+    problems = load_problems(
+        str(settings.dataset),
+        split="train",
+        seed=settings.seed,
+        num_problems=settings.num_problems,
+        keep_annotations=settings.keep_annotations,
+    )
+    problems, held_out = split_problems(settings, problems)
+    examples = encode_problems(problems, chat, settings.max_length)
+    validation = encode_problems(held_out, chat, settings.max_length) if held_out else []
+    backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
+    record = checkpoint.backbone_record(source, revision, backbone)
+    torch.manual_seed(settings.seed)
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
+    return Trainer(settings, model, chat, examples, device, validation)
+
+
+def backbone_source(settings: TrainSettings) -> tuple[str, str | None]:
+    """Directory or hub id, and revision, of a new run's backbone: the bundled one unless another is named."""
+    return settings.backbone or str(bundled_model_path()), settings.backbone_revision
+
+
+def model_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The fields of TRMConfig that a run's settings decide."""
+    return {name: getattr(settings, name) for name in MODEL_SETTINGS} | {"own_lm_head": settings.train_lm_head}

@@ -1,0 +1,184 @@
+"""Controls: what the decoder's training compute buys when it is spent on the backbone in an ordinary way.
+
+Three of them, each trained on the decoder's own problems, in its order, with its optimiser, averaging and at least
+its floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
+and low-rank updates (LoRA) of the backbone's matrices with as many weights as the decoder has. Each ends as a plain
+Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what it cost.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from training.batches import Batch, collate, epoch_order
+from training.building import backbone_source, build_trainer
+from training.config import TrainSettings
+from training.loss import reply_loss
+from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
+from training.trainer import Trainer
+from trm import checkpoint
+from trm.device import has_fast_bfloat16, use_device
+from trm.errors import DeviceError
+from trm.logs import configure_logging
+from trm.settings import Settings, run_command
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["continued", "layer", "lora"]
+COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
+CONTROL_JSON = "control.json"
+NAMES: dict[str, str] = {
+    "continued": "backbone trained on",
+    "layer": "one ordinary layer more",
+    "lora": "LoRA on the backbone",
+}
+
+
+class ControlSettings(Settings):
+    """Spend a decoder's training compute on its backbone instead."""
+
+    command: ClassVar[str] = "python -m training.research.controls"
+
+    kind: Kind = Field("continued", description="what is trained: all weights, one layer more, or low-rank updates")
+    run: Path = Field(Path("runs/trm"), description="the decoder's run directory: data, order, optimiser, compute")
+    output_dir: Path = Field(Path("runs/control"), description="where the model goes")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default the decoder's")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+
+
+class LowRank(nn.Module):
+    """W + up @ down, with `up` zero at first (Hu et al., 2021)."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1]))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def train_control(settings: ControlSettings) -> Path:
+    """Train one control to the end; returns its directory. Raises DeviceError where its loss is not finite."""
+    device = use_device("auto", settings.num_threads)
+    stored = checkpoint.read_json(settings.run / "run.json")["settings"]
+    run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
+    trainer = build_trainer(run, *backbone_source(run), device)
+    decoder_weights = sum(p.numel() for p in trainer.weights.parameters.values())
+    with FlopCounterMode(display=False) as counted:
+        for _ in range(COUNTED_STEPS):
+            trainer.train_step()
+    decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
+    torch.manual_seed(run.seed)
+    model = trainer.model.backbone
+    trained = add_weights(model, settings.kind, decoder_weights)
+    model.set_attn_implementation("eager")  # faster in training on a CPU
+
+    batches = _batches(trainer, run)
+    with FlopCounterMode(display=False) as counted:
+        for batch in itertools.islice(_batches(trainer, run), COUNTED_STEPS):
+            reply_loss(model, batch).backward()
+    model.zero_grad()
+    flops_per_step = counted.get_total_flops() / COUNTED_STEPS
+    steps = math.ceil(decoder_flops / flops_per_step)
+    logger.info("%s: %d steps, the decoder took %d", NAMES[settings.kind], steps, trainer.total_steps)
+
+    optimizers = make_optimizers(trained.items(), run.optimizer, settings.lr or run.lr, run.weight_decay)
+    ema = EMA(trained)
+    warmup = warmup_steps(run.warmup_steps, steps)
+    model.train()
+    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=settings.kind, unit="step")):
+        with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+            loss = reply_loss(model, batch)
+        loss.backward()
+        if not torch.isfinite(nn.utils.clip_grad_norm_(trained.values(), run.max_grad_norm)):
+            raise DeviceError(f"step {step + 1}: the gradient is not finite; try a lower --lr")
+        set_learning_rate(optimizers, learning_rate_scale(step, steps, warmup))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update(step + 1)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(ema.average[name])
+    return _write(settings, model, trainer, {
+        "name": NAMES[settings.kind],
+        "trained_parameters": sum(p.numel() for p in trained.values()),
+        "steps": steps,
+        "tflop": steps * flops_per_step / 1e12,
+        "decoder_tflop": decoder_flops / 1e12,
+        "compute": f"{steps * flops_per_step / 1e12:.3g} TFLOP; the decoder took {decoder_flops / 1e12:.3g}",
+    })  # fmt: skip
+
+
+def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dict[str, nn.Parameter]:
+    """Make trainable what this control trains, and only that; returns it by name.
+
+    "lora" takes the rank whose number of weights comes closest to `decoder_weights`.
+    """
+    model.requires_grad_(kind == "continued")
+    layers = model.model.layers
+    if kind == "layer":
+        config = model.config
+        if getattr(config, "layer_types", None):
+            config.layer_types = [*config.layer_types, config.layer_types[-1]]
+        config.num_hidden_layers += 1
+        layer = type(layers[0])(config, len(layers))
+        for name, parameter in layer.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # the layer starts as the identity
+                nn.init.zeros_(parameter)
+            elif name.endswith("proj.weight"):
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+        layers.append(layer)
+    if kind == "lora":
+        linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+        rank = round(decoder_weights / sum(sum(module.weight.shape) for module in linears))
+        for module in linears:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, max(1, rank)))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _batches(trainer: Trainer, run: TrainSettings) -> Iterator[Batch]:
+    """The decoder's batches in its order, epoch after epoch."""
+    pad_id = trainer.pad_id
+    for epoch in itertools.count():
+        for indices in epoch_order(trainer.feed.lengths, run.batch_size, run.seed, epoch):
+            yield collate([trainer.feed.examples[i] for i in indices], pad_id).to(trainer.device)
+
+
+def _write(settings: ControlSettings, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    aside = checkpoint.make_aside(settings.output_dir)
+    checkpoint.write_backbone(aside, model.to(torch.bfloat16))
+    trainer.chat.tokenizer.save_pretrained(aside)
+    checkpoint.write_json(aside / CONTROL_JSON, record)
+    checkpoint.replace_directory(aside, settings.output_dir)
+    return settings.output_dir
+
+
+def main() -> None:
+    """Entry point of `python -m training.research.controls`."""
+
+    def command() -> None:
+        settings = ControlSettings.from_command_line()
+        configure_logging()
+        print(train_control(settings))  # noqa: T201 - the command's result
+
+    run_command(command, ControlSettings.command)
+
+
+if __name__ == "__main__":
+    main()
