@@ -5,12 +5,10 @@ The first signal drains, the second one exits at once; an engine that died may e
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 import struct
-import termios
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +22,12 @@ from server.ending import GRACE_S
 from server.http_protocol import HttpProtocol
 from server.serving import Serving
 from server.settings import ServeSettings
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    fcntl = termios = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +137,7 @@ def _unread(transport: Any) -> int:
     """
     ours = int(transport.get_write_buffer_size())
     kernels = bytes(4)
-    if ours:
+    if ours and fcntl and termios:
         with contextlib.suppress(OSError):  # another system's sockets do not tell
             kernels = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, kernels)
     return ours + int(struct.unpack("i", kernels)[0])
