@@ -77,11 +77,11 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 WITHOUT_POSIX = """
 import builtins
 real = builtins.__import__
-def without_posix(name, globals=None, *rest):
+def without_posix(name, globals=None, *rest, **named):
     ours = globals is not None and globals["__name__"].partition(".")[0] in ("trm", "server", "training")
     if ours and name in ("fcntl", "termios", "resource"):
         raise ImportError(name)
-    return real(name, globals, *rest)
+    return real(name, globals, *rest, **named)
 builtins.__import__ = without_posix
 """
 
