@@ -78,8 +78,8 @@ WITHOUT_POSIX = """
 import builtins
 real = builtins.__import__
 def without_posix(name, globals=None, *rest, **named):
-    ours = globals is not None and globals["__name__"].partition(".")[0] in ("trm", "server", "training")
-    if ours and name in ("fcntl", "termios", "resource"):
+    importer = (globals or {}).get("__name__", "").partition(".")[0]
+    if importer in ("trm", "server", "training") and name in ("fcntl", "termios", "resource"):
         raise ImportError(name)
     return real(name, globals, *rest, **named)
 builtins.__import__ = without_posix
