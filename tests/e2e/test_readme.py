@@ -31,6 +31,7 @@ def run_python(code: str) -> str:
         env=clean_environment(),
     )
     assert done.returncode == 0, done.stderr
+    assert not re.search("warning|deprecat", done.stderr, re.I), done.stderr  # what libraries log is read too
     return done.stdout
 
 
