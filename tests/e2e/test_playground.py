@@ -290,7 +290,7 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_only(page: Page, locked: Serve
     page.expected_errors = "401"
     page.open(locked)
     page.wait(lambda: page["problem"].is_displayed())
-    assert page["problem"].text == "This server wants an API key."
+    assert page["problem"].text == "This server needs an API key."
     assert page.driver.switch_to.active_element == page["key"]
 
     page.press("wrong", Keys.ENTER)
