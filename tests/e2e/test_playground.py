@@ -446,7 +446,7 @@ def test_a_vote_is_counted_while_it_goes_on(page: Page) -> None:
         page["samples"].clear()
         page["samples"].send_keys("8")
         page["vote"].click()
-        page.wait(lambda: page["verdict"].text == "7 has 2 of 3 votes so far; 8 are asked.")
+        page.wait(lambda: page["verdict"].text == "7 has 2 of 3 votes so far; 8 samples are asked.")
         assert [bar.text.split() for bar in page.all("#bars li")] == [
             ["7", "2", "votes"],
             ["no", "answer", "1", "votes"],
