@@ -145,7 +145,7 @@ def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbon
         evaluate_model(settings(effort=[17]))
     with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
         evaluate_model(settings(max_tokens=1024))
-    with pytest.raises(ConfigError, match="a twin already"):
+    with pytest.raises(ConfigError, match="twin is taken"):
         evaluate_model(settings(control=twins))
 
 
