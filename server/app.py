@@ -46,7 +46,9 @@ def _check_root_path(app: FastAPI, prefix: str) -> None:
     routes = [*app.routes, *(route for module in ROUTES for route in module.router.routes)]
     for path in (getattr(route, "path", "") for route in routes):
         if prefix and f"{path}/".startswith(f"{prefix}/"):
-            raise ConfigError(f"--root-path {prefix}: the server's own path {path} begins so; choose another prefix")
+            raise ConfigError(
+                f"--root-path {prefix}: the server's own path {path} begins with it; choose another prefix"
+            )
 
 
 def add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:

@@ -93,7 +93,7 @@ def serve(settings: ServeSettings, sock: socket.socket, deadline: Deadline) -> N
             server.should_exit = True
 
     threading.Thread(target=load, name="trm-load", daemon=True).start()
-    logger.info("loading %s; %s says 503 until then", settings.model_id, url)
+    logger.info("loading %s; %s answers 503 until it is loaded", settings.model_id, url)
     server.run(sockets=[sock])
     if failures:
         raise failures[0]

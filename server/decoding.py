@@ -149,7 +149,7 @@ async def submit(
         if room < 1:
             raise BadRequest(
                 f"the prompt has {len(prompt)} tokens; this server takes {serving.engine.max_model_len}, "
-                "at least one of them for the reply",
+                "at least one of them for the reply; shorten it",
                 param=param,
                 code="context_length_exceeded",
             )

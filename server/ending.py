@@ -56,7 +56,7 @@ class Deadline:
 
 def leave(reason: str) -> NoReturn:
     """End the process now, with status 1, whatever its other threads do; the log says where each of them is."""
-    logger.critical("%s; leaving behind what still runs: %s", reason, _running())
+    logger.critical("%s; exiting although these threads still run: %s", reason, _running())
     os._exit(1)
 
 

@@ -135,7 +135,10 @@ def install(app: FastAPI) -> None:
     async def unroutable(request: Request, error: HTTPException) -> JSONResponse:
         """What the framework itself refuses: unknown paths, wrong methods."""
         place = f"{request.method} {request.url.path}"[:MAX_PATH_CHARS]
-        known = {404: (f"{place}: no such route", "unknown_url"), 405: (f"{place}: wrong method", "method_not_allowed")}
+        known = {
+            404: (f"{place}: no such route; /openapi.json lists them all", "unknown_url"),
+            405: (f"{place}: wrong method; the header Allow names the right ones", "method_not_allowed"),
+        }
         message, code = known.get(error.status_code, (error.detail, None))
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return JSONResponse(error_body(message, kind, code=code), error.status_code, error.headers)

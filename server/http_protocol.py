@@ -55,7 +55,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer what is no request, in the place of uvicorn's plain text."""
         error = BadRequest("this is not an HTTP request that the server can read; the connection is closed")
         if self._too_large:
-            error = HeadTooLarge(f"the request's headers have more than {MAX_HEAD_BYTES} bytes, this server's limit")
+            error = HeadTooLarge(f"request line and headers have more than {MAX_HEAD_BYTES} bytes, this server's limit")
         status, body = describe(error)
         self._metrics.rejected.labels(REJECTIONS[status]).inc()  # nothing else sees it: it comes before the application
         content = json.dumps(body).encode()

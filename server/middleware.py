@@ -175,7 +175,7 @@ class ReadBody:
             async with asyncio.timeout(self.timeout_s):
                 body = await self._read(scope, receive)
         except TimeoutError:
-            slow = f"the body did not arrive within {self.timeout_s:g} s, this server's limit"
+            slow = f"the body did not arrive within {self.timeout_s:g} s, this server's limit (--body-timeout-seconds)"
             await error_response(SlowBody(slow, code="body_timeout"))(scope, receive, send)
         except BodyTooLarge as error:
             await error_response(error)(scope, receive, send)
@@ -193,7 +193,7 @@ class ReadBody:
         more = True
         while more:
             if size > self.max_bytes:
-                limit = f"the body has more than {self.max_bytes} bytes, this server's limit"
+                limit = f"the body has more than {self.max_bytes} bytes, this server's limit (--max-body-bytes)"
                 raise BodyTooLarge(limit, code="body_too_large")
             message = await receive()
             if message["type"] == "http.disconnect":

@@ -33,7 +33,7 @@ def install(app: FastAPI) -> None:
         if app.openapi_schema is None:
             serving: Serving | None = app.state.serving
             if serving is None:
-                raise Unavailable("the server is starting: its model is being loaded", "starting")
+                raise Unavailable("the server is still loading its model; try again in a moment", "starting")
             app.openapi_schema = document(app, serving)
         return app.openapi_schema
 

@@ -73,7 +73,7 @@ async def _serving_or_none(request: Request) -> Serving | None:
 async def _serving(request: Request) -> Serving:
     serving = await _serving_or_none(request)
     if serving is None:
-        raise Unavailable("the server is starting: its model is being loaded", "starting")
+        raise Unavailable("the server is still loading its model; try again in a moment", "starting")
     return serving
 
 

@@ -22,7 +22,11 @@ LISTS = ("api_key", "public_paths", "cors_origins")  # flags that take several v
 
 
 class ServeSettings(Settings):
-    """Settings of `trm-serve`."""
+    """Serve a model over HTTP: OpenAI's routes, POST /solve and a playground in the browser.
+
+    trm-serve                                                  the bundled model, on http://127.0.0.1:8000
+    trm-serve --model runs/mine/checkpoint-1000 --port 9000    a checkpoint of your own, on another port
+    """
 
     command: ClassVar[str] = "trm-serve"
 
@@ -54,13 +58,13 @@ class ServeSettings(Settings):
     served_model_name: str | None = Field(None, description="the model's id in requests; by default --model as given")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on cpu, bfloat16 on cuda")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads that decode; default torch's")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads for decoding; by default torch chooses")
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one and logs it")
     root_path: RootPath = Field(
         "",
-        description="path prefix under which a proxy shows this server, such as /trm, whether or not it takes it away",
+        description="path prefix under which a proxy shows this server, such as /trm; the proxy may strip it or not",
     )
     cors_origins: Annotated[CliVariadicArg[list[Origin]], NoDecode] = Field(
         [], description="origins whose pages may use this server, such as https://example.org, or * for all"
@@ -69,57 +73,62 @@ class ServeSettings(Settings):
     api_key: Annotated[CliVariadicArg[list[ApiKey]], NoDecode] = Field(
         [],
         repr=False,
-        description="keys that clients send as 'Authorization: Bearer KEY', separated by commas in TRM_API_KEY; "
-        "without any the server is open",
+        description="keys, one of which every client must send as 'Authorization: Bearer KEY'; commas separate them in "
+        "TRM_API_KEY; without any the server is open to all",
     )
     api_key_file: Path | None = Field(
-        None, description="file with more keys, one a line; empty lines and those that begin with # do not count"
+        None, description="file with more keys, one a line; empty lines and lines that begin with # are ignored"
     )
     public_paths: Annotated[CliVariadicArg[list[PublicPath]], NoDecode] = Field(
         [],
-        description="paths besides /health and /ready that need no key, such as /metrics; "
-        "/ and /playground/* open the playground's page, not what it asks for",
+        description="paths that need no key, such as /metrics, besides /health and /ready; "
+        "/ and /playground/* open the playground's page, but its questions still need a key",
     )
 
     max_rows: int = Field(32, ge=1, description="requests decoded together")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow"
     )
-    max_queue: int = Field(256, ge=0, description="requests that may wait; beyond it they get 429")
+    max_queue: int = Field(256, ge=0, description="requests that may wait; further ones get 429")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="memory for keys and values; by default at most a quarter of what is free"
     )
     max_draft_tokens: int = Field(
         7,
         ge=0,
-        description="tokens that the backbone may draft for the recursion to verify at once, where that pays; "
-        "0 for none",
+        description="most tokens that the backbone drafts for the recursion to verify at once, where that is faster; "
+        "0 for no drafts",
     )
 
-    max_body_bytes: int = Field(2**20, ge=1, description="largest request body")
-    max_body_fields: int = Field(
-        4096, ge=1, description="most fields that the objects of a request body may have together"
-    )
+    max_body_bytes: int = Field(2**20, ge=1, description="largest request body in bytes")
+    max_body_fields: int = Field(4096, ge=1, description="most fields in all objects of a request body together")
     max_n: int = Field(64, ge=1, description="largest n of one request")
     max_messages: int = Field(512, ge=1, description="most messages of one conversation")
     max_stop: int = Field(16, ge=0, description="most stop strings of one request")
-    max_stop_chars: int = Field(256, ge=1, description="longest stop string")
+    max_stop_chars: int = Field(256, ge=1, description="longest stop string in characters")
 
     request_timeout_seconds: float = Field(
         600.0, ge=0, description="how long a request may take, queue included, before it gets 504; 0 for no limit"
     )
     body_timeout_seconds: float = Field(30.0, gt=0, description="how long a request's body may take to arrive")
     max_step_seconds: float = Field(
-        300.0, ge=0, description="a step of the engine that takes longer counts as a device that hangs; 0 for no limit"
+        300.0,
+        ge=0,
+        description="how long a step of the engine may take before its device counts as hanging; 0 for no limit",
     )
     idle_connection_seconds: int = Field(
-        75, ge=1, description="how long a connection may stay open without a request, or with half a one"
+        75,
+        ge=1,
+        description="how long a connection may stay open without a whole request, or without reading its reply",
     )
-    keep_alive_seconds: float = Field(15.0, gt=0, description="a stream that says nothing for so long sends a comment")
+    keep_alive_seconds: float = Field(
+        15.0, gt=0, description="how long a stream may be silent before it sends a comment line"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="how long a stopping server lets requests finish")
 
     exit_on_failure: bool = Field(
-        False, description="exit with status 1 when the engine or its device has failed, for a supervisor to restart"
+        False,
+        description="exit with status 1 when the engine or its device fails, so that a supervisor restarts the server",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
     log_format: LogFormat = Field("auto", description="auto: text on a terminal, else one JSON object a line")
@@ -133,9 +142,9 @@ class ServeSettings(Settings):
             flag = f"--{name.replace('_', '-')}"
             times = sum(arg.partition("=")[0] == flag for arg in given)
             if times > 1:
-                raise ConfigError(f"{flag} is given {times} times; give it once, with all its values behind it")
+                raise ConfigError(f"{flag} is given {times} times; give it once, followed by all its values")
             if times and not getattr(settings, name):
-                raise ConfigError(f"{flag} has nothing behind it; leave it out where there is nothing to say")
+                raise ConfigError(f"{flag} has no value; give it one, or leave it out")
         settings.keys()  # now, before a model is loaded
         return settings
 
@@ -160,7 +169,7 @@ class ServeSettings(Settings):
             raise ConfigError(f"--api-key-file {self.api_key_file}: {reason}") from None
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key; leave it out to serve without keys")
+            raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key; add one, or leave the flag out")
         return [*self.api_key, *found]
 
     @property

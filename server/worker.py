@@ -196,7 +196,7 @@ class Worker:
         if not self._engine.alive():
             return _engine_lost()
         if self.draining:
-            return Unavailable("the server is stopping and takes no new work", "draining")
+            return Unavailable("the server is stopping and takes no new work; try again later", "draining")
         return None
 
     async def drain(self, timeout_s: float) -> None:

@@ -170,8 +170,8 @@ def warn_of_later(run_dir: Path, step: int) -> None:
     later = [path.name for path in checkpoints(run_dir) if step_of(path) > step]
     if later:
         logger.warning(
-            "going on from step %d, but %s is there already: it stays until this run gets there, "
-            "and --resume %s would take it",
+            "going on from step %d; the later %s stays until this run reaches its step, "
+            "and until then --resume %s takes that one",
             step,
             later[-1],
             run_dir,
@@ -217,9 +217,11 @@ def claim(run_dir: Path) -> Iterator[None]:
                 raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"--output-dir {run_dir}: another trm-train is at work there") from None
+            raise ConfigError(
+                f"--output-dir {run_dir}: another trm-train is at work there; wait for it, or choose another directory"
+            ) from None
         except OSError as error:
-            logger.warning("%s: no locks there (%s); start no second run in it", run_dir, error.strerror)
+            logger.warning("%s cannot be locked (%s); do not start a second run in it", run_dir, error.strerror)
         clear_leftovers(run_dir)
         yield
 

@@ -76,34 +76,39 @@ class TrainSettings(Settings):
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen weights; auto: bfloat16 on cuda, else float32"
+        "auto", description="type of the frozen weights; auto: bfloat16 on cuda, else float32"
     )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
         None,
-        description="run directory (its newest whole checkpoint) or checkpoint to go on from, in its own run directory "
-        "unless --output-dir is given; settings come from there",
+        description="checkpoint to go on from, or run directory, whose newest whole checkpoint is taken; settings come "
+        "from there, and so does the run directory unless --output-dir is given",
     )
     num_problems: int = Field(20_000, ge=1, description="how many synthetic problems to draw")
     validation: str | None = Field(
         None,
-        description="problems to measure the loss on, in the forms of --dataset; default the synthetic held-out split, "
+        description="problems to measure the loss on, named as for --dataset; by default the synthetic held-out split, "
         "or rows taken out of the data",
     )
     validation_problems: int = Field(
         256,
         ge=0,
-        description="how many of them; of rows taken out of the data at most a tenth; 0: none, and no best checkpoint",
+        description="how many of them, at most a tenth of the data if taken out of it; "
+        "with 0 nothing is measured, and no checkpoint is best",
     )
     epochs: int = Field(1, ge=1, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
     batch_size: int = Field(4, ge=1, description="problems per batch")
     gradient_accumulation: int = Field(1, ge=1, description="batches per optimiser step")
-    max_length: int = Field(1024, ge=2, description="longer problems, in tokens with their solutions, are dropped")
+    max_length: int = Field(
+        1024, ge=2, description="most tokens of a problem with its solution; longer ones are dropped"
+    )
     optimizer: OptimizerName = Field("adamw", description="adamw, or muon for the block's matrices")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay on matrices")
-    warmup_steps: int | None = Field(None, ge=0, description="default a tenth of the run, at most 2000")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="steps until the learning rate is at its peak; default a tenth of the run, at most 2000"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     n_latent: int = Field(6, ge=1, description="latent updates per cycle (the paper's n)")
     n_cycles: int = Field(3, ge=1, description="cycles per supervision step (T)")
@@ -114,43 +119,52 @@ class TrainSettings(Settings):
         None, ge=1, description="deepest effort to allow when serving; default 4 N_sup, at least 16"
     )
     kv_source: Literal["context", "state"] = Field(
-        "context", description="keys and values from the backbone's states, or from the recursion's own as in the paper"
+        "context",
+        description="where keys and values come from: the backbone's states, or the recursion's own as in the paper",
     )
     gradient: Literal["full", "paper"] = Field(
         "full",
-        description="through the whole recursion, or (paper) the last cycle of each supervision step",
+        description="full: through the whole recursion; paper: through the last cycle of each supervision step",
     )
     min_supervision: int | None = Field(
-        None, ge=1, description="draw each batch's supervision steps from here to N_sup; default always N_sup"
+        None,
+        ge=1,
+        description="draw the supervision steps of each optimiser step from this number to N_sup; default always N_sup",
     )
     step_weights: StepWeights = Field(
-        "uniform", description="of the supervision steps' losses: equal, rising, last only"
+        "uniform", description="how the supervision steps' losses are weighted: equally, rising, the last only"
     )
     halt_delta: float = Field(
-        0.05, ge=0, description="a token may halt where no deeper step lowers its loss by more (--gradient full)"
+        0.05,
+        ge=0,
+        description="a token may halt where no deeper step lowers its loss by more than this (--gradient full)",
     )
     mix_depths: MixDepths = Field(
         "off",
-        description="rows at depths of their own (--gradient paper): one is replaced after N_sup steps, "
-        "or as soon as its halting head is sure of all its tokens",
+        description="let each row have a depth of its own (--gradient paper); steps: it is replaced after N_sup steps; "
+        "halting: also as soon as its halting head is sure of all its tokens",
     )
     train_lm_head: bool = Field(False, description="also train an untied copy of the output head")
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
-    normalize_text: bool = Field(True, description="typographic quotes and dashes to ASCII, then NFC")
+    normalize_text: bool = Field(
+        True, description="convert typographic quotes and dashes to ASCII, then normalise to NFC"
+    )
     cache_states: CacheStates = Field(
         "auto", description="where backbone states are kept between epochs; auto: the best place with room"
     )
-    cache_dir: Path | None = Field(None, description="for --cache-states disk; default cache in the run directory")
+    cache_dir: Path | None = Field(
+        None, description="directory for --cache-states disk; default cache/ in the run directory"
+    )
     save_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
     keep_last: int = Field(
-        3, ge=1, description="how many checkpoints to keep, beside the one of the lowest validation loss"
+        3, ge=1, description="how many of the last checkpoints to keep, besides the one with the lowest validation loss"
     )
-    seed: int = Field(0, ge=0, description="of weights, data order and synthetic problems")
+    seed: int = Field(0, ge=0, description="seed of weights, data order and synthetic problems")
     device: Device = Field("auto", description="where to train")
     autocast: Literal["auto", "on", "off"] = Field(
         "auto", description="bfloat16 matrix products; auto: where the device has them"
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -169,10 +183,13 @@ class TrainSettings(Settings):
                 )
         if self.mix_depths != "off":
             if self.gradient != "paper":
-                raise ConfigError(f"--mix-depths {self.mix_depths}: only detached steps can mix; use --gradient paper")
+                raise ConfigError(
+                    f"--mix-depths {self.mix_depths}: only detached steps can be mixed; use --gradient paper"
+                )
             if self.gradient_accumulation > 1:
                 raise ConfigError(
-                    f"--mix-depths {self.mix_depths}: takes no --gradient-accumulation; use a larger --batch-size"
+                    f"--mix-depths {self.mix_depths}: works without --gradient-accumulation only; "
+                    "use a larger --batch-size"
                 )
         return self
 
@@ -188,24 +205,25 @@ class EvalSettings(Settings):
         [], description="supervision steps to try; default 0, 1 and the trained number"
     )
     limit: int = Field(500, ge=1, description="number of problems, or all where there are fewer")
-    seed: int = Field(0, ge=0, description="of the synthetic problems and of samples")
+    seed: int = Field(0, ge=0, description="seed of the synthetic problems and of samples")
     baseline: str | None = Field(
         None,
-        description="what every effort is compared with: backbone (effort 0), or the directory or hub id of another "
-        "model, ours or a plain one, at effort 0; default effort 0 where it is among the efforts",
+        description="what every effort is compared with: backbone (this model at effort 0), or the directory or hub id "
+        "of another model, recursive or plain, at effort 0; default effort 0 if it is among the efforts",
     )
     control: Annotated[CliVariadicArg[list[str]], NoDecode] = Field(
         [],
-        description="plain models to compare the trained effort with; default with --baseline: MODEL/control, if any",
+        description="plain models to compare the trained effort with; default with --baseline: MODEL/control, if there",
     )
-    samples: int = Field(1, ge=1, description="above 1, also this many sampled replies per problem, with a vote")
+    samples: int = Field(1, ge=1, description="if above 1, also sample this many replies per problem and take a vote")
     max_tokens: int = Field(512, ge=1, description="longest reply")
     max_rows: int = Field(32, ge=1, description="problems decoded together")
     report: Path | None = Field(
-        None, description="directory for report.json, tables, answers and pictures; the same command goes on in it"
+        None,
+        description="directory for report.json, tables, answers and pictures; if interrupted, the same command goes on",
     )
     device: Device = Field("auto", description="where to run")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
     @field_validator("effort", "control", mode="before")
     @classmethod
@@ -233,9 +251,9 @@ class PretrainSettings(Settings):
     hidden_size: int = Field(256, ge=64, multiple_of=64, description="width; heads have 32 units")
     num_layers: int = Field(4, ge=1, description="depth")
     vocab_size: int = Field(2048, ge=300, description="size of the tokenizer")
-    seed: int = Field(0, ge=0, description="of weights and problems")
+    seed: int = Field(0, ge=0, description="seed of weights and problems")
     device: Device = Field("auto", description="where to train")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
     @field_validator("families", mode="before")
     @classmethod

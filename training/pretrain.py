@@ -174,7 +174,7 @@ def pretrain(settings: PretrainSettings) -> None:
             loss = reply_loss(model, batch)
         loss.backward()
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
-            raise DeviceError(f"loss is not finite at step {step}")
+            raise DeviceError(f"loss is not finite at step {step}; try a lower --lr")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

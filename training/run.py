@@ -36,7 +36,9 @@ def train(settings: TrainSettings) -> Path:
         raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     run_dir = settings.output_dir
     if settings.resume is None and checkpoints.checkpoints(run_dir):
-        raise ConfigError(f"--output-dir {run_dir}: holds a run already; --resume {run_dir}, or choose another")
+        raise ConfigError(
+            f"--output-dir {run_dir}: holds a run already; go on with --resume {run_dir}, or choose another"
+        )
     device = use_device(settings.device, settings.num_threads)
     if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
         settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})

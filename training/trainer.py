@@ -82,7 +82,7 @@ class Trainer:
         """
         feed, mixing = self.feed, f"--mix-depths {self.settings.mix_depths}"
         if feed.mixed and workers.count() > 1:
-            raise ConfigError(f"{mixing}: takes one process; leave it out, or torchrun")
+            raise ConfigError(f"{mixing}: works in one process only; leave it out, or start without torchrun")
         epochs = math.inf if feed.mixed else self.total_steps / (feed.groups_per_epoch * feed.steps_per_group)
         place, feed.states = states.keep(
             self.model,
@@ -96,7 +96,8 @@ class Trainer:
         self.settings = self.settings.model_copy(update={"cache_states": place})
         if feed.mixed and feed.states is None:
             raise ConfigError(
-                f"{mixing}: keeps the backbone's states, {states.size_bytes(self.model, feed.examples) / 1e9:.1f} GB; "
+                f"{mixing}: must keep the backbone's states, "
+                f"{states.size_bytes(self.model, feed.examples) / 1e9:.1f} GB; "
                 "make room, and leave out --cache-states off"
             )
 
@@ -224,11 +225,17 @@ class Trainer:
         """Put everything back as `save` left it. Raises CheckpointError where it does not fit."""
         state = read_state(directory)
         if state["data_fingerprint"] != self.data_fingerprint:
-            raise CheckpointError(f"{directory}: was trained on other data than --dataset gives now")
+            raise CheckpointError(
+                f"{directory}: was trained on other data than --dataset gives now; give it the same data"
+            )
         if state["backbone_fingerprint"] != self.backbone_fingerprint:
-            raise CheckpointError(f"{directory}: was trained on another backbone than --backbone gives now")
+            raise CheckpointError(
+                f"{directory}: was trained on another backbone than --backbone gives now; give it the same one"
+            )
         if state["validation_fingerprint"] != fingerprint(self.validation):
-            raise CheckpointError(f"{directory}: was validated on other problems than --validation gives now")
+            raise CheckpointError(
+                f"{directory}: was validated on other problems than --validation gives now; give it the same"
+            )
         tensors = checkpoint.read_tensors(directory / STATE_TENSORS)
         averages = checkpoint.read_tensors(directory / checkpoint.WEIGHTS_FILE)
         self.weights.restore(tensors, averages, str(directory / STATE_TENSORS))

@@ -22,7 +22,9 @@ CACHE_NAME = next(
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The cache that a caller gave, by either of its names. Raises BadRequest for two."""
     if cache is not None and past_key_values is not None:
-        raise BadRequest("cache and past_key_values name one argument; give one of them", param="cache")
+        raise BadRequest(
+            "cache and past_key_values are two names of one argument; give only one of them", param="cache"
+        )
     return past_key_values if cache is None else cache
 
 

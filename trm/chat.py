@@ -157,7 +157,9 @@ class ChatFormat:
         prompt = self.encode(messages[:-1])
         ids = self.encode(messages, add_generation_prompt=False)
         if ids[: len(prompt)] != prompt:
-            raise ConfigError("the chat template renders a finished conversation unlike its own prompt")
+            raise ConfigError(
+                "the chat template renders the prompt differently once a reply follows; use another template"
+            )
         if self.end_id not in ids[len(prompt) :]:
             raise ConfigError("the chat template does not close the reply with the tokenizer's end token")
         end = ids.index(self.end_id, len(prompt))
@@ -176,7 +178,7 @@ class ChatFormat:
     def _clean(self, text: str, param: str) -> str:
         """A caller's text, normalised where the model wants it so; `param` is the field that holds it."""
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise BadRequest("the text holds half a surrogate pair, which is no text", param=param)
+            raise BadRequest("the text holds half a surrogate pair, which is not valid Unicode", param=param)
         return normalize_text(text) if self.normalize else text
 
     def _guards(self, contents: Sequence[str]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{path}: is a file; a model is a directory with {CONFIG_FILE}")
     if _old(path).is_dir():
         raise CheckpointError(
-            f"{model}: no such directory, but a write over it was cut short and its last whole copy is {_old(path)}: "
+            f"{model}: no such directory, because a write to it was cut short; its last whole copy is {_old(path)}: "
             "rename that, or write again"
         )
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
@@ -68,7 +68,7 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model}: no such directory, and the hub does not give it: {reason}") from error
+        raise CheckpointError(f"{model}: no such directory, and it could not be read from the hub: {reason}") from error
 
 
 def read(model: str | Path, revision: str | None = None) -> Loaded:
@@ -208,7 +208,7 @@ def check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Si
         if name not in weights:
             raise CheckpointError(f"{source}: tensor {name} is missing from {WEIGHTS_FILE}")
         if name not in expected:
-            raise CheckpointError(f"{source}: tensor {name} in {WEIGHTS_FILE} is foreign")
+            raise CheckpointError(f"{source}: tensor {name} in {WEIGHTS_FILE} does not belong to this model")
         if weights[name].shape != expected[name]:
             raise CheckpointError(
                 f"{source}: tensor {name} has shape {tuple(weights[name].shape)}; "
@@ -236,7 +236,7 @@ def write(
     directory = directory.absolute()
     if directory.exists() and not _may_be_replaced(directory):
         raise CheckpointError(
-            f"{directory}: exists and is no checkpoint of ours, so it is not replaced; choose another place"
+            f"{directory}: exists and is not a checkpoint of this program, so it is not replaced; choose another place"
         )
     aside = make_aside(directory)
     write_into(aside, config, weights, backbone, tokenizer)

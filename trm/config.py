@@ -75,11 +75,15 @@ class TRMConfig(PreTrainedConfig):
             raise _unknown_backbone(backbone.model_type)
         if "sliding_attention" in (getattr(backbone, "layer_types", None) or ()):
             raise ConfigError(
-                "the backbone uses sliding-window attention, which the decoder does not; set use_sliding_window false"
+                "the backbone uses sliding-window attention, which the decoder does not support; "
+                "set use_sliding_window to false"
             )
         rope = (getattr(backbone, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope not in ROPE_TYPES:
-            raise ConfigError(f"rope type {rope!r} makes a row depend on its batch; supported: {', '.join(ROPE_TYPES)}")
+            raise ConfigError(
+                f"rope type {rope!r} is not supported, as it makes a row depend on its batch; "
+                f"supported: {', '.join(ROPE_TYPES)}"
+            )
         for name in ("n_latent", "n_cycles", "n_supervision", "n_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")

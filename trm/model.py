@@ -384,7 +384,7 @@ def _dtype(dtype: Any) -> torch.dtype:
         torch.float32 if dtype in (None, "auto") else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     )
     if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype {dtype!r} is none of torch's")
+        raise ConfigError(f"dtype {dtype!r} does not exist in torch")
     return found
 
 

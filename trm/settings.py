@@ -41,7 +41,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
-    config: Path | None = Field(None, description="YAML file with settings, keys as here with underscores")
+    config: Path | None = Field(None, description="YAML file with settings; its keys are these names with underscores")
 
     @classmethod
     def settings_customise_sources(
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
 
 
 class _Help:
-    """Adds each argument to the heading that its field belongs to; a default of None goes without saying."""
+    """Adds each argument to the heading that its field belongs to. An empty default goes without saying."""
 
     def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
         self.groups = groups
@@ -99,7 +99,10 @@ class _Help:
     def __call__(self, parser: Any, *flags: str, **details: Any) -> Any:
         self.sections = self.sections or {heading: parser.add_argument_group(heading) for heading in self.groups}
         section = self.sections.get(self.heading.get(details.get("dest", ""), ""), parser)
-        details["help"] = details["help"].removesuffix(" (default: None)")
+        for empty in ("None", "[]", ""):
+            details["help"] = details["help"].removesuffix(f" (default: {empty})")
+        if "metavar" in details:
+            details["metavar"] = details["metavar"].removeprefix("list[").removesuffix("]")
         return argparse.ArgumentParser.add_argument(section, *flags, **details)
 
 

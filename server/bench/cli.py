@@ -62,7 +62,10 @@ def _bench(argv: Sequence[str]) -> None:
 
 def read_command_line(argv: Sequence[str]) -> tuple[str, AnySettings]:
     """Which benchmark, and its settings. Raises ConfigError in one line; `--help` and unknown flags exit."""
-    parser = argparse.ArgumentParser(COMMAND, description=f"`{COMMAND} BENCHMARK --help` lists a benchmark's settings.")
+    parser = argparse.ArgumentParser(
+        COMMAND,
+        description=f"Measure decoding or serving. `{COMMAND} BENCHMARK --help` lists the settings of one.",
+    )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, settings in BENCHMARKS.items():
         benchmarks.add_parser(name, help=settings.__doc__)

@@ -1,4 +1,4 @@
-"""What HTTP costs: tokens per second through a real `trm-serve` against the bare engine, at the same requests.
+"""What HTTP costs: tokens per second through a real `trm-serve` against the bare engine, on the same requests.
 
 Both take turns. The server is a process of its own, started as a user starts it; the clients are
 another one. The engine's threads, rows and positions are the same in both. Nobody drafts: how much

@@ -12,16 +12,16 @@ from trm.settings import Settings
 
 
 class ServeBenchSettings(Settings):
-    """Measure what HTTP costs: a trm-serve process against the bare engine, at the same requests."""
+    """Measure what HTTP costs: a trm-serve process against the bare engine, on the same requests."""
 
     command: ClassVar[str] = "trm-bench serve"
 
     model: str | None = Field(None, description="checkpoint directory or hub id; default the bundled model")
     num_requests: int = Field(64, ge=2, description="requests to decode")
     max_rows: int = Field(32, ge=1, description="rows decoded together, and streams at a time")
-    repeats: int = Field(3, ge=1, description="timed runs of each way, in turn, after a warm-up; their median counts")
-    num_threads: int = Field(2, ge=1, description="CPU threads that decode, of the server and of the bare engine")
-    seed: int = Field(0, ge=0, description="of the requests")
+    repeats: int = Field(3, ge=1, description="timed runs of each kind, in turn, after a warm-up; the median counts")
+    num_threads: int = Field(2, ge=1, description="CPU threads for decoding, in the server and in the bare engine")
+    seed: int = Field(0, ge=0, description="seed of the requests")
 
 
 class SoakSettings(Settings):
@@ -32,12 +32,12 @@ class SoakSettings(Settings):
     model: str | None = Field(None, description="checkpoint directory or hub id; default the bundled model")
     minutes: float = Field(30.0, ge=0.5, description="how long the traffic lasts")
     max_rows: int = Field(32, ge=1, description="rows decoded together, and clients at a time")
-    num_threads: int = Field(2, ge=1, description="CPU threads that decode")
+    num_threads: int = Field(2, ge=1, description="CPU threads for decoding")
     max_growth: float = Field(
-        0.02, gt=0, description="by how much of their level memory, descriptors and threads may grow meanwhile"
+        0.02, gt=0, description="largest growth allowed to memory, descriptors and threads, as a share of their level"
     )
     report: Path | None = Field(None, description="directory for the report and its pictures")
-    seed: int = Field(0, ge=0, description="of the traffic")
+    seed: int = Field(0, ge=0, description="seed of the traffic")
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:

@@ -67,7 +67,7 @@ const WORDS = {
 function refusal(status, { message = `the server answered with status ${status}`, code }) {
   const words = {
     ...WORDS,
-    invalid_api_key: apiKey.get() ? "The server refused this API key." : "This server wants an API key.",
+    invalid_api_key: apiKey.get() ? "The server refused this API key." : "This server needs an API key.",
     context_length_exceeded: `The question is too long: ${message}.`,
   };
   return new ServerError(words[code] ?? `That did not work: ${message}.`, status, code);

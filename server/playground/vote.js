@@ -10,7 +10,7 @@ export function showVotes({ answer, votes, samples }, total) {
     .map(([text, count]) => bar(text, count, total, text === answer ? "winner" : ""));
   if (boxed < samples) bars.push(bar("no answer", samples - boxed, total, "silent"));
   find("bars").replaceChildren(...bars);
-  const ended = samples < total ? `${plural(samples, "vote")} so far; ${total} are asked` : plural(total, "vote");
+  const ended = samples < total ? `${plural(samples, "vote")} so far; ${total} samples are asked` : plural(total, "vote");
   find("verdict").replaceChildren(
     ...(answer === null ? ["No answer"] : [make("strong", {}, answer), ` has ${votes[answer]}`]),
     ` of ${ended}.`,

@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 @router.post("/completions", response_model=Completion, responses=STREAMED)
 async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
-    """Continue one prompt, or a list of them all or none; the choices of a prompt stand side by side."""
+    """Continue one prompt, or a list of them, all or none. The choices of one prompt stand side by side."""
     serving.check_model(body.model)
     prompts, chat = body.prompts, serving.engine.chat
     n = num_samples(body, serving, len(prompts), param="prompt")

@@ -24,7 +24,7 @@ router = APIRouter(route_class=StrictRoute)
 async def solve(
     body: SolveRequest, serving: ServingDep, call: CallDep
 ) -> SolveResult | SolveResults | StreamingResponse:
-    """Solve one question, or a list of them all or none."""
+    """Solve one question, or a list of them, all or none."""
     questions = [body.question] if isinstance(body.question, str) else body.question
     n = num_samples(body, serving, len(questions), param="question")
     temperature = body.temperature

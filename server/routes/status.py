@@ -15,7 +15,7 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(serving: ServingOrNoneDep) -> StatusBody:
-    """200 while the engine lives, a starting or stopping one included; a process that says 503 must be restarted."""
+    """200 while the engine lives, also while it starts or stops. Restart a process that says 503."""
     if serving is not None and not serving.engine.alive():
         raise Unavailable("the engine has stopped; restart the server", "device_failed")
     return StatusBody(status="ok")

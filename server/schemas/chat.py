@@ -43,8 +43,8 @@ class ChatMessage(Body):
 
 
 class ChatRequest(Generation):
-    """logprobs asks for each token's log probability, top_logprobs, which needs it, for those of so many of the
-    likeliest tokens. trace asks for so many of the likeliest tokens after every supervision step behind each token.
+    """logprobs: return each token's log probability. top_logprobs, which needs it: and those of this many of the
+    likeliest tokens. trace: return this many of the likeliest tokens after every supervision step behind each token.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (

@@ -100,7 +100,7 @@ class JsonObjectFormat(Body):
 
 
 class JsonSchema(Body):
-    """name and description are labels of the caller's; the schema is kept to whatever `strict` says."""
+    """name and description are only labels. Replies follow the schema whether or not `strict` is set."""
 
     name: str = Field(pattern="^[a-zA-Z0-9_-]+$", max_length=64)
     description: str | None = None
@@ -116,7 +116,7 @@ class JsonSchemaFormat(Body):
 
 
 class RegexFormat(Body):
-    """Text that all of a regular expression matches. Ours, not OpenAI's."""
+    """Text that a regular expression matches as a whole. Ours, not OpenAI's."""
 
     type: Literal["regex"]
     regex: str = Field(min_length=1)

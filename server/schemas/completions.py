@@ -28,18 +28,18 @@ def _or_say(message: LiteralString) -> WrapValidator:
 
 
 class CompletionRequest(Generation):
-    """logprobs asks for each token's log probability and for those of so many of the likeliest tokens.
+    """logprobs: return each token's log probability, and those of this many of the likeliest tokens in its place.
 
-    echo, suffix and best_of are taken where they ask for nothing.
+    echo, suffix and best_of are accepted only with values that change nothing.
     """
 
     prompt: Annotated[
         Prompt, _or_say("Input should be a text, a list of token ids, or a list of either, none of them empty")
     ]
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: Annotated[Literal[False] | None, _or_say("prompts are not told back; leave it out")] = None
-    suffix: Annotated[Literal[""] | None, _or_say("nothing can be inserted before a suffix; leave it out")] = None
-    best_of: Annotated[Literal[1] | None, _or_say("samples are not ranked; ask for n of them instead")] = None
+    echo: Annotated[Literal[False] | None, _or_say("the prompt cannot be echoed; leave it out")] = None
+    suffix: Annotated[Literal[""] | None, _or_say("text cannot be inserted before a suffix; leave it out")] = None
+    best_of: Annotated[Literal[1] | None, _or_say("samples are not ranked; use n instead")] = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

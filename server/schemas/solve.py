@@ -21,13 +21,13 @@ def _questions(question: Any) -> Any:
     if not all(isinstance(text, str) for text in questions):
         raise PydanticCustomError("question_type", "Input should be a string or a list of strings")
     if not questions or not all(text.strip() for text in questions):
-        raise PydanticCustomError("question_empty", "Input should hold at least one question, and none that is empty")
+        raise PydanticCustomError("question_empty", "Input should hold at least one question, and no empty one")
     return question
 
 
 _VARIED = Rule(
     "temperature",
-    "temperature is 0, so the samples would all be equal; leave it out, or take n = 1",
+    "temperature is 0, so the samples would all be equal; leave it out, or set n to 1",
     lambda body: body.n in (None, 1) or body.temperature != 0,
     {
         "anyOf": [
@@ -95,7 +95,7 @@ class SolveVote(Tally):
 
 
 class SolveEnd(BaseModel):
-    """In a stream, once for each question: what it would have been answered without one."""
+    """In a stream, once for each question: the result that it would have had without `stream`."""
 
     type: Literal["result"] = "result"
     index: int

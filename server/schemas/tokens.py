@@ -12,8 +12,8 @@ from server.schemas.rules import Rule, at_least_one, at_most_one, needs
 class TokenizeRequest(Body):
     """Either a prompt, as /v1/completions takes it, or messages, as /v1/chat/completions does.
 
-    add_generation_prompt: whether the reply is to begin behind the messages, as it does by default.
-    add_special_tokens: false is what happens anyway. return_token_strs: spell every token, too.
+    add_generation_prompt: whether to add the beginning of the reply after the messages; true by default.
+    add_special_tokens: only false is accepted, since there are none. return_token_strs: return every token's text, too.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (

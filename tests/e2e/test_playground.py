@@ -290,7 +290,7 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_only(page: Page, locked: Serve
     page.expected_errors = "401"
     page.open(locked)
     page.wait(lambda: page["problem"].is_displayed())
-    assert page["problem"].text == "This server wants an API key."
+    assert page["problem"].text == "This server needs an API key."
     assert page.driver.switch_to.active_element == page["key"]
 
     page.press("wrong", Keys.ENTER)
@@ -446,7 +446,7 @@ def test_a_vote_is_counted_while_it_goes_on(page: Page) -> None:
         page["samples"].clear()
         page["samples"].send_keys("8")
         page["vote"].click()
-        page.wait(lambda: page["verdict"].text == "7 has 2 of 3 votes so far; 8 are asked.")
+        page.wait(lambda: page["verdict"].text == "7 has 2 of 3 votes so far; 8 samples are asked.")
         assert [bar.text.split() for bar in page.all("#bars li")] == [
             ["7", "2", "votes"],
             ["no", "answer", "1", "votes"],

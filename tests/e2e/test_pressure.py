@@ -64,7 +64,7 @@ def starting(start_server: Start, tmp_path: Path) -> Callable[..., tuple[ServerP
     def start(then: str = "") -> tuple[ServerProcess, str, Path]:
         file = tmp_path / "go"
         server = start_server(before=WAIT_FOR_A_FILE.format(file=str(file), then=then or "pass"), ready=False)
-        return server, server.url_in(r'loading \S+; (http://[^\s"]+) says 503'), file
+        return server, server.url_in(r'loading \S+; (http://[^\s"]+) answers 503'), file
 
     return start
 

@@ -109,7 +109,7 @@ def test_a_server_that_starts_stops_at_once(
     if hangs_in == "the imports":
         wait_for(file.exists)
     else:
-        server.url_in(r'loading \S+; (http://[^\s"]+) says 503')
+        server.url_in(r'loading \S+; (http://[^\s"]+) answers 503')
 
     server.process.send_signal(signal_)
 

@@ -41,7 +41,9 @@ async def test_places_are_reserved_before_anything_is_tokenised(post, engine, mo
 
 async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(post, client, engine, monkeypatch):
     monkeypatch.setattr(engine.chat, "encode", lambda text: pytest.fail("tokenised in vain"))
-    engine.refuse = Overloaded("the queue is full: 8 requests wait, 8 may; try again in 7 s", retry_after_s=7)
+    engine.refuse = Overloaded(
+        "the queue is full: 8 requests wait, and at most 8 may; try again in 7 s", retry_after_s=7
+    )
 
     response = await post()
 

@@ -205,7 +205,7 @@ async def test_completions_refuse_by_name(client, engine, fields, param):
 async def test_what_is_left_out_of_completions_is_explained(client):
     response = await client.post("/v1/completions", json={"prompt": "a", "echo": True})
 
-    assert response.json()["error"]["message"] == "echo: prompts are not told back; leave it out"
+    assert response.json()["error"]["message"] == "echo: the prompt cannot be echoed; leave it out"
 
 
 TOKENIZE_REFUSALS = [

@@ -127,7 +127,7 @@ def test_other_lists_come_from_flags_and_environment_too(monkeypatch, name):
     assert getattr(ServeSettings.from_command_line([flag, *values]), name) == values
     with pytest.raises(ConfigError, match=f"{flag} is given 2 times"):
         ServeSettings.from_command_line([flag, values[0], flag, values[1]])
-    with pytest.raises(ConfigError, match=f"{flag} has nothing behind it"):
+    with pytest.raises(ConfigError, match=f"{flag} has no value"):
         ServeSettings.from_command_line([flag])
     monkeypatch.setenv(f"TRM_{name.upper()}", ", ".join(values))
     assert getattr(ServeSettings.from_command_line([]), name) == values

@@ -103,7 +103,7 @@ def test_a_mixed_run_resumes_to_the_bit(settings: Settings, tmp_path: Path, mix_
 
 
 def test_mixing_without_kept_states_is_refused(settings: Settings) -> None:
-    with pytest.raises(ConfigError, match="--mix-depths steps: keeps the backbone's states"):
+    with pytest.raises(ConfigError, match="--mix-depths steps: must keep the backbone's states"):
         train(settings(gradient="paper", mix_depths="steps", cache_states="off"))
 
 

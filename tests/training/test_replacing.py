@@ -206,7 +206,7 @@ def test_a_written_model_survives_the_write_over_it(tmp_path: Path, how: Callabl
 
     for _ in each_interruption(put, how, prepare):
         if not directory.exists():
-            with pytest.raises(CheckpointError, match=r"model: no such directory, but .*\.model\.old"):
+            with pytest.raises(CheckpointError, match=r"model: no such directory, because .*\.model\.old"):
                 checkpoint.read(directory)
             checkpoint.read(tmp_path / ".model.old")
         put()  # finishes what was begun

@@ -167,7 +167,10 @@ def test_step_weights_scale_the_losses_of_the_steps(settings: Settings) -> None:
         ({"min_supervision": 2, "gradient": "paper"}, "--min-supervision 2: --gradient paper runs every"),
         ({"step_weights": "last", "gradient": "paper"}, "--step-weights last: with --gradient paper"),
         ({"mix_depths": "steps"}, "--mix-depths steps: only detached steps"),
-        ({"mix_depths": "steps", "gradient": "paper", "gradient_accumulation": 2}, "takes no --gradient-accumulation"),
+        (
+            {"mix_depths": "steps", "gradient": "paper", "gradient_accumulation": 2},
+            "works without --gradient-accumulation only",
+        ),
     ],
     ids=str,
 )

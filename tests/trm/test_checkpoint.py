@@ -298,11 +298,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "only-pickles": (only_pickles, "model.safetensors: missing"),
     "tensor-foreign": (
         lambda d: edit_tensors(d / WEIGHTS_FILE, lambda t: t.update(intruder=torch.zeros(1))),
-        "checkpoint: tensor intruder in model.safetensors is foreign",
+        "checkpoint: tensor intruder in model.safetensors does not belong to this model",
     ),
     "tensor-of-the-backbone": (
         lambda d: edit_tensors(d / WEIGHTS_FILE, lambda t: t.update({"backbone.model.norm.weight": torch.ones(32)})),
-        "tensor backbone.model.norm.weight in model.safetensors is foreign",
+        "tensor backbone.model.norm.weight in model.safetensors does not belong to this model",
     ),
     "tensor-missing": (
         lambda d: edit_tensors(d / WEIGHTS_FILE, lambda t: t.pop("decoder.halt_head.bias")),
@@ -458,7 +458,8 @@ def test_a_hub_that_does_not_answer_is_a_checkpoint_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
 
     with pytest.raises(
-        CheckpointError, match=r"someone/model: no such directory, and the hub does not give it: no route to host$"
+        CheckpointError,
+        match=r"someone/model: no such directory, and it could not be read from the hub: no route to host$",
     ):
         checkpoint.locate("someone/model")
 

@@ -173,7 +173,7 @@ def test_length_follows_the_cache_and_never_exceeds_the_model(chat):
 
     assert make_engine(chat, max_model_len=None, kv_cache_bytes=100 * 4 * per_token).max_model_len == 100
     assert make_engine(chat, max_model_len=None, kv_cache_bytes=10_000 * 4 * per_token).max_model_len == 512
-    with pytest.raises(ConfigError, match="max_model_len is 513; the model has positions for 512"):
+    with pytest.raises(ConfigError, match="max_model_len is 513; this model takes at most 512"):
         make_engine(chat, max_model_len=513)
 
 

@@ -737,7 +737,7 @@ def test_own_head_starts_as_the_backbones_and_moves_alone(tied):
         (lambda: {"hidden_size": 8}, "None.*qwen2, llama"),
         (
             lambda: Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2),
-            "sliding-window attention.*use_sliding_window false",
+            "sliding-window attention.*use_sliding_window to false",
         ),
         (
             lambda: LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),

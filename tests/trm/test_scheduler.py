@@ -45,7 +45,7 @@ def test_full_queue_is_overloaded_and_says_how_full():
     scheduler.admit()
     scheduler.submit([make_row(), make_row()])
 
-    with pytest.raises(Overloaded, match="2 requests wait, 2 may"):
+    with pytest.raises(Overloaded, match="2 requests wait, and at most 2 may"):
         scheduler.submit([make_row()])
     scheduler.release(scheduler.running[0])
     scheduler.admit()
@@ -68,7 +68,7 @@ def test_more_samples_than_ever_fit_are_a_bad_request():
     """Overloaded would invite to try again, for ever."""
     scheduler = Scheduler(max_rows=2, max_queue=3)
 
-    with pytest.raises(BadRequest, match=r"6 samples.*takes 5") as caught:
+    with pytest.raises(BadRequest, match=r"6 samples.*takes at most 5") as caught:
         scheduler.submit([make_row() for _ in range(6)])
 
     assert caught.value.param == "n"
@@ -78,7 +78,7 @@ def test_more_samples_than_ever_fit_are_a_bad_request():
 def test_reserved_places_count_until_they_are_used_or_given_back():
     scheduler = Scheduler(max_rows=1, max_queue=2)
     scheduler.reserve(2)
-    with pytest.raises(Overloaded, match="2 requests wait, 2 may"):
+    with pytest.raises(Overloaded, match="2 requests wait, and at most 2 may"):
         scheduler.reserve(2)
     with pytest.raises(Overloaded):
         scheduler.submit([make_row(), make_row()])

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field
+from pydantic_settings import CliVariadicArg, NoDecode
 
 from trm.errors import CheckpointError, ConfigError
 from trm.settings import Settings, run_command
@@ -20,11 +21,12 @@ class Example(Settings):
     name: str | None = Field(None, description="a name")
     device: Literal["auto", "cpu"] = Field("auto", description="where to run")
     quiet: bool = Field(False, description="say less")
+    paths: Annotated[CliVariadicArg[list[str]], NoDecode] = Field([], description="where to look")
 
 
 @pytest.fixture(autouse=True)
 def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CONFIG", "MAX_ROWS", "NAME", "DEVICE", "QUIET"):
+    for name in ("CONFIG", "MAX_ROWS", "NAME", "DEVICE", "QUIET", "PATHS"):
         monkeypatch.delenv(f"TRM_{name}", raising=False)
 
 
@@ -206,8 +208,11 @@ def test_help_names_every_setting(capsys):
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert "trm-example" in out
-    for text in ("--max-rows", "rows decoded together", "--config", "--device", "--quiet"):
+    for text in ("--max-rows", "rows decoded together", "--config", "--device", "--quiet", "--paths [str ...]"):
         assert text in out
+    assert "(default: 32)" in out
+    for noise in ("default: None", "default: []", "list["):
+        assert noise not in out
 
 
 # Commands

@@ -46,7 +46,7 @@ def answer_problems(
     if longest > model.config.max_position_embeddings:
         raise ConfigError(
             f"{candidate.name}: the longest prompt and --max-tokens need {longest} positions; "
-            f"the model has {model.config.max_position_embeddings}"
+            f"the model has {model.config.max_position_embeddings}; lower --max-tokens"
         )
     most = max(len(keys(run, len(problems))) for run in candidate.runs)
     engine = Engine(model, chat, EngineConfig(max_rows=max_rows, max_model_len=longest, max_queue=most))

@@ -44,7 +44,9 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     problems = load_problems(settings.dataset, split="heldout", seed=settings.seed, num_problems=settings.limit)
     problems = problems[: settings.limit]
     if len(problems) < settings.limit:
-        logger.info("%s has %d problems; --limit %d takes all", settings.dataset, len(problems), settings.limit)
+        logger.info(
+            "%s has only %d problems; --limit %d takes all of them", settings.dataset, len(problems), settings.limit
+        )
     candidates = choose_candidates(settings, directory, config)
     wanted = [key for candidate in candidates for run in candidate.runs for key in keys(run, len(problems))]
 
@@ -113,7 +115,9 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
     for role, source in others:
         name = os.path.basename(os.path.abspath(source))
         if name in {candidate.name for candidate in candidates}:
-            raise ConfigError(f"--{role} {source}: goes by its directory's name, and there is a {name} already")
+            raise ConfigError(
+                f"--{role} {source}: is called by its directory's name, and {name} is taken; rename the directory"
+            )
         candidates.append(Candidate(role, name, checkpoint.locate(source), (Run(name, 0),)))
     return candidates
 

@@ -214,9 +214,11 @@ def _pretrain_record(directory: Path) -> dict[str, Any]:
 def main() -> None:
     """Entry point of `make model`."""
     parser = argparse.ArgumentParser(description="Rebuild the bundled model from nothing.")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/bundled"))
-    parser.add_argument("--text-file", type=Path, help="GSM8K's training set, where it is at hand")
-    parser.add_argument("--gsm8k-validation", type=Path, help="GSM8K rows to evaluate on, where they are at hand")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("runs/bundled"), help="where all steps are kept; a second run goes on"
+    )
+    parser.add_argument("--text-file", type=Path, help="GSM8K's training set, if you have it")
+    parser.add_argument("--gsm8k-validation", type=Path, help="GSM8K rows to evaluate on, if you have them")
     arguments = parser.parse_args()
     configure_logging()
     build(arguments.work_dir, arguments.text_file, arguments.gsm8k_validation, bundled_model_path())

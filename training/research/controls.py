@@ -54,7 +54,7 @@ class ControlSettings(Settings):
     run: Path = Field(Path("runs/trm"), description="the decoder's run directory: data, order, optimiser, compute")
     output_dir: Path = Field(Path("runs/control"), description="where the model goes")
     lr: float | None = Field(None, gt=0, description="peak learning rate; default the decoder's")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; default torch's")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
 
 class LowRank(nn.Module):

@@ -48,7 +48,7 @@ def measure(settings: DecodeSettings) -> Raw:
     """Part by part: their raw counts and times, and the ratios that these come to."""
     model, chat = load(settings.model, settings.num_threads)
     if model.config.kv_source != "context":
-        raise ConfigError("the model takes keys and values from the state and cannot halt; decode needs the context's")
+        raise ConfigError("this model has kv_source 'state' and cannot halt early; choose one with kv_source 'context'")
     bench = DecodeBench(model, chat, settings)
     parts: dict[str, Callable[[], Raw]] = {
         "throughput": bench.throughput,

@@ -114,7 +114,8 @@ class Engine:
         if request.positions > self.max_model_len:
             raise BadRequest(
                 f"the prompt has {len(request.prompt_ids)} tokens and max_tokens is {request.params.max_tokens}, "
-                f"together {request.positions}; this server takes {self.max_model_len}",
+                f"together {request.positions}; this server takes {self.max_model_len}; "
+                "shorten the prompt or lower max_tokens",
                 param=request.prompt_field,
                 code="context_length_exceeded",
             )
@@ -130,15 +131,15 @@ class Engine:
         params = request.params
         if params.halts and self.model.config.kv_source == "state":
             raise BadRequest(
-                "this model takes keys and values from the state: a token that stopped early would leave holes "
-                "in the cache; leave halt_threshold and halt_tolerance out",
+                "this model (kv_source 'state') cannot halt early: a token that did would leave holes in the cache; "
+                "leave halt_threshold and halt_tolerance out",
                 param="halt_tolerance" if params.halt_threshold is None else "halt_threshold",
             )
         if not all(0 <= token < vocabulary for token, _ in params.logit_bias):
             raise BadRequest(f"logit_bias names token ids outside 0 to {vocabulary - 1}", param="logit_bias")
         for name, wanted in (("logprobs", params.logprobs), ("trace", params.trace)):
             if (wanted or 0) > vocabulary:
-                raise BadRequest(f"the model knows {vocabulary} tokens; ask for no more of them", param=name)
+                raise BadRequest(f"{name} is {wanted}; the model has only {vocabulary} tokens", param=name)
         return steps
 
     def reserve(self, count: int) -> Reservation:
@@ -289,7 +290,7 @@ class Engine:
         fits = budget // (self.bytes_per_token * config.max_rows)
         wanted = config.max_model_len
         if wanted is not None and wanted > longest:
-            raise ConfigError(f"max_model_len is {wanted}; the model has positions for {longest}")
+            raise ConfigError(f"max_model_len is {wanted}; this model takes at most {longest}")
         if fits < (wanted or 2):
             raise ConfigError(
                 f"the cache of {budget} bytes holds {fits} positions for each of {config.max_rows} rows "

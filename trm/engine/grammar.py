@@ -43,7 +43,7 @@ class GrammarCompiler:
     def json_schema(self, schema: Mapping[str, Any]) -> "CompiledGrammar":
         """JSON that `schema` describes, on one line. Raises BadRequest where it cannot be served."""
         if math.lcm(*_multiples(schema)) > MAX_MULTIPLE:
-            raise _refused(f"the least common multiple of what multipleOf asks for is above {MAX_MULTIPLE}")
+            raise _refused(f"the least common multiple of its multipleOf values is above {MAX_MULTIPLE}")
         return self._compiled("%json " + json.dumps({**schema, **SPACE}))
 
     def regex(self, pattern: str) -> "CompiledGrammar":
@@ -58,13 +58,13 @@ class GrammarCompiler:
 
     def _compile(self, source: str) -> "CompiledGrammar":
         if len(source) > MAX_SOURCE_CHARS:
-            raise _refused(f"it comes to {len(source)} characters; the limit is {MAX_SOURCE_CHARS}")
+            raise _refused(f"the grammar has {len(source)} characters; the limit is {MAX_SOURCE_CHARS}")
         grammar = CompiledGrammar(self._tokenizer, HEAD + source)
         first = grammar.matcher(may_end=True).follow()
         if first.failure:
             raise _refused(first.failure)
         if first.complete:
-            raise _refused("it allows no text but the empty one")
+            raise _refused("it allows only the empty text")
         return grammar
 
 

@@ -297,7 +297,7 @@ def as_error(failure: BaseException) -> TRMError:
     ours = isinstance(failure, NotImplementedError | RecursionError)
     if isinstance(failure, RuntimeError | MemoryError) and not ours:
         return DeviceError(f"the device failed in a call of the model: {what}")
-    return InternalError(f"decoding failed on a bug of the server: {what}")
+    return InternalError(f"a bug of the server made decoding fail: {what}")
 
 
 def _at_work(rows: Iterable[Row]) -> Iterable[tuple[Row, Pass]]:

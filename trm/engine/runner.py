@@ -216,7 +216,7 @@ class Runner:
         try:
             computes = torch.ones(2, device=self.device).sum().item() == 2
         except Exception as error:
-            raise DeviceError(f"{self.device} computes no more: {type(error).__name__}") from error
+            raise DeviceError(f"{self.device} no longer computes: {type(error).__name__}") from error
         if not computes:
             raise DeviceError(f"{self.device} computes wrong sums")
 

@@ -69,14 +69,16 @@ class Scheduler:
         """Keep places for so many rows. Rows that fit into free slots do not count against the queue."""
         if count > self.max_queue + self.max_rows:
             raise BadRequest(
-                f"{count} samples are asked for at once; this server takes {self.max_queue + self.max_rows}", param="n"
+                f"{count} samples are asked for at once; this server takes at most {self.max_queue + self.max_rows}",
+                param="n",
             )
         taken = len(self.waiting) + self.reserved
         missing = count - (self.max_queue + len(self._free) - taken)
         if missing > 0:
             retry_after_s = self._seconds_until_free(missing)
             raise Overloaded(
-                f"the queue is full: {taken} requests wait, {self.max_queue} may; try again in {retry_after_s} s",
+                f"the queue is full: {taken} requests wait, and at most {self.max_queue} may; "
+                f"try again in {retry_after_s} s",
                 retry_after_s,
             )
         self.reserved += count

@@ -131,7 +131,7 @@ def test_the_limit_is_exact(
     assert evaluate_model(settings(dataset=str(rows), limit=3, effort=[0]))["n"] == 3
     assert "takes all" not in caplog.text
     assert evaluate_model(settings(dataset=str(rows), limit=6, effort=[0]))["n"] == 5
-    assert "has 5 problems; --limit 6 takes all" in caplog.text
+    assert "has only 5 problems; --limit 6 takes all of them" in caplog.text
 
 
 def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbon
         evaluate_model(settings(effort=[17]))
     with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
         evaluate_model(settings(max_tokens=1024))
-    with pytest.raises(ConfigError, match="a twin already"):
+    with pytest.raises(ConfigError, match="twin is taken"):
         evaluate_model(settings(control=twins))
 
 
