@@ -78,7 +78,7 @@ def serve(settings: ServeSettings, sock: socket.socket, deadline: Deadline) -> N
         signal.signal(sig, server.handle_exit)  # here too: uvicorn gives back what it found, when it is through
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def load() -> None:
         try:
@@ -88,7 +88,7 @@ def serve(settings: ServeSettings, sock: socket.socket, deadline: Deadline) -> N
             gc.collect()
             gc.freeze()  # or each full collection walks through all of torch, while nobody is answered
             logger.info("serving %s on %s", settings.model_id, url)
-        except Exception as error:  # noqa: BLE001 - raised again below
+        except BaseException as error:  # noqa: BLE001 - raised again below; libraries in Rust panic with no Exception
             failures.append(error)
             server.should_exit = True
 

@@ -90,3 +90,29 @@ builtins.__import__ = without_posix
 def test_systems_without_posix_modules_can_import_it(module):
     """Windows has none of these; the libraries that we use look at the platform themselves."""
     assert run(f"{WITHOUT_POSIX}\nimport {module}\nprint(1)") == "1\n"
+
+
+def test_threads_that_import_ours_and_theirs_at_once_do_not_wait_for_each_other():
+    """The hook runs while the Auto classes' module is locked; another thread may hold ours and wait for that one."""
+    code = """
+import threading
+import transformers
+import trm
+failures = []
+def attempt(work):
+    try:
+        work()
+    except BaseException as failure:
+        failures.append(failure)
+def theirs():
+    from transformers import AutoModelForCausalLM
+def ours():
+    trm.TRMForCausalLM
+threads = [threading.Thread(target=attempt, args=[work]) for work in (ours, theirs)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(failures, type(transformers.AutoModelForCausalLM.from_pretrained(trm.bundled_model_path())).__name__)
+"""
+    assert run(code) == "[] TRMForCausalLM\n"

@@ -150,17 +150,22 @@ def prune(run_dir: Path, state: State, keep_last: int) -> None:
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what a killed run was writing or removing; put back what it had not yet replaced.
 
+    Where a checkpoint is missing, the older copy comes back if it is whole, else the newer one if that is.
     Not while another run is at work there.
     """
-    for path in run_dir.glob(".checkpoint-*"):
-        found = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|pruned)", path.name)
-        if not found or not path.is_dir():
-            continue
-        directory = run_dir / found[1]
-        if found[2] == "old" and not directory.exists() and _is_whole(path):
-            logger.warning("putting %s back: a killed run was replacing it", directory)
-            checkpoint.settle(directory)
-        else:
+    leftovers = {
+        path: found
+        for path in run_dir.glob(".checkpoint-*")
+        if (found := re.fullmatch(r"\.(checkpoint-\d+)\.(partial|old|pruned)", path.name)) and path.is_dir()
+    }
+    for suffix in ("old", "partial"):
+        for path, found in leftovers.items():
+            directory = run_dir / found[1]
+            if found[2] == suffix and not directory.exists() and _is_whole(path):
+                logger.warning("putting %s back: a killed run was replacing it", directory)
+                os.rename(path, directory)
+    for path in leftovers:
+        if path.exists():
             logger.warning("removing %s: a killed run was at work on it", path)
             shutil.rmtree(path)
 

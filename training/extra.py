@@ -11,4 +11,4 @@ from trm.errors import ConfigError
 def require(library: str, purpose: str) -> None:
     """Raise ConfigError, with what to install, unless the library is there."""
     if find_spec(library) is None:
-        raise ConfigError(f"{purpose} needs {library}, which is not installed: pip install 'qwen-trm[train]'")
+        raise ConfigError(f"{purpose} needs {library}, which is not installed; in a clone, run make install")

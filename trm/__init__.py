@@ -4,6 +4,7 @@ Importing this package is cheap: torch and transformers are imported when someth
 package and transformers' Auto classes are both imported, in either order, they know the model.
 """
 
+import sys
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
@@ -29,8 +30,14 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _import(name: str, _auto_module: object) -> None:
-    import_module(name)
+    """Import a module of ours, unless some thread is at it: waiting for it here could wait for each other."""
+    if name not in sys.modules:
+        import_module(name)
 
 
 def bundled_model_path() -> Path:

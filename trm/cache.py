@@ -21,7 +21,7 @@ CACHE_NAME = next(
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The cache that a caller gave, by either of its names. Raises BadRequest for two."""
-    if cache is not None and past_key_values is not None:
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise BadRequest(
             "cache and past_key_values are two names of one argument; give only one of them", param="cache"
         )

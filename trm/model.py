@@ -52,6 +52,13 @@ class TRMOutput(ModelOutput):
         """The cache, by the name that transformers used before 5.24."""
         return self.cache
 
+    @past_key_values.setter
+    def past_key_values(self, cache: Cache | None) -> None:
+        self.cache = cache
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__("cache" if key in CACHE_NAMES else key, value)
+
     def __contains__(self, key: object) -> bool:
         return bool(super().__contains__("cache" if key in CACHE_NAMES else key))
 

@@ -44,5 +44,5 @@ class SoakSettings(Settings):
         """As for every command, but who wants pictures learns before the soak whether they can be drawn."""
         settings = super().from_command_line(argv)
         if settings.report is not None and find_spec("matplotlib") is None:
-            raise ConfigError("--report needs matplotlib, which is not installed: pip install 'qwen-trm[train]'")
+            raise ConfigError("--report needs matplotlib, which is not installed; in a clone, run make install")
         return settings

@@ -22,7 +22,7 @@ for function, *arguments in commands:
     else:
         print("status", 0, file=sys.stderr)
 """
-INSTALL = "which is not installed: pip install 'qwen-trm[train]'"
+INSTALL = "which is not installed; in a clone, run make install"
 
 
 def run_without(absent: list[str], *commands: list[str]) -> list[str]:

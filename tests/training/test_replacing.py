@@ -223,3 +223,15 @@ def test_a_second_broken_checkpoint_of_one_step_is_kept_too(tmp_path: Path) -> N
     broken = sorted(tmp_path.glob("checkpoint-4.broken*"))
     assert [(path / checkpoints.STATE_JSON).read_text() for path in broken] == ["torn 0", "torn 1", "torn 2"]
     assert whole(tmp_path) == ["checkpoint-4"]
+
+
+def test_the_newer_copy_is_taken_where_the_older_one_is_broken(tmp_path: Path) -> None:
+    """A run goes on from an earlier checkpoint, because a later one is broken, and is killed while it replaces that."""
+    save(tmp_path, 4, 1.0)
+    (tmp_path / "checkpoint-4").rename(tmp_path / ".checkpoint-4.partial")
+    (tmp_path / ".checkpoint-4.old").mkdir()
+
+    checkpoints.clear_leftovers(tmp_path)
+
+    assert whole(tmp_path) == ["checkpoint-4"]
+    assert not list(tmp_path.glob(".checkpoint-*"))

@@ -131,6 +131,48 @@ def test_failures_of_the_device_and_our_own_are_told_apart(failure, kind, chat, 
     assert "secret" not in str(error)
 
 
+class Panic(BaseException):
+    """What a library in Rust raises where it panics is no Exception either."""
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("secret"), Panic("secret")], ids=["runtime-error", "panic"])
+@pytest.mark.parametrize("place", ["push", "finish"])
+def test_failures_outside_the_model_are_ours_and_end_one_request(place, failure, chat, monkeypatch):
+    """A RuntimeError of plain Python is not the device's."""
+    engine = make_engine(chat)
+    listener = Listener(engine)
+    real, calls = getattr(TextStream, place), []
+
+    def fail_once(self: TextStream, *args: Any) -> Any:
+        calls.append(self)
+        if self is calls[0]:
+            raise failure
+        return real(self, *args)
+
+    monkeypatch.setattr(TextStream, place, fail_once)
+    numbers = listener.submit(request(3), request(4))
+    run(engine)
+
+    ends = [listener.events[number][-1] for number in numbers]
+    assert sorted(str(end.finish_reason) for end in ends) == ["error", "length"]
+    [error] = [end.error for end in ends if end.error]
+    assert type(error) is InternalError
+    assert "secret" not in str(error)
+
+
+def test_row_whose_admission_fails_gets_its_final_event_too(chat, monkeypatch):
+    """It must be in a list at every moment: what is in none cannot be told that the engine died."""
+    engine = make_engine(chat)
+    monkeypatch.setattr(engine.loop.scheduler, "_best_source", lambda row: 1 / 0)
+    engine.start()
+
+    handles = engine.submit([request(3), request(4)])
+
+    for handle in handles:
+        with pytest.raises(InternalError):
+            handle.result()
+
+
 def test_reply_that_cannot_be_decoded_to_text_is_a_bug_of_ours(chat, monkeypatch):
     engine = make_engine(chat)
     listener = Listener(engine)

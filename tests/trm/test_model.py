@@ -682,6 +682,23 @@ def test_an_output_without_a_cache_has_neither_name():
     assert out.get("past_key_values", 1) == 1
 
 
+def test_an_outputs_cache_can_be_set_by_either_name():
+    out = make_model()(torch.tensor([some_prompt(3)]))
+
+    out.past_key_values = first = DynamicCache()
+    assert out.cache is first
+    out["past_key_values"] = second = DynamicCache()
+
+    assert out.cache is out["cache"] is second
+    assert "past_key_values" not in list(out.keys())
+
+
+def test_one_cache_by_both_names_is_one():
+    model, ids, cache = make_model(), torch.tensor([some_prompt(3)]), DynamicCache()
+
+    assert model(ids, cache=cache, past_key_values=cache).cache is cache
+
+
 def test_two_caches_are_refused():
     model, ids = make_model(), torch.tensor([some_prompt(3)])
 

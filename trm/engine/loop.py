@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trm.engine.choosing import Chosen, choose_draft, choose_reply
@@ -137,7 +138,7 @@ class Loop:
         logits = self.runner.logits([row.slot for row in rows], place)[:, 0]
         answers = zip(logits, logits.argmax(dim=-1).tolist(), _finite(logits), strict=True)
         for (row, work), answer in zip(_at_work(rows), answers, strict=True):
-            self._call([row], partial(choose_draft, row, work, *answer, self._end_id))
+            self._call([row], partial(choose_draft, row, work, *answer, self._end_id), on_device=False)
 
     def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
         """One backbone call for one token of each row, `offset` places behind the chosen one."""
@@ -194,7 +195,7 @@ class Loop:
             return
         answers = zip(logits[0], logits[0].argmax(dim=-1).tolist(), _finite(logits[0]), strict=True)
         for (row, work), answer in zip(working, answers, strict=True):
-            self._call([row], partial(self._choose, row, work, *answer))
+            self._call([row], partial(self._choose, row, work, *answer), on_device=False)
 
     def _choose(self, row: Row, work: Pass, logits: Tensor, best: Sequence[int], finite: Sequence[bool]) -> None:
         """Choose the tokens of a row's pass, see `choose_reply`; book them and tell of them."""
@@ -233,19 +234,23 @@ class Loop:
 
     # --- how things end --------------------------------------------------------------------------
 
-    def _call(self, rows: Sequence[Row], run: Callable[[], None]) -> bool:
+    def _call(self, rows: Sequence[Row], run: Callable[[], None], on_device: bool = True) -> bool:
         """Do something for some rows; where it fails, those rows fail and the engine goes on.
+
+        on_device: whether it is a call of the model, and not our own work on what the model gave.
 
         Raises DeviceError, and so ends the engine, where the device computes no more.
         """
         try:
             run()
             return True
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a library in Rust that panics raises no Exception
             logger.exception("a step of %d rows failed", len(rows))
             self.runner.probe()
             for row in rows:
-                self._fail(row, as_error(error))
+                self._fail(row, as_error(error, on_device=on_device))
             return False
 
     def _fail(self, row: Row, error: TRMError) -> None:
@@ -272,9 +277,11 @@ class Loop:
             text += "" if error else row.stream.finish()
             if reason == "length" and row.stream.stopped:  # by what has become text only now
                 reason = "stop"
-        except Exception as failure:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as failure:  # as in `_call`
             logger.exception("the end of a reply could not be decoded")
-            reason, error = "error", as_error(failure)
+            reason, error = "error", as_error(failure, on_device=False)
         self._emit(row, replace(said, text=text, finish_reason=reason, usage=row.usage(), error=error))
 
     def _emit(self, row: Row, event: Event) -> None:
@@ -286,16 +293,18 @@ class Loop:
             row.cancelled = True
 
 
-def as_error(failure: BaseException) -> TRMError:
+def as_error(failure: BaseException, on_device: bool = True) -> TRMError:
     """What a request learns of an exception that ended it: whether the device failed, or a bug of ours did.
 
-    Torch tells of its failures, and of those of the device, by RuntimeError and its own children of it.
+    Torch tells of its failures, and of those of the device, by RuntimeError and its own children of it. Outside calls
+    of the model a plain RuntimeError is a bug, and only those children are the device's.
     """
     if isinstance(failure, TRMError):
         return failure
     what = f"{type(failure).__name__}; the server's log has the details"
     ours = isinstance(failure, NotImplementedError | RecursionError)
-    if isinstance(failure, RuntimeError | MemoryError) and not ours:
+    theirs = RuntimeError if on_device else torch.OutOfMemoryError | torch.AcceleratorError
+    if isinstance(failure, theirs | MemoryError) and not ours:
         return DeviceError(f"the device failed in a call of the model: {what}")
     return InternalError(f"a bug of the server made decoding fail: {what}")
 

@@ -109,7 +109,7 @@ class Scheduler:
         late = [row for row in self.running if not row.settled and row.source is None]
         copies = [copy for row in late for copy in self._settle(row, *self._best_source(row))]
         while self._free and self.waiting:
-            row = self.waiting.popleft()
+            row = self.waiting[0]  # it stays until it runs: whatever fails in between, somebody knows of it
             row.taken.queue_s = self._now() - row.submitted_at
             source, length = self._best_source(row)
             if isinstance(source, int) and 2 * length >= len(self._free[source].ids):
@@ -118,7 +118,7 @@ class Scheduler:
                 if isinstance(source, int):
                     self._free[source] = self._free.pop(source)  # used just now
                 row.slot = next(iter(self._free))
-            self.running.append(row)
+            self.running.append(self.waiting.popleft())
             copies += self._settle(row, source, length)
             del self._free[row.slot]
         return copies
