@@ -22,7 +22,7 @@ from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from trm.engine.request import Follow, Matcher
-from trm.errors import BadRequest, DeviceError
+from trm.errors import BadRequest, InternalError
 
 SMALL = GrammarCompiler(TEXTS, END)
 LONG = SMALL.regex("((a|b){2}1){9}2")
@@ -253,7 +253,7 @@ def test_matcher_that_raises_fails_its_own_request(ahead, chat, kv_source):
     run(engine)
 
     assert [event.finish_reason for event in listener.events[bad] if event.finish_reason] == ["error"]
-    assert isinstance(listener.events[bad][-1].error, DeviceError)
+    assert isinstance(listener.events[bad][-1].error, InternalError)
     for number, one in ((before, good[0]), (after, good[1])):
         assert listener.reply(number).token_ids == expected(engine, one).token_ids
     assert_empty(engine)
