@@ -52,7 +52,8 @@ class RootPath:
         if scope["type"] == "http":
             scope["root_path"] = self.prefix
             if scope["path"] == self.prefix:
-                await RedirectResponse(f"{self.prefix}/")(scope, receive, send)
+                query = scope.get("query_string", b"").decode("latin-1")
+                await RedirectResponse(f"{self.prefix}/{'?' if query else ''}{query}")(scope, receive, send)
                 return
             if not scope["path"].startswith(f"{self.prefix}/"):
                 scope["path"] = self.prefix + scope["path"]

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import trm
-from training import checkpoints, extra, workers
+from training import checkpoints, workers
 from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
@@ -18,7 +18,7 @@ from training.problems.data import fingerprint
 from training.resuming import resumed_backbone, resumed_settings, with_absolute_paths
 from training.stopping import stop_on_signals
 from training.trainer import Trainer
-from trm import checkpoint
+from trm import checkpoint, extra
 from trm.device import use_device
 from trm.errors import CheckpointError, ConfigError
 

@@ -1,13 +1,12 @@
 """What `trm-bench serve` and `trm-bench soak` can be told."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import Field
 
-from trm.errors import ConfigError
+from trm import extra
 from trm.settings import Settings
 
 
@@ -43,6 +42,6 @@ class SoakSettings(Settings):
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
         """As for every command, but who wants pictures learns before the soak whether they can be drawn."""
         settings = super().from_command_line(argv)
-        if settings.report is not None and find_spec("matplotlib") is None:
-            raise ConfigError("--report needs matplotlib, which is not installed; in a clone, run make install")
+        if settings.report is not None:
+            extra.require("matplotlib", "--report")
         return settings

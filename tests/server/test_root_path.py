@@ -89,8 +89,10 @@ async def test_the_page_needs_its_slash(make_prefixed, connect):
     async with connect(make_prefixed()) as client:
         sent_on = await client.get(PREFIX)
         page = await client.get(sent_on.headers["location"])
+        kept = await client.get(f"{PREFIX}?theme=dark")
 
     assert sent_on.status_code == 307
+    assert kept.headers["location"] == f"{PREFIX}/?theme=dark"
     assert str(page.url) == f"http://test{PREFIX}/"
     for file in re.findall(r'(?:href|src)="(.*?)"', page.text):
         assert page.url.join(file).path.removeprefix(PREFIX) in PATHS

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from training import extra
 from training.config import EvalSettings
 from training.evaluation.answers import Answers
 from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
@@ -19,7 +18,7 @@ from training.evaluation.report import build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
 from training.problems.data import load_problems
 from training.problems.problem import Problem
-from trm import TRMConfig, bundled_model_path, checkpoint
+from trm import TRMConfig, bundled_model_path, checkpoint, extra
 from trm.device import use_device
 from trm.errors import ConfigError
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from training import extra
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
+from trm import extra
 from trm.answers import convert_gsm8k, extract_boxed
 from trm.chat import ChatFormat, Example
 from trm.errors import ConfigError

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from training import checkpoints, extra
+from training import checkpoints
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.evaluation.run import CONTROL_DIR, evaluate_model
 from training.pretrain import pretrain
 from training.research.controls import CONTROL_JSON, ControlSettings, train_control
 from training.run import train
-from trm import TRMForCausalLM, bundled_model_path, checkpoint
+from trm import TRMForCausalLM, bundled_model_path, checkpoint, extra
 from trm.logs import configure_logging
 
 DECODER: dict[str, Any] = {

@@ -64,10 +64,11 @@ def measure(settings: DecodeSettings) -> Raw:
             kv_source: context_curve(model, kv_source, settings.repeats) for kv_source in ("context", "state")
         }
     raw = {}
-    for name, part in parts.items():
+    for number, (name, part) in enumerate(parts.items(), start=1):
+        logger.info("part %d of %d: measuring %s", number, len(parts), name)
         started = time.perf_counter()
         raw[name] = part()
-        logger.info("%s: %.0f s", name, time.perf_counter() - started)
+        logger.info("part %d of %d took %.0f s", number, len(parts), time.perf_counter() - started)
     return {**ratios(raw), "requests": settings.num_requests, "raw": raw}
 
 

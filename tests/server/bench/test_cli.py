@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from server.bench import settings as bench_settings
 from server.bench.cli import BENCHMARKS, read_command_line
+from trm import extra
 from trm.errors import ConfigError
 
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "tokenizers", "fastapi", "psutil"}
@@ -74,7 +74,7 @@ def test_a_file_may_not_hold_what_a_benchmark_does_not_read(tmp_path):
 
 
 def test_a_report_without_matplotlib_is_refused_before_the_soak(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_settings, "find_spec", lambda name: None)
+    monkeypatch.setattr(extra, "find_spec", lambda name: None)
 
     assert read_command_line(["soak"])[1].report is None
     with pytest.raises(ConfigError, match="--report needs matplotlib, which is not installed"):
