@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trm.layers import KeyValues, Linear, Rope, rotate, signed, silu
@@ -128,6 +128,8 @@ class Backbone(nn.Module):
 
     def to_transformers(self) -> PreTrainedModel:
         """The same weights as a model of transformers, copied."""
+        from transformers import AutoModelForCausalLM  # not above: it imports `trm.model`, which imports this
+
         model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config).to(self.dtype)
         model.load_state_dict(dict(self.hub_tensors()))
         return model.eval()

@@ -99,6 +99,11 @@ class Decoder(nn.Module):
         self.halt_head.weight.zero_()
         self.halt_head.bias.fill_(HALT_BIAS)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return self.halt_head.weight.dtype
+
     def write_context(self, x: Tensor, rope: Rope, key_values: KeyValues) -> None:
         """Project keys and values of every layer from the context x (N, D) and store them, one entry a layer."""
         for index, layer in enumerate(self.layers):
@@ -156,6 +161,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.requires_grad_(False)
         self.decoder = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
+        self.exact = False  # whether products are the same to the bit in any company; see `trm.linear`
         if self.lm_head is not None:
             self.lm_head.weight.data.copy_(self.backbone.lm_head.weight)
         self.post_init()

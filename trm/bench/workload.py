@@ -16,7 +16,7 @@ import torch
 
 from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, solve_messages
-from trm.device import lay_out_for_decoding
+from trm.loading import prepare_for_decoding
 from trm.engine import Engine, Request, SamplingParams
 from trm.engine.row import Row
 from trm.engine.runner import Slots
@@ -43,7 +43,7 @@ def load(source: str | None, num_threads: int) -> tuple[TRMForCausalLM, ChatForm
     torch.set_num_threads(num_threads)
     source = source or str(bundled_model_path())
     model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32)
-    lay_out_for_decoding(model)
+    prepare_for_decoding(model)
     return model, ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
 
 
