@@ -126,6 +126,7 @@ class Backbone(nn.Module):
         """The same weights as a model of transformers, copied."""
         with torch.device("meta"):
             backbone = cls(model.config)
+        backbone.config.architectures = [type(model).__name__]
         state = model.state_dict()
         backbone.load_hub_tensors(lambda name: state[name].clone())
         return backbone

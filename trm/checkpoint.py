@@ -126,13 +126,9 @@ def read_backbone(
     its file until somebody moves it.
     """
     directory, config = locate_backbone(source, revision)
-    whole = directory / WEIGHTS_FILE
-    shards = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{directory}: no *.safetensors file; only safetensors weights are read")
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{directory}: the weights are quantized; take the model as it was before")
-    stored = [(name, shard) for shard in map(_open, shards) for name in shard.keys()]  # noqa: SIM118 - no mapping
+    stored = [(name, shard) for shard in map(_open, _shards(directory)) for name in shard.keys()]  # noqa: SIM118 - no mapping
     # Files of a model without a head leave out the prefix.
     tensors = {n if n.startswith(("model.", "lm_head.")) else f"model.{n}": (n, shard) for n, shard in stored}
     try:
@@ -159,6 +155,19 @@ def read_backbone(
     backbone.load_hub_tensors(read, dtype)
     config.dtype = backbone.dtype
     return backbone.eval()
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The safetensors files of a backbone: the only one, or those that its index names."""
+    whole, index = directory / WEIGHTS_FILE, directory / f"{WEIGHTS_FILE}.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise CheckpointError(f"{directory}: no {WEIGHTS_FILE} file; only safetensors weights are read")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files")
+    return [directory / name for name in sorted(set(names.values()))]
 
 
 def read_backbone_config(source: str | Path, revision: str | None = None) -> Any:
