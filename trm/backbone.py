@@ -5,13 +5,13 @@
 
 What comes out is r, the residual stream before the final norm; `norm` and `lm_head` are for whoever reads it out.
 The stream and the norms are float32 or wider, the linear layers in the type of their weights. Where keys and values
-lie, and who sees them, is the business of the `KeyValues` that a caller brings: slots of the engine, or whole sequences.
+lie, and who sees them, is the business of the caller's `KeyValues`: slots of the engine, or whole sequences.
 Weights go by other names in files, see `hub_tensors`; transformers' models are the oracle of the tests.
 
 Legend: N positions in any leading shape, D hidden, H heads, K key/value heads, d head size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class BackboneLayer(nn.Module):
 
     def forward(self, r: Tensor, rope: Rope, layer: int, key_values: KeyValues) -> Tensor:
         r = r + self.attention(self.attention_norm(r), rope, layer, key_values)
-        return r + self.feed_forward(self.feed_forward_norm(r))
+        return r + self.feed_forward(self.feed_forward_norm(r))  # type: ignore[no-any-return]
 
 
 class Backbone(nn.Module):
@@ -109,26 +109,31 @@ class Backbone(nn.Module):
         self.config = config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BackboneLayer(config, head_dim) for _ in range(config.num_hidden_layers))
+        self.layers: Sequence[BackboneLayer] = nn.ModuleList(  # type: ignore[assignment]
+            BackboneLayer(config, head_dim) for _ in range(config.num_hidden_layers)
+        )
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # No buffers: rounded to bfloat16 with the weights, they would turn distant positions by radians.
         self.rope_frequencies, self.rope_scale = _rope(config, head_dim)  # (d / 2,)
+        self.fingerprints: dict[torch.dtype, str] = {}
+        """What `trm.checkpoint.fingerprint` found, by the type of the weights, which are frozen."""
 
     @classmethod
     def from_transformers(cls, model: PreTrainedModel) -> "Backbone":
         """The same weights as a model of transformers, copied."""
         with torch.device("meta"):
             backbone = cls(model.config)
+        backbone.config.architectures = [type(model).__name__]
         state = model.state_dict()
         backbone.load_hub_tensors(lambda name: state[name].clone())
         return backbone
 
     def to_transformers(self) -> PreTrainedModel:
         """The same weights as a model of transformers, copied."""
-        from transformers import AutoModelForCausalLM  # not above: it imports `trm.model`, which imports this
+        from transformers import AutoModelForCausalLM  # its import imports trm.model, which stands on this module
 
         model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config).to(self.dtype)
         model.load_state_dict(dict(self.hub_tensors()))
@@ -155,19 +160,27 @@ class Backbone(nn.Module):
         return r
 
     def hub_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by the names that they have in files, views where several are one here; a tied head comes twice."""
+        """The weights by their names in files, views where several are one here; a tied head comes twice."""
         for name, tensor in self.state_dict().items():
             parts = self._parts(name)
             yield from zip((part for part, _ in parts), tensor.split([rows for _, rows in parts]), strict=True)
 
-    def load_hub_tensors(self, read: Callable[[str], Tensor]) -> None:
-        """Take the weights that `read` gives for the names of files, one layer's at a time, each read once."""
-        for name in self.state_dict():
+    def load_hub_tensors(self, read: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> None:
+        """Take the weights that `read` gives for the names of files, each read once, in `dtype`, else as they come.
+
+        A tensor that is whole in its file and needs no other type is taken as it is, not copied.
+        """
+        for name, tensor in self.state_dict().items():
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
-            tensors = [read(part) for part, _ in self._parts(name)]
+            parts = [read(part) for part, _ in self._parts(name)]
+            if len(parts) == 1:
+                whole = parts[0].to(dtype or parts[0].dtype)
+            else:
+                whole = parts[0].new_empty(tensor.shape, dtype=dtype)
+                for window, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+                    window.copy_(part)
             module_name, _, own = name.rpartition(".")
-            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             setattr(self.get_submodule(module_name), own, nn.Parameter(whole, requires_grad=False))
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -189,7 +202,7 @@ class Backbone(nn.Module):
         prefix = "" if name.startswith("lm_head.") else f"model.{path}." if path else "model."
         halves = HALVES.get(layer, (HUB_NAMES.get(layer, layer),))
         if layer == "qkv_proj":
-            attention = self.get_submodule(".".join(modules))
+            attention: Any = self.get_submodule(".".join(modules))
             sizes = [heads * attention.head_dim for heads in attention.heads]
         else:
             sizes = [rows // len(halves)] * len(halves)

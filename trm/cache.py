@@ -38,13 +38,15 @@ class Sequences:
     """Keys and values of whole sequences: the `KeyValues` of `forward` and of training.
 
     mask (B, 1, Q, S): what each query may see, as `attend` takes it. With transformers' cache, entry 0 lies in its
-    entry `first_entry`, behind what is there; without, keys and values are those that were written here.
+    entry `first_entry`, behind what is there; without, keys and values are those that were written here. Of these
+    only the newest entry stays, all that a pass through layers reads, unless `keep`: the context's are read again.
     """
 
-    def __init__(self, mask: Tensor, cache: Cache | None = None, first_entry: int = 0) -> None:
+    def __init__(self, mask: Tensor, cache: Cache | None = None, first_entry: int = 0, keep: bool = False) -> None:
         self.mask = mask
         self._cache = cache
         self._first_entry = first_entry
+        self._keep = keep
         self._entries: dict[int, KeyValue] = {}
 
     def write(self, entry: int, keys: Tensor, values: Tensor) -> None:
@@ -54,6 +56,8 @@ class Sequences:
             keys, values = keys.float(), values.float()
         if self._cache is not None:
             keys, values = self._cache.update(keys, values, self._first_entry + entry)
+        if not self._keep:
+            self._entries.clear()
         self._entries[entry] = keys, values
 
     def attend(self, entry: int, queries: Tensor) -> Tensor:
@@ -62,6 +66,6 @@ class Sequences:
 
     def seen_by(self, mask: Tensor) -> "Sequences":
         """The same keys and values for other queries."""
-        other = Sequences(mask, self._cache, self._first_entry)
+        other = Sequences(mask, self._cache, self._first_entry, self._keep)
         other._entries = self._entries
         return other

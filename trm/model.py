@@ -275,7 +275,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             grow(cache, first_entry + self.config.cache_entries(steps))
         kept = self._kept(logits_to_keep, length, x.device)
-        key_values = Sequences(mask, cache, first_entry)
+        key_values = Sequences(mask, cache, first_entry, keep=self.config.kv_source == "context")
         if self.config.kv_source == "context":
             self.decoder.write_context(x, rope, key_values)
             x, rope = x[:, kept], (rope[0][:, kept], rope[1][:, kept])
