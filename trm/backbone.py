@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from trm.layers import KeyValues, Linear, Rope, rotate, signed, silu
+from trm.layers import KeyValues, Linear, Rope, rotate, signed
 
 HALVES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Layers that are one here and several in files, one below the other."""
@@ -83,7 +83,7 @@ class BackboneFeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(h).chunk(2, dim=-1)
-        return self.down_proj(silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class BackboneLayer(nn.Module):

@@ -46,13 +46,6 @@ def rotate(heads: Tensor, rope: Rope) -> Tensor:
     return (heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin).to(heads.dtype)
 
 
-def silu(h: Tensor) -> Tensor:
-    """h * sigmoid(h). On a CPU torch's own gives float32 other bits where a vector does not fill its registers."""
-    if h.dtype != torch.float32 or h.device.type != "cpu" or torch.is_grad_enabled():
-        return F.silu(h)
-    return h / (1 + torch.exp(-h))
-
-
 def causal_mask(key_mask: Tensor, num_queries: int) -> Tensor:
     """What each of the last `num_queries` positions may attend to: (B, S) real-token mask -> (B, 1, Q, S) bool.
 
@@ -127,7 +120,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(h)) * self.up_proj(h))  # type: ignore[no-any-return]
+        return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
