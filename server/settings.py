@@ -58,7 +58,8 @@ class ServeSettings(Settings):
     served_model_name: str | None = Field(None, description="the model's id in requests; by default --model as given")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on cuda, and for large models on a CPU that computes it natively, else float32"
+        "auto",
+        description="auto: bfloat16 on cuda, and for large models on a CPU that computes it natively, else float32",
     )
     quantize: Literal["int8"] | None = Field(
         None, description="int8: the backbone's linear layers in int8, on a CPU; faster, and about 1%% off a layer"

@@ -88,7 +88,9 @@ def pack(model: nn.Module, int8: nn.Module | None = None) -> bool:
                 continue
             bias = layer.bias
             if id(layer) in quantized:
-                whole: nn.Module = Int8Linear(layer.weight, bias, torch.float32 if name == "lm_head" else torch.bfloat16)
+                whole: nn.Module = Int8Linear(
+                    layer.weight, bias, torch.float32 if name == "lm_head" else torch.bfloat16
+                )
             else:
                 whole = PackedLinear(layer.weight, bias)
             setattr(module, name, whole)

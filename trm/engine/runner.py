@@ -9,6 +9,7 @@ Legend: N positions of a call, B rows, C positions of each, W positions in view,
 d head size, V vocabulary.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,9 @@ from trm.errors import DeviceError
 from trm.layers import Rope
 from trm.model import TRMForCausalLM
 
+logger = logging.getLogger(__name__)
+
+CHECKED_SLOTS = 5  # that keep each other company in `check_exact`
 COST_POSITIONS = (1, 8, 64)  # sizes of the calls that are timed to decide about drafting
 COST_REPEATS = 5
 COST_ENOUGH_S = 0.3  # of one size and kind of call; a large model is timed once
@@ -181,6 +185,30 @@ class Runner:
             raise DeviceError(f"{self.device} no longer computes: {type(error).__name__}") from error
         if not computes:
             raise DeviceError(f"{self.device} computes wrong sums")
+
+    @torch.inference_mode()
+    def check_exact(self) -> bool:
+        """Decode a token alone and in company: whether not a bit differs. If one does, go on without exactness.
+
+        Slots must be free; they are left clean. One slot has no company.
+        """
+        slots = range(min(CHECKED_SLOTS, len(self.state[0])))
+        prompts = [Chunk(slot, 0, range(min(3 + 2 * slot, self.max_len - 2))) for slot in slots]
+        tokens = [Chunk(slot, len(prompts[slot].tokens), (slot,), place=0) for slot in slots]
+
+        def decode(rows: slice) -> Tensor:
+            self.encode(prompts[rows])
+            self.encode(tokens[rows])
+            some = tokens[rows]
+            self.tick([Span(chunk.slot, chunk.start) for chunk in some], [0] * len(some))
+            return self.logits([0])
+
+        if self.exact and not torch.equal(decode(slice(1)), decode(slice(None))):
+            self.exact = False
+            logger.warning("products of this processor depend on their company here: replies may differ in near ties")
+        for slot in slots:
+            self.clear(slot)
+        return self.exact
 
     @torch.inference_mode()
     def measure(self) -> Costs:
