@@ -25,9 +25,9 @@ from tests.trm.engines import (
 )
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat, solve_messages
-from trm.loading import prepare_for_decoding
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.grammar import GrammarCompiler
+from trm.loading import prepare_for_decoding
 
 # P2 and P9: as if alone
 

@@ -16,11 +16,11 @@ import torch
 
 from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, solve_messages
-from trm.loading import prepare_for_decoding
 from trm.engine import Engine, Request, SamplingParams
 from trm.engine.row import Row
 from trm.engine.runner import Slots
 from trm.engine.scheduler import Scheduler
+from trm.loading import prepare_for_decoding
 from trm.model import TRMForCausalLM
 
 MEDIAN_TOKENS, SIGMA, LONGEST_RATIO = 90, 0.45, 3.5
