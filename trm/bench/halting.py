@@ -32,10 +32,10 @@ def agreements(
     """For each tolerance, ascending, over the replies of `sequences` (prompt, reply). Keys from the context only."""
     moved, right = [], []
     for prompt, reply in sequences:
-        ids = torch.tensor([[*prompt, *reply[:-1]]])
+        ids = torch.tensor([[*prompt, *reply[:-1]]], device=model.device)
         length, first = ids.shape[1], len(prompt) - 1
         mask = causal_mask(torch.ones_like(ids), length)
-        x, (cos, sin) = model.encode(ids, mask, torch.arange(length)[None])
+        x, (cos, sin) = model.encode(ids, mask, torch.arange(length, device=ids.device)[None])
         context = model.decoder.context_keys_values(x, (cos, sin))
         attending = Attending((cos[:, first:], sin[:, first:]), mask[:, :, first:], context)
         x = x[:, first:]

@@ -63,3 +63,9 @@ def write_untrained(backbone: Path, directory: Path, tokenizer: Any) -> None:
 def backbone_of(directory: Path) -> Path | str:
     """Where the backbone of a checkpoint directory lies."""
     return checkpoint.read_config(directory).backbone_source or directory / checkpoint.BACKBONE_DIR
+
+
+def is_untrained(directory: Path) -> bool:
+    """Whether the decoder of a checkpoint directory is as it was born: its steps change no token."""
+    weights = checkpoint.read_tensors(directory / checkpoint.WEIGHTS_FILE)
+    return not any(tensor.any() for name, tensor in weights.items() if name.endswith("o_proj.weight"))

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from trm import checkpoint
-from trm.bench.models import backbone_of, checkpoint_of
+from trm.bench.models import backbone_of, checkpoint_of, is_untrained
 from trm.bench.settings import PeersSettings
 from trm.bench.ways import Decode, Job, Memory, Run, Way, llama_cpp, ours, transformers
 from trm.bench.workload import LONGEST_RATIO, make_requests
@@ -37,6 +37,7 @@ def measure(settings: PeersSettings) -> Raw:
     with checkpoint_of(settings.model, settings.shape) as directory, ExitStack() as stack:
         config = checkpoint.read_config(directory)
         efforts = sorted({0, config.n_supervision if settings.effort is None else settings.effort})
+        untrained = is_untrained(directory)
         chat = ChatFormat(checkpoint.read_tokenizer(directory), config.normalize_text)
         sizes = _jobs(chat, settings)
         loaders, left_out = _loaders(directory, efforts, settings)
@@ -59,6 +60,7 @@ def measure(settings: PeersSettings) -> Raw:
     return {
         "ratios": {size: ratios(found["ways"], efforts) for size, found in raw.items()},
         "efforts": efforts,
+        "untrained": untrained,
         "left_out": left_out,
         "requests": settings.num_requests,
         "dtype": settings.dtype,
@@ -147,6 +149,7 @@ def table(result: Raw) -> str:
         f"{result['threads']} threads, --dtype {result['dtype']}"
         + (f", --quantize {result['quantize']}" if result["quantize"] else "")
         + f", torch {result['torch']}"
+        + "; the decoder is untrained, so every effort gives the backbone's tokens" * result["untrained"]
     ]
     for size, raw in result["raw"].items():
         count, ratio = raw["requests"], result["ratios"][size]

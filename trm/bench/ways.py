@@ -84,7 +84,8 @@ def ours(directory: str, effort: int, **how: Any) -> Decode:
         ]
         longest = max(request.positions for request in requests)
         engine = Engine(model, chat, EngineConfig(len(jobs), longest, max_draft_tokens=0))
-        run, failed = _empty(jobs), []
+        run = _empty(jobs)
+        failed: list[TRMError] = []
 
         def note(index: int, event: Event) -> None:
             run.ids[index] += event.token_ids
@@ -115,7 +116,7 @@ def transformers(source: str, dtype: str, num_threads: int) -> Decode:
     model: Any = read_backbone(source, dtype=getattr(torch, dtype))
     model.generation_config = GenerationConfig()  # no penalties and no end token, whatever the directory suggests
 
-    class Clock(StoppingCriteria):  # type: ignore[misc]
+    class Clock(StoppingCriteria):
         """Notes when each token comes; stops nothing."""
 
         def __init__(self) -> None:
