@@ -239,12 +239,12 @@ class DecodeBench:
 
     def overhead(self) -> Raw:
         """Seconds inside the model's calls, of all seconds, as many requests as rows; other requests each time."""
-        engine = self.engine()
+        seeds = range(self.seed + 1, self.seed + 2 + self.repeats)
+        others = [make_requests(self.chat, self.max_rows, [self.model.config.n_supervision], seed) for seed in seeds]
+        batches = [with_params(requests, max_tokens=self.median_tokens) for requests in others]
+        engine = self.engine(max_model_len=max(request.positions for batch in batches for request in batch))
         total, inside = [], []
-        for repeat in range(1 + self.repeats):
-            others = make_requests(self.chat, self.max_rows, [self.model.config.n_supervision], self.seed + 1 + repeat)
-            room = self.longest - max(len(request.prompt_ids) for request in others)
-            requests = with_params(others, max_tokens=max(1, min(self.median_tokens, room)))
+        for requests in batches:
             with model_time(self.model) as seconds:
                 total.append(decode_with_engine(engine, requests).seconds)
             inside.append(seconds[0])

@@ -127,7 +127,7 @@ def matrix_rate(model: TRMForCausalLM) -> float:
     h = torch.randn(MATRIX_ROWS, hidden, device=weight.device, dtype=weight.dtype)
     wide = block.up_proj(h)
     seconds = _best(lambda: (block.gate_proj(h), block.up_proj(h), float(block.down_proj(wide)[0, 0])))
-    return MATRIX_ROWS * 6 * hidden * int(wide.shape[-1]) / seconds
+    return float(MATRIX_ROWS * 6 * hidden * wide.shape[-1] / seconds)
 
 
 def time_rounds(model: TRMForCausalLM, chat: ChatFormat, rows: int, context: int, effort: int, repeats: int) -> Raw:
