@@ -54,8 +54,7 @@ class _ModelSettings(Settings):
 
 
 class DecodeSettings(_ModelSettings):
-    """Measure decoding: the engine against generate(), lockstep depth, full depth, itself without drafts, and the
-    machine."""
+    """Measure decoding: the engine against generate(), lockstep, full depth, the machine, itself without drafts."""
 
     command: ClassVar[str] = "trm-bench decode"
 
