@@ -59,6 +59,7 @@ def measure(settings: PeersSettings) -> Raw:
             raw = {size: _figures(jobs, runs[size], reference.run(jobs)[0].ids) for size, jobs in sizes.items()}
     return {
         "ratios": {size: ratios(found["ways"], efforts) for size, found in raw.items()},
+        "model": settings.shape or settings.model or "bundled",
         "efforts": efforts,
         "untrained": untrained,
         "left_out": left_out,
@@ -146,7 +147,7 @@ def ratios(ways: Mapping[str, Raw], efforts: Sequence[int]) -> Raw:
 def table(result: Raw) -> str:
     """The result for people: a table for one request, one for many, and what was left out."""
     lines = [
-        f"{result['threads']} threads, --dtype {result['dtype']}"
+        f"{result['model']}, {result['threads']} threads, --dtype {result['dtype']}"
         + (f", --quantize {result['quantize']}" if result["quantize"] else "")
         + f", torch {result['torch']}"
         + "; the decoder is untrained, so every effort gives the backbone's tokens" * result["untrained"]
