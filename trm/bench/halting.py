@@ -33,10 +33,10 @@ def agreements(
     """For each tolerance, ascending, over the replies of `sequences` (prompt, reply). Keys from the context only."""
     moved, right = [], []
     for prompt, reply in sequences:
-        ids = torch.tensor([[*prompt, *reply[:-1]]])
+        ids = torch.tensor([[*prompt, *reply[:-1]]], device=model.device)
         length, first = ids.shape[1], len(prompt) - 1
         mask = causal_mask(torch.ones_like(ids), length)
-        cos, sin = model.backbone.rope(torch.arange(length)[None])
+        cos, sin = model.backbone.rope(torch.arange(length, device=ids.device)[None])
         x = model.encode(model.backbone.embed_tokens(ids), (cos, sin), Sequences(mask))
         context = Sequences(mask, keep=True)
         model.decoder.write_context(x, (cos, sin), context)
