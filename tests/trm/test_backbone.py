@@ -136,7 +136,7 @@ def test_bfloat16_weights_keep_a_float32_stream() -> None:
 
     expected = logits(ours.double())
 
-    assert error(got, expected) < 0.7 * error(rounded, expected)
+    assert (got - expected).abs().mean() < 0.8 * (rounded - expected).abs().mean()
 
 
 def test_dropout_of_the_configuration_is_for_training_the_backbone_only() -> None:
