@@ -41,7 +41,7 @@ def signed(cos: Tensor, sin: Tensor) -> Rope:
 
 
 def rotate(heads: Tensor, rope: Rope) -> Tensor:
-    """Apply rotary positions to (N, heads, d), in the half-split convention of Qwen2 and Llama."""
+    """Apply rotary positions to (N, heads, d), in the half-split convention of Qwen and Llama."""
     cos, sin = (part.unsqueeze(-2) for part in rope)
     return (heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin).to(heads.dtype)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.conftest import make_backbone, make_model
 from trm import TRMForCausalLM, reference
-from trm.backbone import Backbone
 from trm.chat import ChatFormat
 from trm.checkpoint import backbone_record, read_backbone
 from trm.engine import SamplingParams
@@ -67,12 +66,8 @@ def vary_norms(backbone: Any, seed: int = 0) -> Any:
     return backbone
 
 
-def oracle(backbone: Backbone) -> Any:
-    """transformers' model of the same weights.
-
-    Its norms work in float32 whatever they are given, which hides everything below 1e-7; these are as wide as their input.
-    """
-    model = backbone.to_transformers()
+def widen_norms(model: Any) -> Any:
+    """Let the norms of transformers' model compute in float64 where they are given it, not in float32 as ever."""
     for norm in model.modules():
         if type(norm).__name__.endswith("RMSNorm"):
             norm.forward = functools.partial(_wide_norm, norm)

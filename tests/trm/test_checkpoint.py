@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, and whatever is broken is a CheckpointError that names it."""
 
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -229,6 +230,32 @@ def test_fingerprint_sees_values_and_names_but_not_the_stored_type():
     with torch.no_grad():
         theirs.model.norm.weight[3] += 0.01
     assert fingerprint(Backbone.from_transformers(theirs)) != before
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fingerprint_is_what_the_first_checkpoints_recorded(tied):
+    """A hash of the tensors under transformers' names, a tied head included."""
+    theirs = make_backbone(tie_word_embeddings=tied)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(theirs.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+
+    assert fingerprint(Backbone.from_transformers(theirs)) == digest.hexdigest()[:16]
+
+
+def test_fingerprint_is_computed_once(monkeypatch):
+    """Half a billion weights take seconds, and a run asks several times."""
+    backbone = Backbone.from_transformers(make_backbone())
+    first = fingerprint(backbone)
+    monkeypatch.setattr(Backbone, "hub_tensors", lambda self: pytest.fail("read again"))
+
+    assert fingerprint(backbone) == first
+
+
+def test_fingerprint_of_rounded_weights_is_another():
+    backbone = Backbone.from_transformers(make_backbone())
+
+    assert fingerprint(backbone) != fingerprint(backbone.to(torch.bfloat16))
 
 
 def test_sharded_backbone_is_read(make_checkpoint):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.cache_utils import DynamicCache
 
 from tests.conftest import BACKBONES, make_backbone, make_model, randomize
-from tests.trm.conftest import NEAR_TIE, assert_same_tokens, oracle, pad_left, pad_right, some_prompt, vary_norms
+from tests.trm.conftest import NEAR_TIE, assert_same_tokens, pad_left, pad_right, some_prompt, vary_norms, widen_norms
 from trm import TRMConfig, TRMForCausalLM, reference
 from trm.cache import Sequences
 from trm.chat import ChatFormat, solve_messages
@@ -121,7 +121,7 @@ def by_the_book(model: TRMForCausalLM, ids: Sequence[int], effort: int) -> tuple
     config, backbone = model.config, model.config.backbone_config
     length, heads, groups, size = len(ids), backbone.num_attention_heads, backbone.num_key_value_heads, config.head_dim
     captured = []
-    theirs = oracle(model.backbone)
+    theirs = widen_norms(model.backbone.to_transformers())
     theirs.model.norm.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     theirs(torch.tensor([ids]))
     frequencies = 1 / 10000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size)  # to the bit
@@ -429,9 +429,10 @@ def test_cache_holds_exactly_the_entries_that_the_configuration_counts(kv_source
 
 
 @pytest.mark.parametrize("effort", [0, 2])
-def test_beam_search_scores_equal_recomputed_ones(effort, kv_source):
+@pytest.mark.parametrize("family", BACKBONES)
+def test_beam_search_scores_equal_recomputed_ones(family, effort, kv_source):
     """Beams are moved between rows at every step: every entry of the cache has to move along."""
-    model = make_model(kv_source=kv_source, scale=1.0).double()
+    model = make_model(family, kv_source=kv_source, scale=1.0).double()
     prompts = [some_prompt(6), some_prompt(2)]
     ids, mask = pad_left(prompts)
 
@@ -761,6 +762,12 @@ def test_own_head_starts_as_the_backbones_and_moves_alone(tied):
             "sliding-window attention.*use_sliding_window to false",
         ),
         (
+            lambda: Qwen3Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2),
+            "sliding-window attention.*use_sliding_window to false",
+        ),
+        (lambda: LlamaConfig(hidden_act="gelu"), "activation is 'gelu'; supported: 'silu'"),
+        (lambda: {"model_type": "qwen3", "hidden_act": "relu"}, "activation is 'relu'"),
+        (
             lambda: LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
             "'dynamic'.*default, linear",
         ),
@@ -780,7 +787,17 @@ def test_own_head_starts_as_the_backbones_and_moves_alone(tied):
             "'longrope'.*default, linear",
         ),
     ],
-    ids=["gpt2", "dict-of-mamba", "dict-of-nothing", "sliding-window", "dynamic-rope", "longrope"],
+    ids=[
+        "gpt2",
+        "dict-of-mamba",
+        "dict-of-nothing",
+        "sliding-window",
+        "sliding-window-qwen3",
+        "gelu",
+        "dict-with-relu",
+        "dynamic-rope",
+        "longrope",
+    ],
 )
 def test_backbones_that_cannot_be_exact_are_refused_by_name(make_config, message):
     with pytest.raises(ConfigError, match=message):

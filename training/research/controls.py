@@ -3,7 +3,7 @@
 Three of them, each trained on the decoder's own problems, in its order, with its optimiser, averaging and at least
 its floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
 and low-rank updates (LoRA) of the backbone's matrices with as many weights as the decoder has. Each ends as a plain
-Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what it cost.
+directory of the backbone's family that `trm-eval --control` takes, with `control.json` saying what it cost.
 """
 
 import itertools
