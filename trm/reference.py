@@ -76,16 +76,13 @@ def adjusted_scores(
     over the temperature, filtered, and with noise. Tokens that `mask` leaves out (see `Follow`) are -inf.
     """
     scores = logits.float().double()
-    for token in {*prompt_ids, *reply}:
-        penalty = params.repetition_penalty
+    penalty = params.repetition_penalty
+    for token in {*prompt_ids, *reply} if penalty != 1 else ():
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-    for token in set(reply):
+    for token in set(reply) if params.presence_penalty or params.frequency_penalty else ():
         scores[token] -= params.presence_penalty + params.frequency_penalty * list(reply).count(token)
-    biases: dict[int, float] = {}
-    for token, bias in params.logit_bias:
-        biases[token] = biases.get(token, 0.0) + bias
-    for token, bias in biases.items():
-        scores[token] += bias
+    for token in {token for token, _ in params.logit_bias}:
+        scores[token] += sum(bias for other, bias in params.logit_bias if other == token)
     if mask is not None:
         scores[[token for token in range(len(scores)) if not mask[token // 8] >> token % 8 & 1]] = -math.inf
     scores = scores.float()

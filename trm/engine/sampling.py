@@ -184,7 +184,7 @@ def _filtered(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) ->
     weights = _weights(values, best, temperature) * kept
     up_to = weights.cumsum(dim=-1)
     total = up_to[:, -1:].double()
-    proven = ~kept[:, -1:] | (top_k <= count)  # nothing is kept behind the candidates
+    proven = ~kept[:, -1:] | (top_k <= count) | (count == num_tokens)  # nothing is kept behind the candidates
     open_ = [place for place, ask in enumerate(asks) if _only_top_p(ask.params)]
     if open_ and count < num_tokens:
         total[open_] = _mass(table, rows[open_], best[open_], temperature[open_])
