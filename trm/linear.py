@@ -143,7 +143,7 @@ def least_rows(outputs: int, inputs: int, num_threads: int) -> int:
 
 
 def _telling(outputs: int, inputs: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """A weight (O, I) and rows (N, I) whose products are zero but for rounding, so that any other order of sums shows."""
+    """A weight (O, I) and rows (N, I) whose products are nothing but rounding: any other order of sums shows."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(inputs, generator=generator)
     half = torch.randn(outputs, (inputs + 1) // 2, generator=generator)

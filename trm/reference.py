@@ -1,19 +1,20 @@
 """The oracle: one prompt, no cache, no batch, every token from a pass over the whole sequence.
 
-Slow and obvious. Tests compare `generate()` and the engine with it. It shares `adjusted_scores` and the
-halting rule with the engine: what it vouches for is cache, batch, drafts and schedule.
+Slow and obvious. Tests compare `generate()` and the engine with it. It shares the noise and the halting rule with the
+engine: what it vouches for is cache, batch, drafts, schedule and sampling.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trm.cache import Sequences
+from trm.engine.noise import gumbel_noise, stream_key
 from trm.engine.request import Follow, Grammar, SamplingParams
-from trm.engine.sampling import adjusted_scores
+from trm.engine.sampling import WEIGHT_ONE
 from trm.layers import causal_mask
 from trm.model import TRMForCausalLM
 
@@ -54,13 +55,60 @@ def decode(
             steps, margin = model.check_effort(params.n_supervision), float("inf")
             logits = model(tokens, n_supervision=steps, logits_to_keep=1, use_cache=False).logits[0, -1]
         scores = adjusted_scores(logits, params, prompt_ids, reply, None if follow is None else follow.mask)
-        second, first = np.sort(scores)[-2:]
-        gaps.append(min(float(first - second), margin))
+        first, second = scores.topk(2).values.tolist()
+        gaps.append(min(first - second, margin))
         all_steps.append(steps)
         reply.append(int(scores.argmax()))
         if reply[-1] == end_id and not params.ignore_eos:
             break
     return ReferenceReply(tuple(reply), tuple(gaps), tuple(all_steps))
+
+
+def adjusted_scores(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    reply: Sequence[int],
+    mask: bytes | None = None,
+) -> Tensor:
+    """Scores (V,), float64, whose argmax is the next token after `prompt_ids` and `reply`.
+
+    logits (V,), which count as float32. The scores are the logits with the penalties, and where a token is sampled,
+    over the temperature, filtered, and with noise. Tokens that `mask` leaves out (see `Follow`) are -inf.
+    """
+    scores = logits.float().double()
+    penalty = params.repetition_penalty
+    for token in {*prompt_ids, *reply} if penalty != 1 else ():
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token in set(reply) if params.presence_penalty or params.frequency_penalty else ():
+        scores[token] -= params.presence_penalty + params.frequency_penalty * list(reply).count(token)
+    for token in {token for token, _ in params.logit_bias}:
+        scores[token] += sum(bias for other, bias in params.logit_bias if other == token)
+    if mask is not None:
+        scores[[token for token in range(len(scores)) if not mask[token // 8] >> token % 8 & 1]] = -math.inf
+    scores = scores.float()
+    if params.temperature == 0:
+        return scores.double()
+    weights = ((scores - scores.max()) * min(1 / params.temperature, 1e30)).exp() * WEIGHT_ONE
+    scores = (scores - scores.max()).double() / params.temperature  # a tiny one sends all but the best to -inf
+    scores[_excluded(scores.tolist(), weights.long().tolist(), params)] = -math.inf
+    key = stream_key(params.seed, params.sample_index, len(prompt_ids) + len(reply))
+    return scores + gumbel_noise(torch.tensor([[key]]), torch.arange(len(scores)))[0].to(scores.device)
+
+
+def _excluded(scores: Sequence[float], weights: Sequence[int], params: SamplingParams) -> list[int]:
+    """The tokens that top_k, min_p and top_p exclude, in this order. weights: their masses, in whole numbers."""
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])  # of equal ones the lowest comes first
+    least = math.log(params.min_p) if params.min_p else -math.inf
+    left = [token for token in order[: params.top_k or None] if scores[token] >= least]
+    if params.top_p < 1:
+        enough = params.top_p * sum(weights[token] for token in left)
+        before, left_by_others, left = 0, left, []
+        for token in left_by_others:
+            if before < enough:
+                left.append(token)
+            before += weights[token]
+    return sorted(set(order) - set(left))
 
 
 def _follow(grammar: Grammar, params: SamplingParams, reply: Sequence[int]) -> Follow:

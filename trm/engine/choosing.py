@@ -1,16 +1,15 @@
-"""Choose the tokens of one row from its logits: those of its reply, and those that are drafted behind them.
+"""Choose the tokens of rows from their logits: those of their replies, and those that are drafted behind them.
 
-Knows grammars, stop strings and the end token; where the logits come from, and who hears of the tokens, it does not.
+Says what each token is to be chosen by, and goes on with a row by what was chosen. Knows grammars, stop strings and the
+end token; where the logits come from, and who hears of the tokens, it does not.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from trm.engine.request import FinishReason, Follow, TokenLogprobs, TokenTrace
+from trm.engine.request import FinishReason, TokenLogprobs, TokenTrace
 from trm.engine.row import Pass, Row
-from trm.engine.sampling import candidates, choose, token_logprobs
+from trm.engine.sampling import Answer, Ask
 from trm.errors import BadRequest, DeviceError, TRMError
 
 
@@ -26,32 +25,36 @@ class Chosen:
     error: TRMError | None = None
 
 
-def choose_reply(
-    row: Row, work: Pass, logits: Tensor, best: Sequence[int], finite: Sequence[bool], end_id: int
-) -> Chosen:
-    """Go on with a row's reply: choose its token, and the ones behind it as long as they are what was drafted.
+def ask_reply(row: Row, work: Pass) -> list[Ask]:
+    """What the tokens at the places of a row's pass are chosen by, each as if the draft before it were the reply."""
+    return [_ask(row, work.draft[:place]) for place in range(work.places)]
 
-    logits (C, V), their argmax and whether they are finite, at the places of the row's pass.
-    """
-    params, follow = row.request.params, None
+
+def ask_draft(row: Row, work: Pass) -> Ask | None:
+    """What the token behind a row's draft is chosen by, unless the reply would end there."""
+    ask = _ask(row, work.draft)
+    return None if ask.follow and (ask.follow.complete or ask.follow.failure) else ask
+
+
+def take_reply(row: Row, work: Pass, asks: Sequence[Ask], answers: Sequence[Answer], end_id: int) -> Chosen:
+    """Go on with a row's reply: take its token, and the ones behind it as long as they are what was drafted."""
+    params = row.request.params
     chosen = Chosen()
-    for place in range(work.places):
-        if not finite[place]:
+    for place, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
+        if not answer.finite:
             chosen.error = DeviceError("the model gave a logit that is not finite; the request was ended")
             break
-        if row.matcher:
-            follow = row.matcher.follow()
-            if follow.failure:
-                why = f"response_format: after {len(row.reply)} tokens {follow.failure}"
-                chosen.error = BadRequest(why, param="response_format")
-                break
-        token = _next_token(row, logits[place], best[place], (), follow)
+        if ask.follow and ask.follow.failure:
+            why = f"response_format: after {len(row.reply)} tokens {ask.follow.failure}"
+            chosen.error = BadRequest(why, param="response_format")
+            break
+        token = answer.token
         chosen.ids.append(token)
         chosen.text += row.stream.push(token)
         if params.logprobs is not None:
-            chosen.logprobs.append(token_logprobs(logits[place], token, params.logprobs))
+            chosen.logprobs.append(TokenLogprobs(answer.logprob, answer.top[: params.logprobs]))
         if params.trace is not None:
-            chosen.traces.append((*work.seen, candidates(logits[place], params.trace)))
+            chosen.traces.append((*work.seen, answer.top[: params.trace]))
         row.take(token)
         row.cached += 1
         row.taken.supervision_steps += work.steps_taken(place)
@@ -64,25 +67,17 @@ def choose_reply(
     return chosen
 
 
-def choose_draft(row: Row, work: Pass, logits: Tensor, best: int, finite: bool, end_id: int) -> None:
-    """Add a token to a row's draft, chosen from the backbone's logits (V,), unless the reply would end there."""
-    if not finite:
-        return
-    follow = row.matcher.follow(work.draft) if row.matcher else None
-    if follow and (follow.complete or follow.failure):
-        return
-    token = _next_token(row, logits, best, work.draft, follow)
-    if token != end_id or row.request.params.ignore_eos:
-        work.draft.append(token)
+def take_draft(row: Row, work: Pass, answer: Answer, end_id: int) -> None:
+    """Add a token to a row's draft, unless the reply would end with it."""
+    if answer.finite and (answer.token != end_id or row.request.params.ignore_eos):
+        work.draft.append(answer.token)
 
 
-def _next_token(row: Row, logits: Tensor, best: int, draft: Sequence[int], follow: Follow | None) -> int:
-    """The token behind a row's reply and `draft`. logits (V,), and `best` their argmax."""
-    request = row.request
-    if request.params.plain_greedy and (follow is None or follow.allows(best)):
-        return best
-    reply = [*row.reply, *draft] if draft else row.reply
-    return choose(logits, request.params, request.prompt_ids, reply, None if follow is None else follow.mask)
+def _ask(row: Row, draft: Sequence[int]) -> Ask:
+    """What the token behind a row's reply and `draft` is chosen by."""
+    position = len(row.request.prompt_ids) + len(row.reply) + len(draft)
+    penalties = row.penalties.behind(draft) if row.penalties else None
+    return Ask(row.request.params, position, penalties, row.matcher.follow(draft) if row.matcher else None)
 
 
 def _completes(row: Row, token: int) -> bool:

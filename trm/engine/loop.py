@@ -9,17 +9,16 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import islice
 
 import torch
-from torch import Tensor
 
-from trm.engine.choosing import Chosen, choose_draft, choose_reply
+from trm.engine.choosing import Chosen, ask_draft, ask_reply, take_draft, take_reply
 from trm.engine.drafting import Drafter
 from trm.engine.request import Event, FinishReason
 from trm.engine.row import Pass, Row
 from trm.engine.runner import Chunk, Halting, Runner
-from trm.engine.sampling import candidates
+from trm.engine.sampling import Answer, Ask, choose, likeliest
 from trm.engine.scheduler import Copy, Scheduler
 from trm.engine.slots import Span
 from trm.errors import DeviceError, InternalError, TRMError
@@ -134,7 +133,7 @@ class Loop:
         length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
         for offset in range(1, length + 1):
             rows = [row for row in rows if row.room_for_draft >= offset]
-            if not rows or not self._call(rows, partial(self._draft, rows, offset - 1)):
+            if not rows or not self._draft(rows, offset - 1):
                 return
             drafted = [(row, work.draft[-1]) for row, work in _at_work(rows) if len(work.draft) == offset]
             chunks = [Chunk(row.slot, row.cached + offset, (token,), place=offset) for row, token in drafted]
@@ -142,12 +141,49 @@ class Loop:
             if not rows or not self._pass(rows, chunks):
                 return
 
-    def _draft(self, rows: Sequence[Row], place: int) -> None:
+    def _draft(self, rows: Sequence[Row], place: int) -> bool:
         """Choose each row's next draft as its token would be chosen, but from the backbone's own logits."""
-        logits = self.runner.logits([row.slot for row in rows], place)[:, 0]
-        answers = zip(logits, logits.argmax(dim=-1).tolist(), _finite(logits), strict=True)
-        for (row, work), answer in zip(_at_work(rows), answers, strict=True):
-            self._call([row], partial(choose_draft, row, work, *answer, self._end_id), on_device=False)
+
+        def ask(row: Row, work: Pass) -> list[Ask]:
+            one = ask_draft(row, work)
+            return [] if one is None else [one]
+
+        answered = self._chosen(rows, ask, place)
+        for row, work, _, answers in answered or ():
+            for answer in answers:
+                take_draft(row, work, answer, self._end_id)
+        return answered is not None
+
+    def _chosen(
+        self, rows: Sequence[Row], ask: Callable[[Row, Pass], list[Ask]], first: int = 0
+    ) -> list[tuple[Row, Pass, list[Ask], list[Answer]]] | None:
+        """Choose the tokens that are asked for, at the places of each row's pass from `first` on: all together.
+
+        Rows that cannot even ask fail alone. Where choosing fails all others do, and None is returned.
+        """
+        asked: list[tuple[Row, Pass, list[Ask]]] = []
+
+        def note(row: Row, work: Pass) -> None:
+            asked.append((row, work, ask(row, work)))
+
+        for row, work in list(_at_work(rows)):
+            self._call([row], partial(note, row, work), on_device=False)
+        asking = [(row, asks) for row, _, asks in asked if asks]
+        answers: list[Answer] = []
+
+        def choose_all() -> None:
+            count = max(len(asks) for _, asks in asking)
+            logits = self.runner.logits([row.slot for row, _ in asking], first, count).flatten(0, 1)
+            if len(logits) > sum(len(asks) for _, asks in asking):
+                logits = logits[
+                    [at * count + place for at, (_, asks) in enumerate(asking) for place in range(len(asks))]
+                ]
+            answers.extend(choose(logits, [one for _, asks in asking for one in asks]))
+
+        if asking and not self._call([row for row, _ in asking], choose_all):
+            return None
+        left = iter(answers)
+        return [(row, work, asks, list(islice(left, len(asks)))) for row, work, asks in asked]
 
     def _pass(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> bool:
         """One backbone call; where it fails, `rows` do."""
@@ -184,32 +220,24 @@ class Loop:
         rows = [row for row in rows if row.request.params.trace is not None and not row.answered]
 
         def note() -> None:
-            logits = self.runner.logits([row.slot for row in rows])
-            for (row, work), answer in zip(_at_work(rows), logits, strict=True):
-                work.seen.append(candidates(answer[0], row.request.params.trace or 0))
+            num = max(row.request.params.trace or 0 for row in rows)
+            seen = likeliest(self.runner.logits([row.slot for row in rows])[:, 0], num)
+            for (row, work), found in zip(_at_work(rows), seen, strict=True):
+                work.seen.append(found[: row.request.params.trace])
 
         if rows:
             self._call(rows, note)
 
     def _answer(self) -> None:
         """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
-        rows = self.scheduler.answered()
-        if not rows:
-            return
-        logits: list[Tensor] = []
-        working = list(_at_work(rows))
-        count = max(work.places for _, work in working)
-        if not self._call(rows, lambda: logits.append(self.runner.logits([row.slot for row in rows], count=count))):
-            return
-        answers = zip(logits[0], logits[0].argmax(dim=-1).tolist(), _finite(logits[0]), strict=True)
-        for (row, work), answer in zip(working, answers, strict=True):
-            self._call([row], partial(self._choose, row, work, *answer), on_device=False)
+        for row, work, asks, answers in self._chosen(self.scheduler.answered(), ask_reply) or ():
+            self._call([row], partial(self._take, row, work, asks, answers), on_device=False)
 
-    def _choose(self, row: Row, work: Pass, logits: Tensor, best: Sequence[int], finite: Sequence[bool]) -> None:
-        """Choose the tokens of a row's pass, see `choose_reply`; book them and tell of them."""
-        chosen = choose_reply(row, work, logits, best, finite, self._end_id)
+    def _take(self, row: Row, work: Pass, asks: Sequence[Ask], answers: Sequence[Answer]) -> None:
+        """Take the tokens of a row's pass, see `take_reply`; book them and tell of them."""
+        chosen = take_reply(row, work, asks, answers, self._end_id)
         self._count(row, work, chosen.ids)
-        if work.draft and not all(finite[: work.places]):
+        if work.draft and not all(answer.finite for answer in answers):
             # A draft that overflowed poisons the tokens before it, even masked: go on without drafts.
             self.runner.clear(row.slot, row.cached, row.cached + work.places)
             row.may_draft, chosen.error = False, None
@@ -331,9 +359,3 @@ def _event(row: Row, chosen: Chosen) -> Event:
         logprobs=tuple(chosen.logprobs),
         traces=tuple(chosen.traces),
     )
-
-
-def _finite(logits: Tensor) -> list[Any]:
-    """Whether all of the logits (…, V) are finite: nested lists of bool."""
-    low, high = logits.aminmax(dim=-1)  # neither hides a NaN
-    return (low.isfinite() & high.isfinite()).tolist()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trm.engine.detokenizer import TextStream
+from trm.engine.penalties import Penalties
 from trm.engine.prefix import Prefix
 from trm.engine.request import Candidates, Event, Matcher, Request, Usage
 
@@ -71,6 +72,7 @@ class Row:
     stream: TextStream  # has seen the reply
     prefix: Prefix  # digests of its tokens
     matcher: Matcher | None = field(init=False)  # has seen the reply
+    penalties: Penalties | None = field(init=False)  # have seen the reply
     cancelled: bool = False
 
     # its place, the scheduler's business
@@ -91,8 +93,9 @@ class Row:
     may_draft: bool = True  # until a draft was not finite
 
     def __post_init__(self) -> None:
-        grammar = self.request.grammar
-        self.matcher = None if grammar is None else grammar.matcher(may_end=not self.request.params.ignore_eos)
+        params, grammar = self.request.params, self.request.grammar
+        self.matcher = None if grammar is None else grammar.matcher(may_end=not params.ignore_eos)
+        self.penalties = Penalties(params, self.request.prompt_ids) if params.edits_logits else None
 
     @property
     def to_prefill(self) -> int:
@@ -142,6 +145,8 @@ class Row:
         """Add a token to the reply."""
         self.reply.append(token)
         self.prefix.extend((token,))
+        if self.penalties:
+            self.penalties.take(token)
 
     def usage(self) -> Usage:
         """What it has taken, for its events."""

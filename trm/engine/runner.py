@@ -212,7 +212,7 @@ class Runner:
 
     @torch.inference_mode()
     def measure(self) -> Costs:
-        """Time backbone, supervision step and head over a few positions in slots that must be free; they are left clean."""
+        """Time backbone, step and head over a few positions in slots that must be free; they are left clean."""
         sizes = sorted({min(count, self.max_len - 1) for count in COST_POSITIONS})
         backbone_s, step_s, head_s = [], [], []
         for count in sizes:

@@ -1,114 +1,348 @@
-"""Choose the next token of one row: a pure function of its logits, its parameters and the tokens before.
+"""Choose the next tokens of many rows at once, on the device that holds their logits.
 
-A sampled token is the argmax of the processed logits over the temperature plus Gumbel noise,
-and the noise is drawn statelessly from (seed, sample index, position). So the same request
-gives the same reply whatever else is decoded beside it, in whatever order.
+A sampled token is the argmax of the processed logits over the temperature plus Gumbel noise, and the noise is a
+function of (seed, sample index, position, token). So the same request gives the same reply, and the same log
+probabilities to the bit, whatever else is decoded beside it: whatever is summed here is summed in integers.
+Logits count as float32, whatever their type; ties go to the lowest id.
+
+Few tokens can win. The vocabulary is looked at in blocks: of a row that is filtered only the best tokens are
+candidates, of another one only the blocks that could hold the winner. Where it is not proven that the winner is among
+the candidates, the row is done again with more of them, and in the end with all. `trm.reference` says it the slow way.
+
+Legend: N rows (a place of a draft is a row here), V vocabulary, C candidates, best first. Everything up to the one
+copy to the host has shapes that do not depend on numbers on the device.
 """
 
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
+from typing import Any, NamedTuple, Self
 
-import numpy as np
-import numpy.typing as npt
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from trm.engine.request import Candidates, SamplingParams, TokenLogprobs
+from trm.engine.noise import BLOCK, block_noise, gumbel_noise, noise_of_blocks, stream_key
+from trm.engine.penalties import Penalties
+from trm.engine.request import Candidates, Follow, SamplingParams
 
-Scores = npt.NDArray[np.float64]
+NUM_CANDIDATES = 256  # of a row that is filtered: nuclei are seldom larger
+NUM_BLOCKS = 32  # of a row that is not
+MORE_BLOCKS = 512  # where those do not suffice
+WEIGHT_ONE = 2.0**35  # what the best token weighs; the sum over a vocabulary stays below 2**63
+PIECE = {"cpu": 2**18}  # logits that are worked on together, so that they stay in a cache
+SLACK = 1e-5  # by which a bound must be missed: more than its rounding
 
 
-def adjusted_scores(
-    logits: Tensor,
-    params: SamplingParams,
-    prompt_ids: Sequence[int],
-    reply: Sequence[int],
-    mask: bytes | None = None,
-) -> Scores:
-    """Scores (V,) whose argmax is the next token after `prompt_ids` and `reply`.
+class Ask(NamedTuple):
+    """What to choose a token by. position: how many tokens stand before it; follow: what its grammar allows."""
 
-    logits (V,). The scores are the logits with the penalties, and where a token is sampled, filtered,
-    over the temperature, and with noise. Tokens that `mask` leaves out (see `Follow`) are -inf from the start.
+    params: SamplingParams
+    position: int
+    penalties: Penalties | None = None
+    follow: Follow | None = None
+
+
+class Answer(NamedTuple):
+    """The token chosen, whether all of its row's logits were finite, its own log probability and the likeliest tokens.
+
+    Log probabilities, under the model's own logits, where they were asked for: as many as logprobs or trace wants.
     """
-    scores = logits.double().cpu().numpy()
-    if mask is not None:
-        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(scores), bitorder="little")
-        scores = np.where(bits, scores, -np.inf)
-    if params.edits_logits:
-        scores = _edited(scores, params, prompt_ids, reply)
+
+    token: int
+    finite: bool
+    logprob: float = math.nan
+    top: Candidates = ()
+
+
+class Width(Enum):
+    """How many tokens are candidates. With ALL every row is proven."""
+
+    FEW = auto()
+    MORE = auto()
+    ALL = auto()
+
+
+class _Table(NamedTuple):
+    """Logits (N, W), float32, filled up with -inf to whole blocks, and the best of each block (N, W / BLOCK)."""
+
+    logits: Tensor
+    heights: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Self:
+        if missing := -logits.shape[1] % BLOCK:
+            logits = pad(logits, (0, missing), value=-math.inf)
+        return cls(logits, logits.view(len(logits), -1, BLOCK).amax(dim=-1))
+
+    def best(self, rows: Tensor) -> Tensor:
+        """The best logit of each of some rows, (M, 1)."""
+        return self.heights[rows].amax(dim=-1, keepdim=True)
+
+    def members(self, rows: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and ids (M, K x BLOCK) of the tokens of K blocks of each of some rows."""
+        num_rows, num_blocks = self.heights.shape
+        values = self.logits.view(num_rows, num_blocks, BLOCK)[rows[:, None], blocks]
+        ids = blocks[..., None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
+        return values.flatten(1), ids.flatten(1)
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Answer]:
+    """The next token of each row of logits (N, V)."""
+    answers, unproven = _choose(logits, asks, Width.FEW)
+    for width in (Width.MORE, Width.ALL):
+        if unproven:
+            again, still = _choose(logits[unproven], [asks[row] for row in unproven], width)
+            for row, answer in zip(unproven, again, strict=True):
+                answers[row] = answer
+            unproven = [unproven[row] for row in still]
+    return answers
+
+
+@torch.inference_mode()
+def likeliest(logits: Tensor, num: int) -> list[Candidates]:
+    """The `num` likeliest tokens of each row under the model's own logits (N, V)."""
+    table, rows = _Table.of(logits.float()), torch.arange(len(logits), device=logits.device)
+    ids, values = _best(table, rows, num)
+    logprobs = values - _log_total(table, rows)
+    return [_pairs(*row) for row in zip(ids.tolist(), logprobs.tolist(), strict=True)]
+
+
+def _choose(logits: Tensor, asks: Sequence[Ask], width: Width) -> tuple[list[Answer], list[int]]:
+    """The answers, and the rows that they are not proven for."""
+    table = _Table.of(logits.float())
+    # neither of the two hides a NaN
+    finite = (table.logits[:, : logits.shape[1]].amin(dim=-1) > -math.inf) & (table.heights.amax(dim=-1) < math.inf)
+    edited = _edited(table, asks)
+    tokens = torch.zeros(len(asks), dtype=torch.int64, device=logits.device)
+    proven = torch.ones(len(asks), dtype=torch.bool, device=logits.device)
+    for pick in (_greedy, _filtered, _unfiltered):
+        if chosen := [row for row, ask in enumerate(asks) if _picker(ask.params) is pick]:
+            rows = torch.tensor(chosen, device=logits.device)
+            tokens[rows], proven[rows] = pick(edited, rows, [asks[row] for row in chosen], width)
+    said = [tokens, finite, proven | ~finite]
+    told = [row for row, ask in enumerate(asks) if _num_top(ask) is not None]
+    num_top = max((_num_top(asks[row]) or 0 for row in told), default=0)
+    if told:
+        rows = torch.tensor(told, device=logits.device)
+        total = _log_total(table, rows)
+        ids, values = _best(table, rows, num_top)
+        said += [table.logits[rows, tokens[rows]] - total[:, 0], ids.flatten(), (values - total).flatten()]
+    numbers = torch.cat([part.double() for part in said]).tolist()  # the one copy; float64 holds them all exactly
+    count, firsts = len(asks), 3 * len(asks) + len(told)
+    answers = [Answer(int(numbers[row]), bool(numbers[count + row])) for row in range(count)]
+    for place, row in enumerate(told):
+        first = firsts + place * num_top
+        ids_at = slice(first, first + (_num_top(asks[row]) or 0))
+        logprobs_at = slice(ids_at.start + len(told) * num_top, ids_at.stop + len(told) * num_top)
+        top = _pairs(numbers[ids_at], numbers[logprobs_at])
+        answers[row] = answers[row]._replace(logprob=numbers[3 * count + place], top=top)
+    return answers, [row for row in range(count) if not numbers[2 * count + row]]
+
+
+def _num_top(ask: Ask) -> int | None:
+    """How many of the likeliest tokens are told of with the token, None for no log probability at all."""
+    return max((num for num in (ask.params.logprobs, ask.params.trace) if num is not None), default=None)
+
+
+def _pairs(ids: Sequence[float], logprobs: Sequence[float]) -> Candidates:
+    return tuple(zip(map(int, ids), logprobs, strict=True))
+
+
+# --- how a token is picked ---------------------------------------------------------------------------
+# Each function takes some rows of a table, and returns their tokens and whether these are proven.
+
+
+def _picker(params: SamplingParams) -> Callable[[_Table, Tensor, Sequence[Ask], Width], tuple[Tensor, Tensor]]:
     if params.temperature == 0:
-        return scores
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf
-        scores = (scores - scores.max()) / params.temperature
-    position = len(prompt_ids) + len(reply)
-    return _filtered(scores, params) + gumbel_noise(len(scores), params.seed, params.sample_index, position)
+        return _greedy
+    return _filtered if params.top_k or params.min_p or params.top_p < 1 else _unfiltered
 
 
-def choose(
-    logits: Tensor,
-    params: SamplingParams,
-    prompt_ids: Sequence[int],
-    reply: Sequence[int],
-    mask: bytes | None = None,
-) -> int:
-    """The next token."""
-    if params.plain_greedy and mask is None:
-        return int(logits.argmax())
-    return int(adjusted_scores(logits, params, prompt_ids, reply, mask).argmax())
+def _greedy(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) -> tuple[Tensor, Tensor]:
+    """The best token, of equal ones the first."""
+    block = table.heights[rows].argmax(dim=-1, keepdim=True)
+    values, ids = table.members(rows, block)
+    return ids.gather(1, values.argmax(dim=-1, keepdim=True))[:, 0], torch.ones_like(rows, dtype=torch.bool)
 
 
-def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
-    """Log probabilities of `token` and of the `num_top` likeliest tokens under the model's own logits (V,)."""
-    logprobs = logits.float().log_softmax(dim=-1)
-    return TokenLogprobs(float(logprobs[token]), _likeliest(logprobs, num_top))
+def _filtered(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) -> tuple[Tensor, Tensor]:
+    """One of the tokens that top_k, min_p and top_p leave, in this order.
 
-
-def candidates(logits: Tensor, num: int) -> Candidates:
-    """The `num` likeliest tokens under the model's own logits (V,)."""
-    return _likeliest(logits.float().log_softmax(dim=-1), num)
-
-
-def gumbel_noise(size: int, seed: int, sample_index: int, position: int) -> Scores:
-    """Standard Gumbel noise (size,), a function of its arguments alone.
-
-    Philox counts in its low words; the position in the highest keeps every stream apart from the others.
+    What top_p is a share of is the mass that the other two leave: where there are none, of the whole vocabulary.
     """
-    generator = np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64), counter=[0, 0, 0, position])
-    uniform = ((generator.random_raw(size) >> 11) + 0.5) * 2.0**-53  # strictly between 0 and 1
-    return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
+    num_tokens = table.logits.shape[1]
+    if width is Width.MORE and num_tokens > NUM_CANDIDATES:
+        return _likely_kept(table, rows, asks)
+    ids, values = _best(table, rows, num_tokens if width is Width.ALL else min(NUM_CANDIDATES, num_tokens))
+    best, count = values[:, :1], ids.shape[1]
+    temperature, top_k, least, top_p = _columns([_filters(ask.params) for ask in asks], rows.device)
+    scores = (values - best).double() / temperature
+    kept = (torch.arange(count, device=rows.device) < top_k) & (scores >= least)
+    weights = _weights(values, best, temperature) * kept
+    up_to = weights.cumsum(dim=-1)
+    total = up_to[:, -1:].double()
+    proven = ~kept[:, -1:] | (top_k <= count) | (count == num_tokens)  # nothing is kept behind the candidates
+    open_ = [place for place, ask in enumerate(asks) if _only_top_p(ask.params)]
+    if open_ and count < num_tokens:
+        total[open_] = _mass(table, rows[open_], best[open_], temperature[open_])
+        proven[open_] = (up_to[:, -1:] >= top_p * total)[open_]
+    kept &= (up_to - weights).double() < top_p * total
+    scores = torch.where(kept, scores + gumbel_noise(_keys(asks, rows.device), ids), -math.inf)
+    return _first_best(scores, ids), proven[:, 0]
 
 
-def _likeliest(logprobs: Tensor, num: int) -> Candidates:
-    top = logprobs.topk(num)
-    return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+def _likely_kept(table: _Table, rows: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, Tensor]:
+    """The tokens that rows would get without filters, proven where top_p is their only one and leaves that token."""
+    tokens, proven = _unfiltered(table, rows, asks, Width.MORE)
+    temperature, *_, top_p = _columns([_filters(ask.params) for ask in asks], rows.device)
+    logits, ids = table.logits[rows], torch.arange(table.logits.shape[1], device=rows.device)
+    value = logits.gather(1, tokens[:, None])
+    weights = _weights(logits, table.best(rows), temperature)
+    better = (logits > value) | ((logits == value) & (ids < tokens[:, None]))
+    before, total = (part.sum(dim=-1, keepdim=True).double() for part in (weights * better, weights))
+    only = torch.tensor([_only_top_p(ask.params) for ask in asks], device=rows.device)
+    return tokens, proven & only & (before < top_p * total)[:, 0]
 
 
-def _edited(scores: Scores, params: SamplingParams, prompt_ids: Sequence[int], reply: Sequence[int]) -> Scores:
-    """Scores with the penalties for tokens that have occurred, then with the bias."""
-    scores = scores.copy()
-    if params.repetition_penalty != 1:
-        seen = np.unique([*prompt_ids, *reply])
-        scores[seen] *= np.where(scores[seen] > 0, 1 / params.repetition_penalty, params.repetition_penalty)
-    if reply and (params.presence_penalty or params.frequency_penalty):
-        repeated, counts = np.unique(reply, return_counts=True)
-        scores[repeated] -= params.presence_penalty + params.frequency_penalty * counts
-    for token, bias in params.logit_bias:
-        scores[token] += bias
-    return scores
+def _only_top_p(params: SamplingParams) -> bool:
+    return not params.top_k and not params.min_p
 
 
-def _filtered(scores: Scores, params: SamplingParams) -> Scores:
-    """Remove the tokens that top_k, min_p and top_p exclude, in this order, by setting them to -inf."""
-    kept = np.ones(len(scores), dtype=bool)
-    if 0 < params.top_k < len(scores):
-        kept &= scores >= np.partition(scores, -params.top_k)[-params.top_k]
-    if params.min_p > 0:
-        kept &= scores >= scores.max() + np.log(params.min_p)
-    if params.top_p < 1:
-        weights = np.exp(scores - scores.max()) * kept
-        total = weights.sum()
-        # All tokens lighter than this have a mass of less than 1 - top_p together: no need to sort them.
-        kept &= weights > (1 - params.top_p) * total / len(weights)
-        candidates = np.flatnonzero(kept)
-        order = candidates[np.argsort(-scores[candidates], kind="stable")]
-        before = np.cumsum(weights[order]) - weights[order]  # mass of the better tokens
-        kept[order[before >= params.top_p * total]] = False
-    return np.where(kept, scores, -np.inf)
+def _filters(params: SamplingParams) -> tuple[float, ...]:
+    """Temperature, top_k, the least score and top_p: infinite where they are off."""
+    least = math.log(params.min_p) if params.min_p else -math.inf
+    return params.temperature, params.top_k or math.inf, least, params.top_p if params.top_p < 1 else math.inf
+
+
+def _unfiltered(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) -> tuple[Tensor, Tensor]:
+    """Any token. A block can hold the winner only if its best logit with its largest noise could win."""
+    (temperature,) = _columns([(ask.params.temperature,) for ask in asks], rows.device)
+    keys, heights = _keys(asks, rows.device), table.heights[rows]
+    best, count = heights.amax(dim=-1, keepdim=True), heights.shape[1]
+    wanted = {Width.FEW: NUM_BLOCKS, Width.MORE: MORE_BLOCKS, Width.ALL: count}[width]
+    if wanted < count:
+        bounds = ((heights - best).double() / temperature + block_noise(keys, count)).topk(wanted + 1)
+        blocks, beyond = bounds.indices[:, :-1], bounds.values[:, -1:]
+    else:
+        blocks = torch.arange(count, device=rows.device).expand(len(rows), -1)
+        beyond = torch.full_like(best, -math.inf)
+    values, ids = table.members(rows, blocks)
+    scores = (values - best).double() / temperature + noise_of_blocks(keys, blocks).flatten(1)
+    proven = scores.amax(dim=-1, keepdim=True) > beyond + SLACK
+    return _first_best(scores, ids), proven[:, 0]
+
+
+def _first_best(scores: Tensor, ids: Tensor) -> Tensor:
+    """The id of the best score of each row, of equal ones the lowest."""
+    return ids.masked_fill(scores < scores.amax(dim=-1, keepdim=True), torch.iinfo(ids.dtype).max).amin(dim=-1)
+
+
+# --- the best tokens, and what all of them weigh -----------------------------------------------------
+
+
+def _best(table: _Table, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and logits (M, count) of the best tokens of each row, of equal ones the lowest first.
+
+    They lie in the `count` best blocks, where of equally high ones the first are the best: each block that is better
+    than a token's own holds a token that is better.
+    """
+    num_blocks, width = table.heights.shape[1], table.logits.shape[1]
+    if count < num_blocks:
+        numbers = torch.arange(num_blocks, device=rows.device)
+        values, ids = table.members(rows, _id_of(_sortable(table.heights[rows], numbers).topk(count).values))
+    else:
+        values, ids = table.logits[rows], torch.arange(width, device=rows.device)
+    ids = _id_of(_sortable(values, ids).topk(count).values)
+    return ids, table.logits[rows[:, None], ids]
+
+
+def _sortable(values: Tensor, ids: Tensor) -> Tensor:
+    """Integers in the order of float32 `values`, and where these are equal in the opposite order of `ids`."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0: there is but one zero
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    return (bits.long() << 32).add_(0xFFFFFFFF).sub_(ids)
+
+
+def _id_of(sortable: Tensor) -> Tensor:
+    return 0xFFFFFFFF - (sortable & 0xFFFFFFFF)
+
+
+def _weights(values: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+    """What tokens with logits `values` weigh beside the best one: whole numbers, whose sums nothing rounds."""
+    rate = (1 / temperature).clamp(max=1e30).float()
+    return (values - best).mul_(rate).exp_().mul_(WEIGHT_ONE).long()
+
+
+def _mass(table: _Table, rows: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+    """What all tokens of each row weigh together, (M, 1), float64."""
+    size = max(1, PIECE.get(rows.device.type, table.logits.numel()) // table.logits.shape[1])
+    parts = zip(rows.split(size), best.split(size), temperature.split(size), strict=True)
+    sums = [_weights(table.logits[part], *beside).sum(dim=-1, keepdim=True) for part, *beside in parts]
+    return torch.cat(sums).double()
+
+
+def _log_total(table: _Table, rows: Tensor) -> Tensor:
+    """What to take off logits to make log probabilities of them, (M, 1), float64."""
+    best = table.best(rows)
+    mass = _mass(table, rows, best, torch.ones_like(best, dtype=torch.float64))
+    return best + (mass / WEIGHT_ONE).log()
+
+
+# --- what changes logits -----------------------------------------------------------------------------
+
+
+def _edited(table: _Table, asks: Sequence[Ask]) -> _Table:
+    """Without the tokens that grammars exclude, with penalties and bias: another table, if there are any."""
+    penalised = [(row, ask.penalties) for row, ask in enumerate(asks) if ask.penalties and ask.penalties.ids]
+    bound = [(row, ask.follow.mask) for row, ask in enumerate(asks) if ask.follow]
+    if not penalised and not bound:
+        return table
+    logits = table.logits.clone()
+    if penalised:
+        _penalise(logits, penalised)
+    if bound:
+        _exclude(logits, bound)
+    return _Table.of(logits)
+
+
+def _penalise(logits: Tensor, penalised: Sequence[tuple[int, Penalties]]) -> None:
+    """Change the logits of tokens that occurred or have a bias; see `Penalties`."""
+    rows = [row * logits.shape[1] for row, one in penalised]
+    counts = torch.tensor([len(one.ids) for _, one in penalised])
+    where = _joined([one.ids for _, one in penalised], torch.int64) + torch.tensor(rows).repeat_interleave(counts)
+    where = where.to(logits.device)
+    columns = ([getattr(one, name) for _, one in penalised] for name in ("factors", "less", "bias"))
+    factors, less, bias = (_joined(column, torch.float64).to(logits.device) for column in columns)
+    values = logits.view(-1)[where].double()
+    logits.view(-1)[where] = (torch.where(values > 0, values / factors, values * factors) - less + bias).float()
+
+
+def _exclude(logits: Tensor, bound: Sequence[tuple[int, bytes]]) -> None:
+    """Set the logits of tokens that are not in their row's mask to -inf; see `Follow`."""
+    device, num_bytes = logits.device, logits.shape[1] // 8
+    masks = _joined([mask[:num_bytes].ljust(num_bytes, b"\0") for _, mask in bound], torch.uint8)
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    spelt = torch.zeros(bits.shape, device=device).masked_fill_(bits == 0, -math.inf)  # a byte's eight tokens
+    for (row, _), mask in zip(bound, masks.to(device).int().view(-1, num_bytes), strict=True):
+        logits[row] += spelt.index_select(0, mask).view(-1)
+
+
+def _joined(arrays: Iterable["bytes | array[Any]"], dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(arrays)), dtype=dtype)
+
+
+# --- parameters --------------------------------------------------------------------------------------
+
+
+def _columns(rows: Sequence[Sequence[float]], device: torch.device) -> list[Tensor]:
+    """Numbers of each row as columns (M, 1), float64."""
+    return list(torch.tensor(rows, dtype=torch.float64, device=device).T[..., None])
+
+
+def _keys(asks: Sequence[Ask], device: torch.device) -> Tensor:
+    """The keys of the rows' noise, (M, 1)."""
+    keys = [[stream_key(ask.params.seed, ask.params.sample_index, ask.position)] for ask in asks]
+    return torch.tensor(keys, device=device)

@@ -142,7 +142,10 @@ class Scheduler:
         row.slot = -1
 
     def prefilling(self, budget: int) -> list[tuple[Row, int]]:
-        """Rows with prompt left to cache and how many tokens of it now, `budget` together: by slot, chosen oldest first."""
+        """Rows with prompt left to cache and how many tokens of it now, by slot, chosen oldest first.
+
+        Together they come to `budget` at most.
+        """
         chosen: list[tuple[Row, int]] = []
         for row in self.running:
             if budget and row.settled and row.to_prefill:

@@ -5,7 +5,8 @@ are they told apart. In exact mode a row's keys are added up in an order that it
 neighbours change no bit: rows share a call of attention where their widths, rounded up, are the same, and the
 positions of one row attend one by one, as they do when they are decoded.
 
-Legend: N positions of a call, B rows, C positions of each, W positions in view, D hidden, K key/value heads, d head size.
+Legend: N positions of a call, B rows, C positions of each, W positions in view, H heads, K key/value heads,
+d head size.
 """
 
 from collections.abc import Sequence
@@ -144,7 +145,7 @@ def locate(spans: Sequence[Span], exact: bool, dtype: torch.dtype, device: torch
         shape = rows, len(which) // rows
         mask = mask[:, None, None] if part.alone else mask.view(*shape, 1, part.width).transpose(1, 2)
         return Group(
-            part.positions,
+            part.positions if isinstance(part.positions, slice) else torch.tensor(part.positions, device=device),
             shape,
             neighbours(part.slots, device),
             torch.tensor(part.slots, device=device),
@@ -183,9 +184,9 @@ def _exact_plan(spans: Sequence[Span]) -> list[_Part]:
     """Single positions of neighbouring slots together where they see equally much, those of one row likewise."""
     parts: list[_Part] = []
     for first, span in zip(_firsts(spans), spans, strict=True):
-        by_width = groupby(range(span.length), lambda offset: rounded(span.start + offset + 1))
-        for width, offsets in by_width:
-            some = list(offsets)
+        widths = [rounded(span.start + offset + 1) for offset in range(span.length)]
+        for width, run in groupby(range(span.length), widths.__getitem__):
+            some = list(run)
             last = parts[-1] if parts else None
             if (
                 span.length == 1
