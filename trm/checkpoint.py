@@ -175,7 +175,7 @@ def read_backbone_config(source: str | Path, revision: str | None = None) -> Any
     return locate_backbone(source, revision)[1]
 
 
-def locate_backbone(source: str | Path, revision: str | None) -> tuple[Path, Any]:
+def locate_backbone(source: str | Path, revision: str | None = None) -> tuple[Path, Any]:
     """Directory and configuration of a backbone."""
     directory = locate(source, revision)
     path = directory / CONFIG_FILE

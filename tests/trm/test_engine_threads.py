@@ -82,7 +82,7 @@ def test_events_stream_while_the_request_runs(started):
 
 def test_failed_request_raises_its_error(started, monkeypatch):
     engine = started()
-    monkeypatch.setattr(engine.loop.runner, "feed", lambda *args: 1 / 0)
+    monkeypatch.setattr(engine.loop.runner, "encode", lambda *args: 1 / 0)
     [handle] = engine.submit([request(3)])
 
     with pytest.raises(InternalError, match="ZeroDivisionError"):

@@ -107,13 +107,16 @@ def ours(directory: str, effort: int, **how: Any) -> Decode:
 def transformers(source: str, dtype: str, num_threads: int) -> Decode:
     """The backbone alone through `generate()`: one static batch, padded on the left, as long as its longest reply."""
     import torch
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+    from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     from trm.bench.workload import padded_left
-    from trm.checkpoint import read_backbone
+    from trm.checkpoint import locate_backbone
 
     torch.set_num_threads(num_threads)
-    model: Any = read_backbone(source, dtype=getattr(torch, dtype))
+    directory, _ = locate_backbone(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(  # a local directory  # nosec B615
+        directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
     model.generation_config = GenerationConfig()  # no penalties and no end token, whatever the directory suggests
 
     class Clock(StoppingCriteria):

@@ -31,7 +31,7 @@ def test_a_plain_backbone_gets_an_untrained_decoder(backbone_directory):
     assert not directory.exists()
     assert {name: getattr(config, name) for name in UNTRAINED} == UNTRAINED
     assert config.n_supervision * config.calls_per_step == 12
-    theirs = read_backbone(backbone_directory)(ids).logits
+    theirs = read_backbone(backbone_directory).to_transformers()(ids).logits
     assert torch.equal(model(ids).logits.argmax(-1), theirs.argmax(-1))
 
 
@@ -50,7 +50,7 @@ def test_a_shape_gets_random_weights(monkeypatch):
         model = TRMForCausalLM.from_pretrained(directory)
 
     assert model.config.vocab_size == 3000
-    assert model.backbone.model.layers[0].mlp.gate_proj.weight.std() > 0.01
+    assert model.backbone.layers[0].feed_forward.gate_up_proj.weight.std() > 0.01
 
 
 def test_a_model_and_a_shape_are_two_models():

@@ -106,7 +106,7 @@ def test_a_way_that_fails_says_why():
 def write_gguf(path: Path, source: Path) -> None:
     """A small Qwen2 in float32, without a tokenizer, as llama.cpp reads it."""
     backbone = read_backbone(source)
-    config, state = backbone.config, backbone.state_dict()
+    config, state = backbone.config, dict(backbone.hub_tensors())
     fields: dict[str, Any] = {
         "general.architecture": "qwen2",
         "qwen2.block_count": config.num_hidden_layers,

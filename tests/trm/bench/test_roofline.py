@@ -21,18 +21,19 @@ def linear(module):
 @pytest.mark.parametrize("kv_source", ["context", "state"])
 def test_weights_are_those_of_the_linear_layers(kv_source):
     model = make_model(kv_source=kv_source, n_layers=2)
-    parts = work(model.config, ROWS, 0, EFFORT, weight_bytes=4, cache_bytes=2)
+    parts = work(model.config, ROWS, 0, EFFORT, weight_bytes=4, state_bytes=2)
     block = linear(model.decoder.layers)
     if kv_source == "context":  # projected once for each token, not in every call
         block = {name: count for name, count in block.items() if "k_proj" not in name and "v_proj" not in name}
     calls = EFFORT * model.config.calls_per_step
     expected = {
-        "backbone": sum(linear(model.backbone.model).values()),
+        "backbone": sum(linear(model.backbone.layers).values()),
         "recursion": calls * sum(block.values()),
         "head": model.backbone.lm_head.weight.numel(),
     }
 
-    assert {name: part.bytes for name, part in parts.items()} == {name: 4 * n for name, n in expected.items()}
+    sizes = {"backbone": 4, "recursion": 2, "head": 4}
+    assert {name: part.bytes for name, part in parts.items()} == {name: sizes[name] * n for name, n in expected.items()}
     assert {name: part.operations for name, part in parts.items()} == {
         name: 2 * ROWS * n for name, n in expected.items()
     }
