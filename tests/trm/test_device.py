@@ -17,7 +17,7 @@ def test_weights_keep_their_numbers_and_lie_by_columns():
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.decoder.layers[0].attention.q_proj.weight.stride() == (1, model.config.hidden_size)
-    assert model.backbone.model.embed_tokens.weight.is_contiguous()
+    assert model.backbone.embed_tokens.weight.is_contiguous()
 
 
 def test_logits_stay_the_same():
@@ -35,7 +35,7 @@ def test_tied_heads_stay_with_their_embedding():
 
     lay_out_for_decoding(model)
 
-    assert model.backbone.lm_head.weight is model.backbone.model.embed_tokens.weight
+    assert model.backbone.lm_head.weight is model.backbone.embed_tokens.weight
     assert model.backbone.lm_head.weight.is_contiguous()
 
 
