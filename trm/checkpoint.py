@@ -306,7 +306,8 @@ def write_into(
 
 def write_backbone(directory: Path, backbone: Backbone) -> None:
     """Copy a backbone in bfloat16 if that loses nothing, else as it is."""
-    tensors = {name: tensor for name, tensor in backbone.hub_tensors() if name in backbone.hub_shapes()}
+    needed = backbone.hub_shapes()  # without a tied head
+    tensors = {name: tensor for name, tensor in backbone.hub_tensors() if name in needed}
     short = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     exact = all(torch.equal(short[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
     directory.mkdir(exist_ok=True)
