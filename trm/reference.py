@@ -14,7 +14,7 @@ from torch import Tensor
 from trm.cache import Sequences
 from trm.engine.noise import gumbel_noise, stream_key
 from trm.engine.request import Follow, Grammar, SamplingParams
-from trm.engine.sampling import WEIGHT_ONE
+from trm.engine.sampling import ENOUGH, WEIGHT_ONE
 from trm.layers import causal_mask
 from trm.model import TRMForCausalLM
 
@@ -89,20 +89,27 @@ def adjusted_scores(
     scores = scores.float()
     if params.temperature == 0:
         return scores.double()
-    weights = ((scores - scores.max()) * min(1 / params.temperature, 1e30)).exp() * WEIGHT_ONE
+    scaled = (scores - scores.max()) * min(1 / params.temperature, 1e30)
+    weights = (scaled.exp() * WEIGHT_ONE).long().tolist()
+    total = WEIGHT_ONE / scaled.log_softmax(dim=-1).max().double().exp().item()
     scores = (scores - scores.max()).double() / params.temperature  # a tiny one sends all but the best to -inf
-    scores[_excluded(scores.tolist(), weights.long().tolist(), params)] = -math.inf
+    scores[_excluded(scores.tolist(), weights, total, params)] = -math.inf
     key = stream_key(params.seed, params.sample_index, len(prompt_ids) + len(reply))
     return scores + gumbel_noise(torch.tensor([[key]]), torch.arange(len(scores)))[0].to(scores.device)
 
 
-def _excluded(scores: Sequence[float], weights: Sequence[int], params: SamplingParams) -> list[int]:
-    """The tokens that top_k, min_p and top_p exclude, in this order. weights: their masses, in whole numbers."""
+def _excluded(scores: Sequence[float], weights: Sequence[int], total: float, params: SamplingParams) -> list[int]:
+    """The tokens that top_k, min_p and top_p exclude, in this order.
+
+    weights: their masses, in whole numbers; total: that of all of them, as float32 has it.
+    """
     order = sorted(range(len(scores)), key=lambda token: -scores[token])  # of equal ones the lowest comes first
     least = math.log(params.min_p) if params.min_p else -math.inf
     left = [token for token in order[: params.top_k or None] if scores[token] >= least]
     if params.top_p < 1:
-        enough = params.top_p * sum(weights[token] for token in left)
+        if params.top_k or params.min_p:
+            total = sum(weights[token] for token in left)
+        enough = params.top_p * ENOUGH * total
         before, left_by_others, left = 0, left, []
         for token in left_by_others:
             if before < enough:

@@ -108,7 +108,7 @@ def test_filters_equal_their_definition(logits, temperature, top_k, top_p, min_p
     mass = np.cumsum(np.exp(scores[left] - scores[order[0]]))
     limit = top_p * mass[-1]
     enough = 1 + int(np.searchsorted(mass, limit)) if top_p < 1 else len(left)
-    on_the_limit = top_p < 1 and (abs(mass - limit) < 1e-5 * mass[-1]).any()  # either way is right
+    on_the_limit = top_p < 1 and (abs(mass - limit) < 1e-4 * mass[-1]).any()  # either way is right
 
     got = allowed(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
@@ -470,7 +470,7 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(size, data):
 
 
 @pytest.mark.parametrize("width", Width)
-@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"top_p": 0.9, "min_p": 1e-3}])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"top_p": 0.9, "min_p": 0.05}])
 def test_whatever_is_proven_is_right_and_all_is_in_the_end(width, params):
     shapes = ["peaked", "flat", "coarse", "steep"] * 10
     logits = torch.stack([make_logits(shape, LARGE, seed) for seed, shape in enumerate(shapes)])

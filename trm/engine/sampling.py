@@ -2,8 +2,8 @@
 
 A sampled token is the argmax of the processed logits over the temperature plus Gumbel noise, and the noise is a
 function of (seed, sample index, position, token). So the same request gives the same reply, and the same log
-probabilities to the bit, whatever else is decoded beside it: whatever is summed here is summed in integers.
-Logits count as float32, whatever their type; ties go to the lowest id.
+probabilities to the bit, whatever else is decoded beside it: what is summed is summed in integers, or by a softmax over
+the last dimension, which treats every row alike. Logits count as float32; ties go to the lowest id.
 
 Few tokens can win. The vocabulary is looked at in blocks: of a row that is filtered only the best tokens are
 candidates, of another one only the blocks that could hold the winner. Where it is not proven that the winner is among
@@ -27,11 +27,13 @@ from trm.engine.noise import BLOCK, block_noise, gumbel_noise, noise_of_blocks, 
 from trm.engine.penalties import Penalties
 from trm.engine.request import Candidates, Follow, SamplingParams
 
-NUM_CANDIDATES = 256  # of a row that is filtered: nuclei are seldom larger
-NUM_BLOCKS = 32  # of a row that is not
+NUM_CANDIDATES = 128  # of a row that is filtered: nuclei are seldom larger
+MORE_CANDIDATES = 2048  # where those do not suffice, and at most where top_k asks for so many
+NUM_BLOCKS = 32  # of a row that is not filtered
 MORE_BLOCKS = 512  # where those do not suffice
 WEIGHT_ONE = 2.0**35  # what the best token weighs; the sum over a vocabulary stays below 2**63
-PIECE = {"cpu": 2**18}  # logits that are worked on together, so that they stay in a cache
+PIECE = {"cpu": 2**19}  # logits that a softmax works on at once, so that they stay in a cache
+ENOUGH = 1 - 2**-16  # a share that is met but for the rounding of a softmax is met
 SLACK = 1e-5  # by which a bound must be missed: more than its rounding
 
 
@@ -105,8 +107,8 @@ def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Answer]:
 def likeliest(logits: Tensor, num: int) -> list[Candidates]:
     """The `num` likeliest tokens of each row under the model's own logits (N, V)."""
     table, rows = _Table.of(logits.float()), torch.arange(len(logits), device=logits.device)
-    ids, values = _best(table, rows, num)
-    logprobs = values - _log_total(table, rows)
+    ids, _ = _best(table, rows, num)
+    logprobs = table.logits.log_softmax(dim=-1).gather(1, ids)
     return [_pairs(*row) for row in zip(ids.tolist(), logprobs.tolist(), strict=True)]
 
 
@@ -116,20 +118,25 @@ def _choose(logits: Tensor, asks: Sequence[Ask], width: Width) -> tuple[list[Ans
     # neither of the two hides a NaN
     finite = (table.logits[:, : logits.shape[1]].amin(dim=-1) > -math.inf) & (table.heights.amax(dim=-1) < math.inf)
     edited = _edited(table, asks)
-    tokens = torch.zeros(len(asks), dtype=torch.int64, device=logits.device)
-    proven = torch.ones(len(asks), dtype=torch.bool, device=logits.device)
-    for pick in (_greedy, _filtered, _unfiltered):
-        if chosen := [row for row, ask in enumerate(asks) if _picker(ask.params) is pick]:
-            rows = torch.tensor(chosen, device=logits.device)
+    every = torch.arange(len(asks), device=logits.device)
+    pickers = [_picker(ask.params) for ask in asks]
+    if len(set(pickers)) == 1:
+        tokens, proven = pickers[0](edited, every, asks, width)
+    else:
+        tokens, proven = torch.zeros_like(every), torch.zeros_like(finite)
+        for pick in set(pickers):
+            chosen = [row for row, picker in enumerate(pickers) if picker is pick]
+            rows = every[chosen]
             tokens[rows], proven[rows] = pick(edited, rows, [asks[row] for row in chosen], width)
     said = [tokens, finite, proven | ~finite]
     told = [row for row, ask in enumerate(asks) if _num_top(ask) is not None]
     num_top = max((_num_top(asks[row]) or 0 for row in told), default=0)
     if told:
-        rows = torch.tensor(told, device=logits.device)
-        total = _log_total(table, rows)
-        ids, values = _best(table, rows, num_top)
-        said += [table.logits[rows, tokens[rows]] - total[:, 0], ids.flatten(), (values - total).flatten()]
+        rows = every[told]
+        logprobs = table.logits[rows].log_softmax(dim=-1)
+        ids, _ = _best(table, rows, num_top)
+        said += [logprobs.gather(1, part).flatten() for part in (tokens[rows, None], ids)]
+        said.insert(4, ids.flatten())
     numbers = torch.cat([part.double() for part in said]).tolist()  # the one copy; float64 holds them all exactly
     count, firsts = len(asks), 3 * len(asks) + len(told)
     answers = [Answer(int(numbers[row]), bool(numbers[count + row])) for row in range(count)]
@@ -174,41 +181,38 @@ def _filtered(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) ->
     What top_p is a share of is the mass that the other two leave: where there are none, of the whole vocabulary.
     """
     num_tokens = table.logits.shape[1]
-    if width is Width.MORE and num_tokens > NUM_CANDIDATES:
+    open_ = [place for place, ask in enumerate(asks) if not ask.params.top_k and not ask.params.min_p]
+    if width is Width.MORE and len(open_) == len(asks):
         return _likely_kept(table, rows, asks)
-    ids, values = _best(table, rows, num_tokens if width is Width.ALL else min(NUM_CANDIDATES, num_tokens))
+    few = max(NUM_CANDIDATES, *(min(ask.params.top_k, MORE_CANDIDATES) for ask in asks))
+    count = {Width.FEW: few, Width.MORE: MORE_CANDIDATES, Width.ALL: num_tokens}[width]
+    ids, values = _best(table, rows, min(count, num_tokens))
     best, count = values[:, :1], ids.shape[1]
     temperature, top_k, least, top_p = _columns([_filters(ask.params) for ask in asks], rows.device)
     scores = (values - best).double() / temperature
     kept = (torch.arange(count, device=rows.device) < top_k) & (scores >= least)
     weights = _weights(values, best, temperature) * kept
     up_to = weights.cumsum(dim=-1)
-    total = up_to[:, -1:].double()
+    enough = top_p * ENOUGH * up_to[:, -1:]
     proven = ~kept[:, -1:] | (top_k <= count) | (count == num_tokens)  # nothing is kept behind the candidates
-    open_ = [place for place, ask in enumerate(asks) if _only_top_p(ask.params)]
-    if open_ and count < num_tokens:
-        total[open_] = _mass(table, rows[open_], best[open_], temperature[open_])
-        proven[open_] = (up_to[:, -1:] >= top_p * total)[open_]
-    kept &= (up_to - weights).double() < top_p * total
+    if open_:
+        some = rows[open_], best[open_], temperature[open_], top_p[open_]
+        enough[open_] = _enough(table, *some)
+        proven[open_] |= up_to[open_, -1:] >= enough[open_]
+    kept &= up_to - weights < enough
     scores = torch.where(kept, scores + gumbel_noise(_keys(asks, rows.device), ids), -math.inf)
     return _first_best(scores, ids), proven[:, 0]
 
 
 def _likely_kept(table: _Table, rows: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, Tensor]:
-    """The tokens that rows would get without filters, proven where top_p is their only one and leaves that token."""
+    """The tokens that rows with top_p alone would get without it, proven where it leaves that token."""
     tokens, proven = _unfiltered(table, rows, asks, Width.MORE)
     temperature, *_, top_p = _columns([_filters(ask.params) for ask in asks], rows.device)
-    logits, ids = table.logits[rows], torch.arange(table.logits.shape[1], device=rows.device)
+    logits, ids, best = table.logits[rows], torch.arange(table.logits.shape[1], device=rows.device), table.best(rows)
     value = logits.gather(1, tokens[:, None])
-    weights = _weights(logits, table.best(rows), temperature)
     better = (logits > value) | ((logits == value) & (ids < tokens[:, None]))
-    before, total = (part.sum(dim=-1, keepdim=True).double() for part in (weights * better, weights))
-    only = torch.tensor([_only_top_p(ask.params) for ask in asks], device=rows.device)
-    return tokens, proven & only & (before < top_p * total)[:, 0]
-
-
-def _only_top_p(params: SamplingParams) -> bool:
-    return not params.top_k and not params.min_p
+    before = (_weights(logits, best, temperature) * better).sum(dim=-1, keepdim=True)
+    return tokens, proven & (before < _enough(table, rows, best, temperature, top_p))[:, 0]
 
 
 def _filters(params: SamplingParams) -> tuple[float, ...]:
@@ -272,23 +276,23 @@ def _id_of(sortable: Tensor) -> Tensor:
 
 def _weights(values: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
     """What tokens with logits `values` weigh beside the best one: whole numbers, whose sums nothing rounds."""
-    rate = (1 / temperature).clamp(max=1e30).float()
-    return (values - best).mul_(rate).exp_().mul_(WEIGHT_ONE).long()
+    return (values - best).mul_(_rate(temperature)).exp_().mul_(WEIGHT_ONE).long()
 
 
-def _mass(table: _Table, rows: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
-    """What all tokens of each row weigh together, (M, 1), float64."""
+def _enough(table: _Table, rows: Tensor, best: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
+    """What the tokens that top_p leaves weigh together, of all tokens of each row: (M, 1), float64."""
     size = max(1, PIECE.get(rows.device.type, table.logits.numel()) // table.logits.shape[1])
-    parts = zip(rows.split(size), best.split(size), temperature.split(size), strict=True)
-    sums = [_weights(table.logits[part], *beside).sum(dim=-1, keepdim=True) for part, *beside in parts]
-    return torch.cat(sums).double()
+    logits = table.logits if len(rows) == len(table.logits) else table.logits[rows]
+    likeliest_logprobs = []
+    for part, beside, rate in zip(*(each.split(size) for each in (logits, best, _rate(temperature))), strict=True):
+        scores = (part - beside).mul_(rate)
+        likeliest_logprobs.append(scores.log_softmax(dim=-1).amax(dim=-1, keepdim=True))
+    return top_p * ENOUGH * WEIGHT_ONE / torch.cat(likeliest_logprobs).double().exp()
 
 
-def _log_total(table: _Table, rows: Tensor) -> Tensor:
-    """What to take off logits to make log probabilities of them, (M, 1), float64."""
-    best = table.best(rows)
-    mass = _mass(table, rows, best, torch.ones_like(best, dtype=torch.float64))
-    return best + (mass / WEIGHT_ONE).log()
+def _rate(temperature: Tensor) -> Tensor:
+    """What logits are multiplied by, float32; finite, for zero times infinity is no number."""
+    return (1 / temperature).clamp(max=1e30).float()
 
 
 # --- what changes logits -----------------------------------------------------------------------------
@@ -323,11 +327,14 @@ def _penalise(logits: Tensor, penalised: Sequence[tuple[int, Penalties]]) -> Non
 def _exclude(logits: Tensor, bound: Sequence[tuple[int, bytes]]) -> None:
     """Set the logits of tokens that are not in their row's mask to -inf; see `Follow`."""
     device, num_bytes = logits.device, logits.shape[1] // 8
-    masks = _joined([mask[:num_bytes].ljust(num_bytes, b"\0") for _, mask in bound], torch.uint8)
+    masks = _joined([mask[:num_bytes].ljust(num_bytes, b"\0") for _, mask in bound], torch.uint8).to(device)
     bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
     spelt = torch.zeros(bits.shape, device=device).masked_fill_(bits == 0, -math.inf)  # a byte's eight tokens
-    for (row, _), mask in zip(bound, masks.to(device).int().view(-1, num_bytes), strict=True):
-        logits[row] += spelt.index_select(0, mask).view(-1)
+    excluded = spelt.index_select(0, masks.int()).view(len(bound), -1)
+    if len(bound) == len(logits):
+        logits += excluded
+    else:
+        logits[[row for row, _ in bound]] += excluded
 
 
 def _joined(arrays: Iterable["bytes | array[Any]"], dtype: torch.dtype) -> Tensor:
