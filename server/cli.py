@@ -131,20 +131,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load_engine(settings: ServeSettings) -> "Engine":
     """The model and tokenizer that the settings name, in an engine that is not started."""
-    import torch
-
-    from trm import TRMForCausalLM, bundled_model_path
+    from trm import bundled_model_path
     from trm.chat import ChatFormat
     from trm.checkpoint import read_tokenizer
-    from trm.device import lay_out_for_decoding, use_device
     from trm.engine.engine import Engine, EngineConfig
+    from trm.loading import load_for_decoding
 
-    device = use_device(settings.device, settings.num_threads)
-    default = torch.bfloat16 if device == "cuda" else torch.float32
-    dtype = {"auto": default, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     source = settings.model or str(bundled_model_path())
-    model = TRMForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
-    lay_out_for_decoding(model)
+    model = load_for_decoding(
+        source,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        num_threads=settings.num_threads,
+    )
     chat = ChatFormat(read_tokenizer(source), normalize=model.config.normalize_text)
     config = EngineConfig(
         max_rows=settings.max_rows,
@@ -156,10 +156,11 @@ def load_engine(settings: ServeSettings) -> "Engine":
     )
     engine = Engine(model, chat, config)
     logger.info(
-        "loaded %s on %s in %s; cache for %d rows of %d positions, %d bytes a position",
+        "loaded %s on %s in %s%s; cache for %d rows of %d positions, %d bytes a position",
         source,
-        device,
-        dtype,
+        model.device,
+        str(model.backbone.dtype).removeprefix("torch."),
+        f" and {settings.quantize}" if settings.quantize else "",
         config.max_rows,
         engine.max_model_len,
         engine.bytes_per_token,

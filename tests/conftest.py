@@ -4,6 +4,7 @@ Random decoder weights are scaled so that they disturb the result and yet contra
 at its zero initialisation would make every cache bug invisible, a chaotic one amplifies rounding.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from trm import TRMForCausalLM, bundled_model_path
@@ -25,6 +28,7 @@ from trm.chat import ChatFormat
 SHARED = Path(__file__).parent.parent.parent / "shared"
 BACKBONES: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (partial(Qwen3Config, head_dim=16), Qwen3ForCausalLM),  # twice the hidden size over the heads
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 
@@ -40,7 +44,7 @@ def shared_path(name: str) -> Path:
 
 
 def make_backbone(family: str = "qwen2", seed: int = 0, **sizes: Any) -> Any:
-    """A tiny backbone with random weights large enough to matter."""
+    """A tiny backbone, as transformers has it, with random weights large enough to matter."""
     config_class, model_class = BACKBONES[family]
     settings = {
         "vocab_size": 400,

@@ -21,7 +21,7 @@ MAX_COLUMNS = 120
 MAX_README_LINES = 80
 
 HELP = "import sys; from {module} import {function} as main; sys.argv = ['trm', *{words}, '--help']; main()"
-BENCHMARKS = ("decode", "serve", "soak")
+BENCHMARKS = ("decode", "peers", "serve", "soak")
 OURS = re.compile(r"(?<![\w./-])(?:trm|server|training|tests|deploy|docs)/[\w./-]*")
 CURVES = {"training/loss"}  # of TensorBoard, no file
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")

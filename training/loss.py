@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from training.batches import IGNORE_INDEX, Batch
 from training.config import StepWeights
-from trm.layers import Attending, Rope, causal_mask, signed
+from trm.cache import Sequences
+from trm.layers import Rope, causal_mask
 from trm.model import TRMForCausalLM
 
 
@@ -36,21 +37,20 @@ class Prepared:
     answers: Tensor
     targets: Tensor
 
-    def attending(self, model: TRMForCausalLM) -> Attending:
-        """What the queries see, keys and values projected afresh, with gradient."""
-        if model.config.kv_source == "state":
-            return Attending(self.query_rope, self.mask, update=lambda entry, keys, values: (keys, values))
-        context = model.decoder.context_keys_values(self.context, self.rope)
-        if self.x.device.type == "cpu" and torch.is_autocast_enabled(
-            "cpu"
-        ):  # `attend` wants float32: once, not each call
-            context = [(keys.float(), values.float()) for keys, values in context]
-        return Attending(self.query_rope, self.mask, context)
+    def key_values(self, model: TRMForCausalLM) -> Sequences:
+        """What the queries see: the context's keys and values, projected afresh, with gradient; or each call's own."""
+        from_context = model.config.kv_source == "context"
+        key_values = Sequences(self.mask, keep=from_context)
+        if from_context:
+            model.decoder.write_context(self.context, self.rope, key_values)
+        return key_values
 
 
 def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
     """The frozen backbone's states x (B, S, D) and the rope of their positions."""
-    return model.encode(batch.input_ids, causal_mask(batch.attention_mask, batch.input_ids.shape[1]), _positions(batch))
+    rope = model.backbone.rope(_positions(batch))
+    mask = causal_mask(batch.attention_mask, batch.input_ids.shape[1])
+    return model.encode(model.backbone.embed_tokens(batch.input_ids), rope, Sequences(mask)), rope
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
         x, rope = encode(model, batch)
     else:
         x = states.to(mask.device, model.decoder.halt_head.weight.dtype)
-        rope = signed(*model.backbone.model.rotary_emb(x, _positions(batch)))
+        rope = model.backbone.rope(_positions(batch))
     targets = batch.labels[labelled]
     if model.config.kv_source == "state":
         return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets)
@@ -75,7 +75,7 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     offsets = torch.arange(batch.num_queries, device=x.device)
     queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
     rows = torch.arange(len(x), device=x.device)[:, None]
-    cos, sin = (part.expand(len(x), -1, -1)[rows, queries] for part in rope)
+    cos, sin = (part[rows, queries] for part in rope)
     answers = (offsets < count[:, None]).nonzero()
     return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
 
@@ -113,7 +113,7 @@ def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tenso
 
 def paper_step(model: TRMForCausalLM, prepared: Prepared, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
     """One supervision step from y and z (B, Q, D); gradient through the last cycle only. Returns y and z detached."""
-    y, z = model.decoder.step(prepared.x, y, z, prepared.attending(model), grad_cycles=1)
+    y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, prepared.key_values(model), grad_cycles=1)
     return y.detach(), z.detach(), token_losses(model, y, prepared)
 
 
@@ -122,10 +122,10 @@ def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterato
 
     Activations and logits are recomputed in the backward pass: only the states and the losses of a step are kept.
     """
-    attending = prepared.attending(model)
+    key_values = prepared.key_values(model)
 
     def step(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
-        y, z = model.decoder.step(prepared.x, y, z, attending)
+        y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
         return y, z, token_losses(model, y, prepared)
 
     y = z = torch.zeros_like(prepared.x)

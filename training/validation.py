@@ -65,9 +65,9 @@ def measure(model: TRMForCausalLM, examples: Sequence[Example], batch_size: int,
         batch = collate(by_length[start : start + batch_size], pad_id)
         prepared = prepare(model, batch.to(model.device))
         y = z = torch.zeros_like(prepared.x)
-        attending = prepared.attending(model)
+        key_values = prepared.key_values(model)
         for step in range(steps):
-            y, z = model.decoder.step(prepared.x, y, z, attending)
+            y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
             tokens = token_losses(model, y, prepared)
             sums[:, step] += torch.stack([tokens.cross_entropy.double().sum(), tokens.right.sum()]).cpu()
         labels += len(prepared.targets)

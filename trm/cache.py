@@ -1,14 +1,14 @@
 """Key/value storage for generate(): the backbone's layers first, then the recursion's entries."""
 
 import inspect
-from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trm.errors import BadRequest
-from trm.layers import KeyValue
+from trm.layers import KeyValue, attend
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls the argument that carries the cache: from 5.24 on, and before."""
@@ -34,15 +34,38 @@ def grow(cache: Cache, num_layers: int) -> None:
         cache.layers.append(DynamicLayer())
 
 
-def entry_writer(cache: Cache | None, first_entry: int) -> Callable[[int, Tensor, Tensor], KeyValue]:
-    """A function that appends keys and values to entry `first_entry + entry` and returns the whole entry.
+class Sequences:
+    """Keys and values of whole sequences: the `KeyValues` of `forward` and of training.
 
-    Without a cache, keys and values are those of this call alone.
+    mask (B, 1, Q, S): what each query may see, as `attend` takes it. With transformers' cache, entry 0 lies in its
+    entry `first_entry`, behind what is there; without, keys and values are those that were written here. Of these
+    only the newest entry stays, all that a pass through layers reads, unless `keep`: the context's are read again.
     """
 
-    def write(entry: int, keys: Tensor, values: Tensor) -> KeyValue:
-        if cache is None:
-            return keys, values
-        return cache.update(keys, values, first_entry + entry)  # type: ignore[no-any-return]
+    def __init__(self, mask: Tensor, cache: Cache | None = None, first_entry: int = 0, keep: bool = False) -> None:
+        self.mask = mask
+        self._cache = cache
+        self._first_entry = first_entry
+        self._keep = keep
+        self._entries: dict[int, KeyValue] = {}
 
-    return write
+    def write(self, entry: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values (B, S, K, d), or append them to the cache."""
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if keys.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # as `attend` wants them: once, not per call
+            keys, values = keys.float(), values.float()
+        if self._cache is not None:
+            keys, values = self._cache.update(keys, values, self._first_entry + entry)
+        if not self._keep:
+            self._entries.clear()
+        self._entries[entry] = keys, values
+
+    def attend(self, entry: int, queries: Tensor) -> Tensor:
+        """What queries (B, Q, H, d) read from an entry: (B, Q, H, d)."""
+        return attend(queries.transpose(1, 2), *self._entries[entry], self.mask).transpose(1, 2)
+
+    def seen_by(self, mask: Tensor) -> "Sequences":
+        """The same keys and values for other queries."""
+        other = Sequences(mask, self._cache, self._first_entry, self._keep)
+        other._entries = self._entries
+        return other

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from trm.errors import ConfigError
 
-BACKBONES = ("qwen2", "llama")  # pre-norm decoders whose layers share one calling convention
+BACKBONES = ("qwen2", "qwen3", "llama")  # what `trm.backbone` computes
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the batch's longest row
 KV_SOURCES = ("context", "state")
 EFFORT_NAMES = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -78,6 +78,8 @@ class TRMConfig(PreTrainedConfig):
                 "the backbone uses sliding-window attention, which the decoder does not support; "
                 "set use_sliding_window to false"
             )
+        if (activation := getattr(backbone, "hidden_act", "silu")) != "silu":
+            raise ConfigError(f"the backbone's activation is {activation!r}; supported: 'silu'")
         rope = (getattr(backbone, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope not in ROPE_TYPES:
             raise ConfigError(

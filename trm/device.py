@@ -27,11 +27,8 @@ def has_fast_bfloat16(device: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """On a CPU, copy all weights out of their files, those of linear layers by columns: read faster by 4 to 32 rows.
-
-    What is loaded in the precision of its file is a window into that file: one that is overwritten would change what
-    is decoded, one that is cut short would end the process.
+def lay_out_by_columns(model: nn.Module) -> None:
+    """Let the weights of linear layers on a CPU lie by columns: float32 is read faster by 4 to 32 rows.
 
     Measured on a CPU with MKL: up to 1.8 times as fast at 8 to 20 rows, never slower. Embeddings, and heads
     tied to them, stay as they are. Not for training: sums come out in another order.
@@ -41,5 +38,13 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and id(parameter) in columns:
             parameter.data = parameter.data.t().clone(memory_format=torch.contiguous_format).t()
-        elif parameter.device.type == "cpu":
+
+
+def own_memory(model: nn.Module) -> None:
+    """Copy weights that are windows into their files.
+
+    A file that is overwritten would change what is decoded, one that is cut short would end the process.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_contiguous():
             parameter.data = parameter.data.clone()

@@ -1,11 +1,11 @@
 """The shared block: norm, rotary positions, attention, feed-forward.
 
-Legend: B rows, Q query positions, S key positions, D hidden, H heads, K key/value heads, d head size.
+Legend: N positions in any leading shape, B rows, Q query positions, S key positions, D hidden, H heads,
+K key/value heads, d head size.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,17 @@ RMS_EPS = 1e-6
 FOLD_QUERIES = 8  # measured on a CPU: from 16 queries on, folding is slower than SDPA's own grouping
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, K, S, d); keys already rotated
-Rope = tuple[Tensor, Tensor]  # cosine and signed sine of the positions, each (B, Q, d)
+Rope = tuple[Tensor, Tensor]  # cosine and signed sine of the positions, each (N, d)
+
+
+class KeyValues(Protocol):
+    """Keys and values of the positions that a call may look at, in numbered entries; who sees which is its business."""
+
+    def write(self, entry: int, keys: Tensor, values: Tensor) -> None:
+        """Store the keys and values (N, K, d) of the call's positions."""
+
+    def attend(self, entry: int, queries: Tensor) -> Tensor:
+        """What the call's positions, queries (N, H, d), read from an entry: (N, H, d)."""
 
 
 def rms(h: Tensor) -> Tensor:
@@ -25,15 +35,15 @@ def rms(h: Tensor) -> Tensor:
 
 
 def signed(cos: Tensor, sin: Tensor) -> Rope:
-    """The rope that `rotate` takes, from plain cosine and sine (B, Q, d): the first half of the sine negated."""
+    """The rope that `rotate` takes, from plain cosine and sine (N, d): the first half of the sine negated."""
     first, second = sin.chunk(2, dim=-1)
     return cos, torch.cat((-first, second), dim=-1)
 
 
 def rotate(heads: Tensor, rope: Rope) -> Tensor:
-    """Apply rotary positions to (B, heads, Q, d), in the half-split convention of Qwen2 and Llama."""
-    cos, sin = (part.unsqueeze(1).to(heads.dtype) for part in rope)
-    return heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin
+    """Apply rotary positions to (N, heads, d), in the half-split convention of Qwen and Llama."""
+    cos, sin = (part.unsqueeze(-2) for part in rope)
+    return (heads * cos + heads.roll(heads.shape[-1] // 2, -1) * sin).to(heads.dtype)
 
 
 def causal_mask(key_mask: Tensor, num_queries: int) -> Tensor:
@@ -69,20 +79,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     return out.unflatten(2, (groups, -1)).flatten(1, 2)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Attending:
-    """What the recursion's queries may look at, for one supervision step.
+class Linear(nn.Linear):
+    """A linear layer in its weight's type, whatever comes in."""
 
-    `rope` the queries' positions; `mask` (B, 1, Q, S) as `attend` takes it. With keys from the context,
-    `context` holds one (keys, values) per layer; with keys from the state, `update(entry, keys,
-    values)` stores the new ones of a call and returns all of them, `entry` counting from 0 in
-    every step.
-    """
-
-    rope: Rope
-    mask: Tensor
-    context: Sequence[KeyValue] | None = None
-    update: Callable[[int, Tensor, Tensor], KeyValue] | None = None
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -91,23 +92,22 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
+        self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
 
     def keys_values(self, source: Tensor, rope: Rope) -> KeyValue:
-        """Project `source` (B, S, D) to rotated keys and values, each (B, K, S, d)."""
+        """Project `source` (N, D) to rotated keys and values, each (N, K, d)."""
         return rotate(self._heads(self.k_proj(source)), rope), self._heads(self.v_proj(source))
 
-    def forward(self, h: Tensor, keys: Tensor, values: Tensor, attending: Attending) -> Tensor:
-        """Attend from h (B, Q, D); returns (B, Q, D)."""
-        queries = rotate(self._heads(self.q_proj(h)), attending.rope)
-        out = attend(queries, keys, values, attending.mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    def forward(self, h: Tensor, rope: Rope, entry: int, key_values: KeyValues) -> Tensor:
+        """Attend from h (N, D) to what lies in `entry`; returns (N, D)."""
+        queries = rotate(self._heads(self.q_proj(h)), rope)
+        return self.o_proj(key_values.attend(entry, queries).flatten(-2))  # type: ignore[no-any-return]
 
     def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
+        return projected.unflatten(-1, (-1, self.head_dim))  # type: ignore[no-any-return]
 
 
 class SwiGLU(nn.Module):
@@ -115,9 +115,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))  # type: ignore[no-any-return]
@@ -133,8 +133,8 @@ class Layer(nn.Module):
         self.attention = Attention(hidden_size, num_heads, num_key_value_heads, head_dim)
         self.feed_forward = SwiGLU(hidden_size, intermediate_size)
 
-    def forward(self, h: Tensor, keys: Tensor, values: Tensor, attending: Attending) -> Tensor:
-        h = rms(h + self.attention(h, keys, values, attending))
+    def forward(self, h: Tensor, rope: Rope, entry: int, key_values: KeyValues) -> Tensor:
+        h = rms(h + self.attention(h, rope, entry, key_values))
         return rms(h + self.feed_forward(h))
 
     @torch.no_grad()

@@ -22,10 +22,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from trm import checkpoint
-from trm.cache import CACHE_NAME, CACHE_NAMES, entry_writer, grow, one_cache
+from trm.backbone import Backbone
+from trm.cache import CACHE_NAME, CACHE_NAMES, Sequences, grow, one_cache
 from trm.config import TRMConfig
 from trm.errors import BadRequest, ConfigError
-from trm.layers import Attending, KeyValue, Layer, Rope, causal_mask, rms, signed
+from trm.layers import KeyValues, Layer, Linear, Rope, causal_mask, rms
 
 HALT_BIAS = -5.0  # sigmoid(-5): at first nothing halts
 IGNORE_INDEX = -100
@@ -98,15 +99,23 @@ class Decoder(nn.Module):
         self.halt_head.weight.zero_()
         self.halt_head.bias.fill_(HALT_BIAS)
 
-    def context_keys_values(self, x: Tensor, rope: Rope) -> list[KeyValue]:
-        """Keys and values of every layer projected from the context x (B, S, D)."""
-        return [layer.attention.keys_values(x, rope) for layer in self.layers]
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return self.halt_head.weight.dtype
+
+    def write_context(self, x: Tensor, rope: Rope, key_values: KeyValues) -> None:
+        """Project keys and values of every layer from the context x (N, D) and store them, one entry a layer."""
+        for index, layer in enumerate(self.layers):
+            key_values.write(index, *layer.attention.keys_values(x, rope))
 
     def step(
-        self, x: Tensor, y: Tensor, z: Tensor, attending: Attending, grad_cycles: int | None = None
+        self, x: Tensor, y: Tensor, z: Tensor, rope: Rope, key_values: KeyValues, grad_cycles: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One supervision step: n_cycles times (z n_latent times, then y). All (B, Q, D); returns (y, z).
+        """One supervision step: n_cycles times (z n_latent times, then y). All (N, D); returns (y, z).
 
+        `key_values`: with keys from the context, what `write_context` stored; with keys from the state, where each
+        call stores its own, entries counted from 0 in every step.
         Only the last `grad_cycles` cycles carry gradient (None: all of them).
         The answer update omits x: its absence tells the shared block which job it has.
         """
@@ -117,26 +126,23 @@ class Decoder(nn.Module):
                 torch.is_grad_enabled() and (grad_cycles is None or cycle >= config.n_cycles - grad_cycles)
             ):
                 for _ in range(config.n_latent):
-                    z = self._block(x + y + z, attending, call)
+                    z = self._block(x + y + z, rope, key_values, call)
                     call += 1
-                y = self._block(y + z, attending, call)
+                y = self._block(y + z, rope, key_values, call)
                 call += 1
         return y, z
 
     def halt_logits(self, y: Tensor) -> Tensor:
-        """Halting score (B, Q) before the sigmoid."""
-        return self.halt_head(y).squeeze(-1)  # type: ignore[no-any-return]
+        """Halting score (N,) before the sigmoid. A sum by rows, which no other row changes."""
+        return (y * self.halt_head.weight[0]).sum(-1) + self.halt_head.bias[0]
 
-    def _block(self, h: Tensor, attending: Attending, call: int) -> Tensor:
+    def _block(self, h: Tensor, rope: Rope, key_values: KeyValues, call: int) -> Tensor:
+        from_state = self.config.kv_source == "state"
         for index, layer in enumerate(self.layers):
-            if attending.context is not None:
-                keys, values = attending.context[index]
-            else:
-                assert attending.update is not None, "keys and values come from the context or from the state"
-                keys, values = attending.update(
-                    call * len(self.layers) + index, *layer.attention.keys_values(h, attending.rope)
-                )
-            h = layer(h, keys, values, attending)
+            entry = call * len(self.layers) + index if from_state else index
+            if from_state:
+                key_values.write(entry, *layer.attention.keys_values(h, rope))
+            h = layer(h, rope, entry, key_values)
         return h
 
 
@@ -149,22 +155,22 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ("Layer",)
 
-    def __init__(self, config: TRMConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: TRMConfig, backbone: Backbone | None = None) -> None:
         super().__init__(config)
-        self.backbone: Any = (
-            backbone if backbone is not None else AutoModelForCausalLM.from_config(config.backbone_config)
-        )
+        self.backbone = Backbone(config.backbone_config) if backbone is None else backbone
         self.backbone.requires_grad_(False)
-        self.backbone.set_attn_implementation("sdpa")  # the only one that takes our boolean masks
         self.decoder = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
+        self.exact = False  # whether products are the same to the bit in any company; see `trm.linear`
         if self.lm_head is not None:
             self.lm_head.weight.data.copy_(self.backbone.lm_head.weight)
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, backbone: PreTrainedModel, **settings: Any) -> Self:
+    def from_backbone(cls, backbone: Backbone | PreTrainedModel, **settings: Any) -> Self:
         """A decoder with fresh weights on a loaded backbone; `settings` are fields of TRMConfig."""
+        if isinstance(backbone, PreTrainedModel):
+            backbone = Backbone.from_transformers(backbone)
         return cls(TRMConfig(backbone_config=backbone.config, **settings), backbone)
 
     @classmethod
@@ -188,14 +194,10 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.pop(harmless, None)
         if kwargs:
             raise ConfigError(f"from_pretrained does not take {', '.join(sorted(kwargs))} for this model")
-        loaded = checkpoint.read(pretrained_model_name_or_path, revision)
+        loaded = checkpoint.read(pretrained_model_name_or_path, revision, dtype)
         model = cls(loaded.config, loaded.backbone)
         model.load_trained(loaded.weights, str(pretrained_model_name_or_path))
-        rotary = model.backbone.model.rotary_emb
-        frequencies = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
         model = model.to(dtype)
-        for name, buffer in frequencies.items():  # rounded to bfloat16 they would turn distant positions by radians
-            setattr(rotary, name, buffer)
         model = model.to(device) if device is not None else model
         model.eval()
         return model
@@ -265,24 +267,27 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         mask = causal_mask(attention_mask, length)
-        x, rope = self.encode(input_ids, mask, position_ids, cache, inputs_embeds)
+        rope = self.backbone.rope(position_ids)
+        embedded = self.backbone.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.encode(embedded, rope, Sequences(mask, cache))
 
-        context = None
         first_entry = self.config.backbone_config.num_hidden_layers
         if cache is not None:
             grow(cache, first_entry + self.config.cache_entries(steps))
         kept = self._kept(logits_to_keep, length, x.device)
+        key_values = Sequences(mask, cache, first_entry, keep=self.config.kv_source == "context")
         if self.config.kv_source == "context":
-            write = entry_writer(cache, first_entry)
-            context = [write(i, *kv) for i, kv in enumerate(self.decoder.context_keys_values(x, rope))]
-            x, mask, rope = x[:, kept], mask[:, :, kept], (rope[0][:, kept], rope[1][:, kept])
+            self.decoder.write_context(x, rope, key_values)
+            x, rope = x[:, kept], (rope[0][:, kept], rope[1][:, kept])
+            key_values = key_values.seen_by(mask[:, :, kept])
             kept = slice(None)
 
         y, z = (x if steps == 0 else torch.zeros_like(x)), torch.zeros_like(x)
         answers: list[Tensor] = []
         for step in range(steps):
-            entries = entry_writer(cache, first_entry + self.config.cache_entries(step))
-            y, z = self.decoder.step(x, y, z, Attending(rope, mask, context, entries))
+            if self.config.kv_source == "state":
+                key_values = Sequences(mask, cache, first_entry + self.config.cache_entries(step))
+            y, z = self.decoder.step(x, y, z, rope, key_values)
             if return_all_steps:
                 answers.append(y[:, kept])
         y = y[:, kept]
@@ -300,41 +305,14 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             all_halt_logits=torch.stack([self.decoder.halt_logits(a) for a in answers]) if answers else None,
         )
 
-    def encode(
-        self,
-        input_ids: Tensor | None,
-        mask: Tensor,
-        position_ids: Tensor,
-        cache: Any = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, Rope]:
-        """The context x = rms(r) (B, S, D) in the decoder's dtype, and the rope of the positions.
-
-        mask (B, 1, S, past + S), boolean or additive; position_ids (B, S). `cache` is anything with
-        transformers' `update`.
-        The backbone's layers are called one by one, because r is its residual stream *before* the final norm.
-        """
-        base = self.backbone.model
-        dtype = self.decoder.halt_head.weight.dtype
-        r = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cos, sin = base.rotary_emb(r.new_empty(0, dtype=dtype), position_ids)  # no rounding to a backbone's bfloat16
-        for layer in base.layers:
-            r = layer(
-                r,
-                attention_mask=mask,
-                position_embeddings=(cos.to(r.dtype), sin.to(r.dtype)),
-                position_ids=position_ids,
-                use_cache=cache is not None,
-                **{CACHE_NAME: cache},
-            )
-        wide = r if r.dtype == torch.float64 else r.float()
-        return rms(wide).to(dtype), signed(cos, sin)
+    def encode(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Tensor:
+        """The context x = rms(r) (N, D) of embedded tokens (N, D): the backbone's residual stream before its norm."""
+        return rms(self.backbone(embedded, rope, key_values))
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""
         head = self.lm_head if self.lm_head is not None else self.backbone.lm_head
-        scaled = self.backbone.model.norm.weight.to(y.dtype) * rms(y)
-        return head(scaled.to(head.weight.dtype))  # type: ignore[no-any-return]
+        return head(self.backbone.norm.weight * rms(y))  # type: ignore[no-any-return]
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         """How far the probabilities of two answer states (…, D) are apart: total variation (…), 0 to 1."""
@@ -366,7 +344,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         return mask
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()  # type: ignore[no-any-return]
+        return self.backbone.embed_tokens
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do: `Decoder` initialises itself, and the backbone comes with its weights."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trm.cache import Sequences
 from trm.engine.noise import gumbel_noise, stream_key
 from trm.engine.request import Follow, Grammar, SamplingParams
 from trm.engine.sampling import ENOUGH, WEIGHT_ONE
-from trm.layers import Attending, causal_mask
+from trm.layers import causal_mask
 from trm.model import TRMForCausalLM
 
 
@@ -130,14 +131,15 @@ def _follow(grammar: Grammar, params: SamplingParams, reply: Sequence[int]) -> F
 def _halted(model: TRMForCausalLM, tokens: Tensor, params: SamplingParams) -> tuple[Tensor, int, float]:
     """The last position's logits (V,) at the step where it halts, that step, and by how little that was decided."""
     mask = causal_mask(torch.ones_like(tokens), tokens.shape[1])
-    x, (cos, sin) = model.encode(tokens, mask, torch.arange(tokens.shape[1], device=tokens.device)[None])
-    context = model.decoder.context_keys_values(x, (cos, sin))
-    attending = Attending((cos[:, -1:], sin[:, -1:]), mask[:, :, -1:], context)
-    x = x[:, -1:]
+    cos, sin = model.backbone.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+    x = model.encode(model.backbone.embed_tokens(tokens), (cos, sin), Sequences(mask))
+    context = Sequences(mask, keep=True)
+    model.decoder.write_context(x, (cos, sin), context)
+    x, rope, context = x[:, -1:], (cos[:, -1:], sin[:, -1:]), context.seen_by(mask[:, :, -1:])
     y, z, answer = torch.zeros_like(x), torch.zeros_like(x), x
     margin, steps = float("inf"), 0
     while steps < model.check_effort(params.n_supervision):
-        y, z = model.decoder.step(x, y, z, attending)
+        y, z = model.decoder.step(x, y, z, rope, context)
         steps += 1
         moved = float(model.moved(answer, y))
         probability = float(model.decoder.halt_logits(y).sigmoid())

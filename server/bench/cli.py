@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.bench.settings import ServeBenchSettings, SoakSettings
-from trm.bench.settings import DecodeSettings
+from trm.bench.settings import DecodeSettings, PeersSettings
 from trm.errors import TRMError
 from trm.settings import run_command
 
 COMMAND = "trm-bench"
 Raw = dict[str, Any]
-AnySettings = DecodeSettings | ServeBenchSettings | SoakSettings
+AnySettings = DecodeSettings | PeersSettings | ServeBenchSettings | SoakSettings
 BENCHMARKS: Mapping[str, type[AnySettings]] = {
     "decode": DecodeSettings,
+    "peers": PeersSettings,
     "serve": ServeBenchSettings,
     "soak": SoakSettings,
 }
@@ -79,6 +80,10 @@ def _functions(benchmark: str) -> tuple[Callable[[Any], Raw], Callable[[Raw], st
         from trm.bench import decode
 
         return decode.measure, decode.table
+    if benchmark == "peers":
+        from trm.bench import peers
+
+        return peers.measure, peers.table
     if benchmark == "serve":
         from server.bench import serve
 

@@ -26,6 +26,7 @@ from training.config import TrainSettings
 from training.run import train
 from training.trainer import Trainer
 from trm import TRMForCausalLM, checkpoint
+from trm.cache import Sequences
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import CheckpointError
@@ -136,7 +137,8 @@ def state(directory: Path) -> dict[str, Any]:
 
 def backbone_states(model: TRMForCausalLM) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
-    return model.encode(IDS, mask, torch.arange(IDS.shape[1])[None])
+    rope = model.backbone.rope(torch.arange(IDS.shape[1])[None])
+    return model.encode(model.backbone.embed_tokens(IDS), rope, Sequences(mask)), rope
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -147,9 +149,9 @@ def test_a_hub_id_gives_the_backbone_that_transformers_gives(repository: Reposit
     ours = checkpoint.read_backbone(HUB_ID)
     model = TRMForCausalLM.from_backbone(ours, n_latent=1, n_cycles=1, n_supervision=1)
 
-    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert (ours.lm_head.weight is ours.embed_tokens.weight) == tied
     assert ours.config.rope_parameters["rope_theta"] == CONFIG["rope_theta"]
-    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    assert torch.equal(ours.to_transformers()(IDS).logits, theirs(IDS).logits)
     torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-3, rtol=1e-4)  # P1
     assert model(IDS).logits.shape[-1] == VOCABULARY > len(checkpoint.read_tokenizer(HUB_ID))
 
@@ -189,7 +191,7 @@ def test_masters_move_in_float32_over_a_bfloat16_backbone(repository: Repository
 
 
 def test_states_of_a_bfloat16_backbone_enter_the_recursion_in_float32(repository: Repository) -> None:
-    """The norm is taken in float32 of the bfloat16 residual, and the recursion's rotary angles are not rounded."""
+    """So is the residual stream; rotary angles are not rounded."""
     repository()
     short, wide = (
         TRMForCausalLM.from_backbone(checkpoint.read_backbone(HUB_ID, None, dtype), n_supervision=1)
@@ -200,14 +202,11 @@ def test_states_of_a_bfloat16_backbone_enter_the_recursion_in_float32(repository
 
     (x, rope), (expected, exact) = backbone_states(short), backbone_states(wide)
 
-    residual = short.backbone.model(IDS, output_hidden_states=True).hidden_states[-2]
-    residual = short.backbone.model.layers[-1](
-        residual,
-        attention_mask=None,
-        position_embeddings=short.backbone.model.rotary_emb(residual, torch.arange(IDS.shape[1])[None]),
-    )
-    assert residual.dtype == torch.bfloat16
-    assert torch.equal(x, F.rms_norm(residual.float(), (residual.shape[-1],), eps=1e-6))
+    mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
+    residual = short.backbone(short.backbone.embed_tokens(IDS), rope, Sequences(mask))
+    assert residual.dtype == x.dtype == torch.float32
+    assert not torch.equal(residual, residual.bfloat16().float())
+    assert torch.equal(x, F.rms_norm(residual, (residual.shape[-1],), eps=1e-6))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(rope, exact, strict=True))
     assert 0 < (x - expected).abs().max() < 0.1
 
@@ -272,8 +271,8 @@ def test_a_trained_head_is_a_copy_and_the_embedding_stays(repository: Repository
     model = TRMForCausalLM.from_pretrained(last)
 
     backbone = checkpoint.read_backbone(HUB_ID)
-    assert torch.equal(model.backbone.model.embed_tokens.weight, backbone.model.embed_tokens.weight)
-    assert not torch.equal(model.lm_head.weight, backbone.model.embed_tokens.weight)
+    assert torch.equal(model.backbone.embed_tokens.weight, backbone.embed_tokens.weight)
+    assert not torch.equal(model.lm_head.weight, backbone.embed_tokens.weight)
     trained = json.loads((last.parent / "run.json").read_text())["trained_parameters"]
     head = VOCABULARY * SMALL["hidden_size"]
     assert trained == head + sum(p.numel() for p in model.decoder.parameters())

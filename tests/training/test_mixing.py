@@ -35,7 +35,7 @@ def test_a_row_goes_its_way_as_if_alone(settings: Settings, tmp_path: Path, kv_s
         trainer.train_step()
 
     assert trainer.feed.mixed is not None
-    rows = trainer.feed.mixed.rows
+    rows, decoder = trainer.feed.mixed.rows, trainer.model.decoder
     assert {row.done for row in rows if row} == {1, 2, 3}
     for row in rows:
         assert row is not None
@@ -43,7 +43,7 @@ def test_a_row_goes_its_way_as_if_alone(settings: Settings, tmp_path: Path, kv_s
         y = z = torch.zeros_like(alone.x)
         with torch.no_grad():
             for _ in range(row.done):
-                y, z = trainer.model.decoder.step(alone.x, y, z, alone.attending(trainer.model))
+                y, z = decoder.step(alone.x, y, z, alone.query_rope, alone.key_values(trainer.model))
         torch.testing.assert_close(row.y, y[0, : len(row.y)], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(row.z, z[0, : len(row.z)], rtol=1e-4, atol=1e-4)
 

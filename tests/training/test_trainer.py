@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import BACKBONES, make_backbone
 from training.batches import collate
 from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
@@ -66,6 +67,21 @@ def test_the_backbone_never_moves(settings: Settings) -> None:
         trainer.train_step()
 
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_a_run_stands_on_any_family(settings: Settings, tmp_path: Path, tokenizer: Any, family: str) -> None:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    theirs = make_backbone(family, vocab_size=len(tokenizer), max_position_embeddings=1024, **ends)
+    theirs.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+
+    last = train(settings(backbone=str(tmp_path / "backbone"), max_steps=2))
+
+    model, ids = TRMForCausalLM.from_pretrained(last), torch.arange(3, 40)[None]
+    assert model.config.backbone_config.model_type == family
+    torch.testing.assert_close(model(ids, n_supervision=0).logits, theirs(ids).logits, atol=1e-3, rtol=1e-4)
+    assert (model(ids).logits - theirs(ids).logits).abs().max() > 1e-2, "it has learned something"
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

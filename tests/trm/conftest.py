@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.conftest import make_backbone, make_model
 from trm import TRMForCausalLM, reference
 from trm.chat import ChatFormat
-from trm.checkpoint import backbone_record
+from trm.checkpoint import backbone_record, read_backbone
 from trm.engine import SamplingParams
 from trm.engine.request import Grammar
 
@@ -66,6 +66,18 @@ def vary_norms(backbone: Any, seed: int = 0) -> Any:
     return backbone
 
 
+def widen_norms(model: Any) -> Any:
+    """Let the norms of transformers' model compute in float64 where they are given it, not in float32 as ever."""
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            norm.forward = functools.partial(_wide_norm, norm)
+    return model
+
+
+def _wide_norm(norm: Any, h: Tensor) -> Tensor:
+    return norm.weight * h / (h.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()  # type: ignore[no-any-return]
+
+
 @functools.cache
 def exact_model(kv_source: str, scale: float = 1.0) -> TRMForCausalLM:
     """A float64 model of 16 tokens: rounding cannot hide a bug, and replies end now and then. Not to be changed."""
@@ -100,8 +112,8 @@ def make_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make() -> tuple[Path, Path, TRMForCausalLM]:
         source = tmp_path / "their-backbone"
-        backbone = make_backbone()
-        backbone.save_pretrained(source)
+        make_backbone().save_pretrained(source)
+        backbone = read_backbone(source)
         monkeypatch.setattr("trm.checkpoint.MAX_COPIED_BACKBONE_BYTES", 10)
         model = TRMForCausalLM.from_backbone(backbone, n_supervision=2, **backbone_record(source, None, backbone))
         model.save_pretrained(tmp_path / "checkpoint")

@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, and whatever is broken is a CheckpointError that names it."""
 
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM
 
-from tests.conftest import make_backbone, make_model, randomize
+from tests.conftest import BACKBONES, make_backbone, make_model, randomize
 from tests.trm.conftest import edit_json, some_prompt, vary_norms
 from trm import TRMForCausalLM, checkpoint
+from trm.backbone import Backbone
 from trm.chat import ChatFormat, solve_messages
 from trm.checkpoint import BACKBONE_DIR, CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, backbone_record, fingerprint
 from trm.errors import CheckpointError
@@ -38,7 +41,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("own_lm_head", [False, True], ids=["shared-head", "own-head"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", BACKBONES)
 def test_what_is_saved_comes_back(family, tied, own_lm_head, kv_source, make_checkpoint):
     sizes = {"tie_word_embeddings": tied}
     settings = {"own_lm_head": own_lm_head, "kv_source": kv_source, "n_layers": 2, "max_supervision": 7}
@@ -146,7 +149,7 @@ def test_backbone_that_bfloat16_holds_is_copied_in_bfloat16(tied, tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert ("lm_head.weight" in stored) is not tied
     loaded = load(tmp_path / "checkpoint")
-    assert loaded.backbone.model.embed_tokens.weight.dtype == torch.float32
+    assert loaded.backbone.embed_tokens.weight.dtype == torch.float32
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
@@ -166,11 +169,14 @@ def test_backbone_config_is_the_backbones_own(make_checkpoint):
 
     assert backbone.config.model_type == "qwen2"
     assert fingerprint(backbone) == fingerprint(model.backbone)
+    theirs = Qwen2ForCausalLM.from_pretrained(directory / BACKBONE_DIR)
+    assert theirs.config.architectures == ["Qwen2ForCausalLM"]
+    assert torch.allclose(theirs(IDS).logits, model(IDS, n_supervision=0).logits, atol=1e-4)
 
 
 def test_small_local_backbone_is_copied_and_needs_no_record(tmp_path):
-    backbone = make_backbone()
-    backbone.save_pretrained(tmp_path / "backbone")
+    make_backbone().save_pretrained(tmp_path / "backbone")
+    backbone = checkpoint.read_backbone(tmp_path / "backbone")
 
     assert set(backbone_record(tmp_path / "backbone", None, backbone).values()) == {None}
 
@@ -180,7 +186,7 @@ def test_hub_backbone_is_recorded_by_id_commit_and_fingerprint(tmp_path, monkeyp
     # A branch moves; the commit that was downloaded names its snapshot directory.
     snapshot = tmp_path / "snapshots" / "0123abcd"
     monkeypatch.setattr("trm.checkpoint.locate", lambda source, revision: snapshot)
-    backbone = make_backbone()
+    backbone = Backbone.from_transformers(make_backbone())
 
     assert backbone_record("Qwen/Qwen2.5-0.5B", revision, backbone) == {
         "backbone_source": "Qwen/Qwen2.5-0.5B",
@@ -217,19 +223,45 @@ def test_recorded_backbone_that_is_gone_is_named(make_recorded):
 
 
 def test_fingerprint_sees_values_and_names_but_not_the_stored_type():
-    backbone = make_backbone().to(torch.bfloat16)
-    before = fingerprint(backbone)
+    theirs = make_backbone().to(torch.bfloat16)
+    before = fingerprint(Backbone.from_transformers(theirs))
 
-    assert fingerprint(backbone.float()) == before
+    assert fingerprint(Backbone.from_transformers(theirs.float())) == before
     with torch.no_grad():
-        backbone.model.norm.weight[3] += 0.01
-    assert fingerprint(backbone) != before
+        theirs.model.norm.weight[3] += 0.01
+    assert fingerprint(Backbone.from_transformers(theirs)) != before
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_fingerprint_is_what_the_first_checkpoints_recorded(tied):
+    """A hash of the tensors under transformers' names, a tied head included."""
+    theirs = make_backbone(tie_word_embeddings=tied)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(theirs.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+
+    assert fingerprint(Backbone.from_transformers(theirs)) == digest.hexdigest()[:16]
+
+
+def test_fingerprint_is_computed_once(monkeypatch):
+    """Half a billion weights take seconds, and a run asks several times."""
+    backbone = Backbone.from_transformers(make_backbone())
+    first = fingerprint(backbone)
+    monkeypatch.setattr(Backbone, "hub_tensors", lambda self: pytest.fail("read again"))
+
+    assert fingerprint(backbone) == first
+
+
+def test_fingerprint_of_rounded_weights_is_another():
+    backbone = Backbone.from_transformers(make_backbone())
+
+    assert fingerprint(backbone) != fingerprint(backbone.to(torch.bfloat16))
 
 
 def test_sharded_backbone_is_read(make_checkpoint):
     directory, model = make_checkpoint()
     shutil.rmtree(directory / BACKBONE_DIR)
-    model.backbone.save_pretrained(directory / BACKBONE_DIR, max_shard_size="40KB")
+    model.backbone.to_transformers().save_pretrained(directory / BACKBONE_DIR, max_shard_size="40KB")
     assert len(list((directory / BACKBONE_DIR).glob("*.safetensors"))) > 1
 
     assert torch.equal(load(directory)(IDS).logits, model(IDS).logits)
@@ -281,7 +313,7 @@ def only_backbone_pickles(directory: Path) -> None:
 def shard_backbone(directory: Path) -> list[Path]:
     backbone = checkpoint.read_backbone(directory / BACKBONE_DIR)
     (directory / BACKBONE_WEIGHTS).unlink()
-    backbone.save_pretrained(directory / BACKBONE_DIR, max_shard_size="40KB")
+    backbone.to_transformers().save_pretrained(directory / BACKBONE_DIR, max_shard_size="40KB")
     return sorted((directory / BACKBONE_DIR).glob("*.safetensors"))
 
 
@@ -338,7 +370,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config-without-backbone": (lambda d: edit_json(d / CONFIG_FILE, backbone_config=...), "config.json"),
     "config-of-a-foreign-backbone": (
         lambda d: edit_backbone_config(d, model_type="mamba"),
-        "config.json: backbone architecture 'mamba'.*qwen2, llama",
+        "config.json: backbone architecture 'mamba'.*qwen2, qwen3, llama",
     ),
     "config-backbone-a-word": (
         lambda d: edit_json(d / CONFIG_FILE, backbone_config="qwen2"),
@@ -389,7 +421,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "backbone-of-another-kind": (
         lambda d: edit_json(d / BACKBONE_DIR / CONFIG_FILE, model_type="gpt2"),
-        "backbone/config.json: backbone architecture 'gpt2' is not supported; supported: qwen2, llama",
+        "backbone/config.json: backbone architecture 'gpt2' is not supported; supported: qwen2, qwen3, llama",
     ),
     "backbone-config-nonsense": (
         lambda d: edit_json(d / BACKBONE_DIR / CONFIG_FILE, num_attention_heads="many"),
@@ -405,13 +437,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "backbone-tensor-misshapen": (
         lambda d: edit_tensors(d / BACKBONE_WEIGHTS, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
-        "backbone: ",
+        "backbone: 1 tensors are missing or misshapen, model.norm.weight first",
     ),
-    "shard-missing": (lambda d: shard_backbone(d)[1].unlink(), "backbone: .*model-00002"),
+    "shard-missing": (lambda d: shard_backbone(d)[1].unlink(), "backbone/model-00002.*missing"),
     "shard-truncated": (lambda d: truncate(shard_backbone(d)[1]), "model-00002.*truncated"),
     "shard-index-truncated": (
         lambda d: (shard_backbone(d), truncate(d / BACKBONE_DIR / "model.safetensors.index.json")),
-        "backbone: ",
+        "backbone/model.safetensors.index.json: not readable as JSON",
+    ),
+    "shard-index-of-nothing": (
+        lambda d: (shard_backbone(d), (d / BACKBONE_DIR / "model.safetensors.index.json").write_text("{}")),
+        "backbone/model.safetensors.index.json: has no weight_map",
+    ),
+    "backbone-quantized": (
+        lambda d: edit_json(d / BACKBONE_DIR / CONFIG_FILE, quantization_config={"quant_method": "fp8"}),
+        "backbone: the weights are quantized",
     ),
 }
 

@@ -16,9 +16,9 @@ from trm.engine.row import Row
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 POSITIONS = (1, 8, 64)
 # A call reads every weight, however few its positions: eight cost little more than one, 64 are computed.
-REALISTIC = Costs(POSITIONS, backbone_s=(1.0, 1.1, 4.0), step_s=(1.0, 1.1, 4.0))
-PROPORTIONAL = Costs(POSITIONS, backbone_s=POSITIONS, step_s=POSITIONS)
-FREE = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(1.0, 1.0, 1.0))
+REALISTIC = Costs(POSITIONS, backbone_s=(1.0, 1.1, 4.0), step_s=(1.0, 1.1, 4.0), head_s=(0.3, 0.4, 1.0))
+PROPORTIONAL = Costs(POSITIONS, backbone_s=POSITIONS, step_s=POSITIONS, head_s=POSITIONS)
+FREE = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(1.0, 1.0, 1.0), head_s=(0.0, 0.0, 0.0))
 
 
 def make_row(acceptance: float | None = None, steps: int = 4, max_tokens: int = 100, **params: Any) -> Row:
@@ -43,16 +43,17 @@ def length(rows: Sequence[Row], costs: Costs = REALISTIC, max_tokens: int = 7, n
     ("num_positions", "seconds"), [(1, 1.0), (2, 1.5), (3, 2.0), (4, 2.5), (5, 3.0), (7, 3.5), (9, 4.0), (109, 29.0)]
 )
 def test_costs_between_and_beyond_what_was_measured(num_positions, seconds):
-    costs = Costs([1, 5, 9], backbone_s=[1.0, 3.0, 4.0], step_s=[10.0, 30.0, 40.0])
+    costs = Costs([1, 5, 9], backbone_s=[1.0, 3.0, 4.0], step_s=[10.0, 30.0, 40.0], head_s=[0.1, 0.3, 0.4])
 
     assert costs.backbone(num_positions) == pytest.approx(seconds)
     assert costs.step(num_positions) == pytest.approx(10 * seconds)
+    assert costs.head(num_positions) == pytest.approx(seconds / 10)
 
 
 @pytest.mark.parametrize("num_positions", [2, 8, 9, 1000])
 def test_size_that_was_timed_too_slow_promises_nothing_to_larger_ones(num_positions):
     """A hiccup during the measurement must not make positions pay for themselves."""
-    costs = Costs([1, 8], backbone_s=[3.0, 2.0], step_s=[1.0, 0.5])
+    costs = Costs([1, 8], backbone_s=[3.0, 2.0], step_s=[1.0, 0.5], head_s=[1.0, 1.0])
 
     assert costs.backbone(num_positions) == 3.0
     assert costs.step(num_positions) == 1.0
@@ -60,7 +61,7 @@ def test_size_that_was_timed_too_slow_promises_nothing_to_larger_ones(num_positi
 
 @pytest.mark.parametrize("seconds", [(3.0, 2.0, 1.0), (3.0, 2.0, 2.5)], ids=str)
 def test_costs_never_fall_though_the_measured_ones_do(seconds):
-    costs = Costs(POSITIONS, seconds, seconds)
+    costs = Costs(POSITIONS, seconds, seconds, seconds)
     steps = [costs.step(count) for count in range(1, 100)]
 
     assert steps == sorted(steps)
@@ -74,7 +75,7 @@ def test_costs_never_fall_though_the_measured_ones_do(seconds):
 )
 def test_costs_never_fall_where_the_measured_ones_do_not(at, more, wanted):
     seconds = [1 + sum(more[: i + 1]) for i in range(len(at))]
-    costs = Costs(at, backbone_s=seconds, step_s=seconds)
+    costs = Costs(at, backbone_s=seconds, step_s=seconds, head_s=seconds)
 
     assert costs.step(wanted + 1) >= costs.step(wanted) - 1e-9
     assert all(costs.step(place) == pytest.approx(measured) for place, measured in zip(at, seconds, strict=True))
@@ -118,8 +119,8 @@ def test_nothing_is_gained_where_a_call_costs_as_much_as_its_positions(steps, ac
 
 def test_gain_that_is_hardly_one_is_left():
     """k drafts at acceptance 1 and equal costs make (1 + k) tokens of (1 + k) backbone passes and one step."""
-    cheap_step = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(0.03, 0.03, 0.03))
-    dear_step = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(0.10, 0.10, 0.10))
+    cheap_step = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(0.03, 0.03, 0.03), head_s=(0.0, 0.0, 0.0))
+    dear_step = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(0.10, 0.10, 0.10), head_s=(0.0, 0.0, 0.0))
 
     assert length([make_row(1.0, steps=1)], cheap_step) == 0, "1.03 / (1 + 0.03 / 8) is less than 1.05"
     assert length([make_row(1.0, steps=1)], dear_step) == 7
@@ -207,9 +208,11 @@ def test_no_other_length_makes_more_tokens_per_second(acceptance, steps, num_row
         seconds = 0.0
         for _ in range(drafted + 1):
             seconds += REALISTIC.backbone(num_rows)
+        for _ in range(drafted):
+            seconds += REALISTIC.head(num_rows)
         for _ in range(steps):
             seconds += REALISTIC.step((num_rows + more_running) * (drafted + 1))
-        return tokens / seconds
+        return tokens / (seconds + REALISTIC.head(num_rows * (drafted + 1)))
 
     got = length([make_row(acceptance, steps)] * num_rows, REALISTIC, max_tokens, num_rows + more_running)
 

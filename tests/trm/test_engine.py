@@ -25,9 +25,9 @@ from tests.trm.engines import (
 )
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat, solve_messages
-from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.grammar import GrammarCompiler
+from trm.loading import prepare_for_decoding
 
 # P2 and P9: as if alone
 
@@ -182,7 +182,7 @@ def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
     """As it is served: weights laid out for decoding, drafts, shared prefixes, every effort."""
     path = bundled_model_path()
     model = TRMForCausalLM.from_pretrained(path)
-    lay_out_for_decoding(model)
+    prepare_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=5, max_model_len=256))
     engine.loop.drafter.length = lambda rows, num_running: 3

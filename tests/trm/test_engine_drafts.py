@@ -110,17 +110,18 @@ def test_draft_that_is_not_finite_costs_its_row_nothing_but_drafts(bad_offset, c
     """NaN behind a token poisons it even where it is masked; without the draft it would never have been there."""
     engine = make_engine(chat, kv_source, draft=3)
     requests = [request(5, max_tokens=12, ignore_eos=True), request(9, max_tokens=12, ignore_eos=True)]
-    runner, original = engine.loop.runner, engine.loop.runner.feed
+    runner, original = engine.loop.runner, engine.loop.runner.encode
     rounds = iter(range(1000))
 
-    def feed(slots, positions, tokens, offset=0):
-        original(slots, positions, tokens, offset)
-        if offset == bad_offset and next(rounds) == 1:
-            runner.backbone_slots.keys[:, slots[0], :, positions[0]] = float("nan")
-            runner.slots.values[:, slots[0], :, positions[0]] = float("inf")
-            runner.state[:, slots[0], offset] = float("nan")
+    def encode(chunks):
+        original(chunks)
+        slot, position, _, place, _ = chunks[0]
+        if place == bad_offset and next(rounds) == 1:
+            runner.backbone_slots.keys[:, slot, :, position] = float("nan")
+            runner.slots.values[:, slot, :, position] = float("inf")
+            runner.state[:, slot, place] = float("nan")
 
-    monkeypatch.setattr(runner, "feed", feed)
+    monkeypatch.setattr(runner, "encode", encode)
     listener = Listener(engine)
     numbers = listener.submit(*requests)
     run(engine)
@@ -137,7 +138,7 @@ def test_engine_measures_what_drafting_costs(chat, kv_source):
     costs = engine.loop.drafter.costs
 
     assert costs.positions[0] == 1
-    assert all(seconds > 0 for seconds in (*costs.backbone_s, *costs.step_s))
+    assert all(seconds > 0 for seconds in (*costs.backbone_s, *costs.step_s, *costs.head_s))
     assert not engine.loop.runner.slots.keys.any(), "and leaves no trace"
     assert not engine.loop.runner.backbone_slots.values.any()
     assert not engine.loop.runner.state.any()

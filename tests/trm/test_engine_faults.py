@@ -11,6 +11,7 @@ from tests.trm.conftest import some_prompt
 from tests.trm.engines import Listener, assert_empty, expected, make_engine, request, run
 from trm.engine import Engine, Reply, Request, SamplingParams
 from trm.engine.detokenizer import TextStream
+from trm.engine.runner import Chunk
 from trm.errors import DeviceError, InternalError, Overloaded
 
 # Cancelling
@@ -75,7 +76,7 @@ def test_next_tenant_of_a_cancelled_rows_slot_is_right(steps_before, chat, kv_so
 # Failures
 
 
-@pytest.mark.parametrize("call", ["prefill", "feed", "tick", "logits"])
+@pytest.mark.parametrize("call", ["encode", "tick", "logits"])
 def test_failing_model_call_fails_its_rows_and_no_others(call, chat, kv_source, monkeypatch):
     engine = make_engine(chat, kv_source, max_rows=2)
     listener = Listener(engine)
@@ -208,18 +209,18 @@ def poison(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, backbone: bool = 
 
     `backbone` False: only those of the recursion.
     """
-    runner, original = engine.loop.runner, engine.loop.runner.prefill
+    runner, original = engine.loop.runner, engine.loop.runner.encode
 
-    def prefill(spans: Any, tokens: Any, steps: Any) -> None:
-        original(spans, tokens, steps)
-        for span, ids in zip(spans, tokens, strict=True):
-            for position, token in enumerate(ids, span.start):
-                if token == POISON:
+    def encode(chunks: Sequence[Chunk]) -> None:
+        original(chunks)
+        for chunk in chunks:
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                if token == POISON and chunk.place is None:
                     for table in (runner.backbone_slots, runner.slots) if backbone else (runner.slots,):
-                        table.keys[:, span.slot, :, position] = float("nan")
-                        table.values[:, span.slot, :, position] = float("inf")
+                        table.keys[:, chunk.slot, :, position] = float("nan")
+                        table.values[:, chunk.slot, :, position] = float("inf")
 
-    monkeypatch.setattr(runner, "prefill", prefill)
+    monkeypatch.setattr(runner, "encode", encode)
 
 
 def poisoned(**params: Any) -> Request:
@@ -323,7 +324,7 @@ class ErraticRunner:
         if self.rng.random() < 0.03:
             raise RuntimeError("out of memory")
 
-    prefill = feed = copy = call
+    encode = copy = call
 
     def probe(self) -> None:
         """The device is well."""

@@ -18,11 +18,11 @@ from tests.trm.conftest import END, NEAR_TIE, assert_same_tokens, some_prompt
 from tests.trm.engines import TEXTS, Listener, assert_empty, expected, make_engine, request, run
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat, solve_messages
-from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from trm.engine.request import Follow, Matcher
 from trm.errors import BadRequest, InternalError
+from trm.loading import prepare_for_decoding
 
 SMALL = GrammarCompiler(TEXTS, END)
 LONG = SMALL.regex("((a|b){2}1){9}2")
@@ -267,7 +267,7 @@ def bundled() -> tuple[Engine, GrammarCompiler]:
     """As it is served: weights laid out for decoding, drafts, shared prefixes."""
     path = bundled_model_path()
     model = TRMForCausalLM.from_pretrained(path)
-    lay_out_for_decoding(model)
+    prepare_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=16, max_model_len=400))
     engine.loop.drafter.length = lambda rows, num_running: 3

@@ -1,5 +1,6 @@
 """A prompt's beginning is computed once, however many requests share it, and every reply stays as if alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.trm.conftest import some_prompt
 from tests.trm.engines import Listener, assert_empty, expected, make_engine, request, run
 from trm.engine import Engine, Request, SamplingParams
+from trm.engine.runner import Chunk
 
 PROMPT = tuple(some_prompt(21, vocab_size=16))
 
@@ -19,13 +21,13 @@ def ask(*tail: int, head: int = 20, **params: Any) -> Request:
 def count_prefilled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that pass through prefill from now on, one entry for each piece."""
     counts: list[int] = []
-    original = engine.loop.runner.prefill
+    original = engine.loop.runner.encode
 
-    def prefill(spans: Any, tokens: Any, steps: Any) -> None:
-        counts.extend(span.length for span in spans)
-        original(spans, tokens, steps)
+    def encode(chunks: Sequence[Chunk]) -> None:
+        counts.extend(len(chunk.tokens) for chunk in chunks if chunk.place is None)
+        original(chunks)
 
-    monkeypatch.setattr(engine.loop.runner, "prefill", prefill)
+    monkeypatch.setattr(engine.loop.runner, "encode", encode)
     return counts
 
 
@@ -111,15 +113,15 @@ def test_slot_that_was_used_long_ago_is_given_up_first(chat):
 
 def test_row_whose_source_fails_computes_its_own_prefix(chat, kv_source, monkeypatch):
     engine = make_engine(chat, kv_source, prefill_chunk=4)
-    original = engine.loop.runner.prefill
+    original = engine.loop.runner.encode
     calls = iter(range(100))
 
-    def prefill(*args: Any) -> None:
+    def encode(*args: Any) -> None:
         if next(calls) == 2:
             raise RuntimeError("device lost")
         original(*args)
 
-    monkeypatch.setattr(engine.loop.runner, "prefill", prefill)
+    monkeypatch.setattr(engine.loop.runner, "encode", encode)
     listener = Listener(engine)
     first, second = listener.submit(ask(3), ask(3, temperature=1.0))
     run(engine)

@@ -82,7 +82,7 @@ def test_events_stream_while_the_request_runs(started):
 
 def test_failed_request_raises_its_error(started, monkeypatch):
     engine = started()
-    monkeypatch.setattr(engine.loop.runner, "feed", lambda *args: 1 / 0)
+    monkeypatch.setattr(engine.loop.runner, "encode", lambda *args: 1 / 0)
     [handle] = engine.submit([request(3)])
 
     with pytest.raises(InternalError, match="ZeroDivisionError"):
@@ -334,14 +334,14 @@ def test_model_is_left_as_it_was(chat, kv_source):
 
 def test_an_engine_whose_step_never_ends_is_not_alive_until_it_does(started):
     engine = started(max_step_s=0.05)
-    feed, reached, held = engine.loop.runner.feed, threading.Event(), threading.Event()
+    encode, reached, held = engine.loop.runner.encode, threading.Event(), threading.Event()
 
     def hang(*args: Any) -> None:
         reached.set()
         held.wait(TIMEOUT_S)
-        feed(*args)
+        encode(*args)
 
-    engine.loop.runner.feed = hang
+    engine.loop.runner.encode = hang
     assert engine.alive()
     [handle] = engine.submit([request(3)])
     reached.wait(TIMEOUT_S)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.cache_utils import DynamicCache
 
-from tests.conftest import make_backbone, make_model, randomize
-from tests.trm.conftest import NEAR_TIE, assert_same_tokens, pad_left, pad_right, some_prompt, vary_norms
+from tests.conftest import BACKBONES, make_backbone, make_model, randomize
+from tests.trm.conftest import NEAR_TIE, assert_same_tokens, pad_left, pad_right, some_prompt, vary_norms, widen_norms
 from trm import TRMConfig, TRMForCausalLM, reference
+from trm.cache import Sequences
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import SamplingParams
 from trm.errors import BadRequest, ConfigError, TRMError
-from trm.layers import Attending
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*")
 
@@ -41,7 +41,7 @@ def _no_gradients() -> Any:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", BACKBONES)
 def test_untrained_decoder_gives_the_backbones_logits(family, tied, kv_source):
     backbone = vary_norms(make_backbone(family, tie_word_embeddings=tied))
     ids = torch.tensor([some_prompt(40), some_prompt(40, seed=1)])
@@ -54,7 +54,7 @@ def test_untrained_decoder_gives_the_backbones_logits(family, tied, kv_source):
         assert (got - expected).abs().max() / expected.abs().max() < 1e-4, f"effort {effort}"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", BACKBONES)
 def test_effort_zero_is_the_backbone_whatever_the_decoder_learned(family, kv_source):
     backbone = vary_norms(make_backbone(family))
     ids = torch.tensor([some_prompt(40)])
@@ -83,7 +83,8 @@ def test_backbone_weights_survive_construction():
 
     model = TRMForCausalLM.from_backbone(backbone)
 
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+    assert {name for name, _ in model.backbone.hub_tensors()} == set(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.hub_tensors())
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
 
@@ -96,7 +97,6 @@ def test_zero_initialisation_and_buffers_survive_loading(make_checkpoint):
     loaded = TRMForCausalLM.from_pretrained(directory)
 
     assert not loaded.decoder.layers[0].attention.o_proj.weight.any()
-    assert torch.equal(loaded.backbone.model.rotary_emb.inv_freq, model.backbone.model.rotary_emb.inv_freq)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
@@ -107,8 +107,10 @@ def test_bfloat16_leaves_the_rotary_frequencies_alone(make_checkpoint):
     loaded = TRMForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
 
     assert loaded.decoder.halt_head.weight.dtype == torch.bfloat16
-    assert loaded.backbone.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert torch.equal(loaded.backbone.model.rotary_emb.inv_freq, model.backbone.model.rotary_emb.inv_freq)
+    assert loaded.backbone.embed_tokens.weight.dtype == torch.bfloat16
+    far = torch.arange(500)
+    for short, wide in zip(loaded.backbone.rope(far), model.backbone.rope(far), strict=True):
+        assert torch.equal(short, wide)
 
 
 # The equations
@@ -119,10 +121,10 @@ def by_the_book(model: TRMForCausalLM, ids: Sequence[int], effort: int) -> tuple
     config, backbone = model.config, model.config.backbone_config
     length, heads, groups, size = len(ids), backbone.num_attention_heads, backbone.num_key_value_heads, config.head_dim
     captured = []
-    hook = model.backbone.model.norm.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
-    model.backbone(torch.tensor([ids]))
-    hook.remove()
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    theirs = widen_norms(model.backbone.to_transformers())
+    theirs.model.norm.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    theirs(torch.tensor([ids]))
+    frequencies = 1 / 10000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size)  # to the bit
     angles = torch.arange(length)[:, None] * frequencies
     cos, sin = angles.cos().double(), angles.sin().double()
 
@@ -165,12 +167,12 @@ def by_the_book(model: TRMForCausalLM, ids: Sequence[int], effort: int) -> tuple
     y = x if effort == 0 else y
     head = model.lm_head if model.lm_head is not None else model.backbone.lm_head
     halt = model.decoder.halt_head
-    return (model.backbone.model.norm.weight * norm(y)) @ head.weight.T, y @ halt.weight[0] + halt.bias
+    return (model.backbone.norm.weight * norm(y)) @ head.weight.T, y @ halt.weight[0] + halt.bias
 
 
 @pytest.mark.parametrize("effort", [0, 1, 3])
 @pytest.mark.parametrize("n_layers", [1, 2], ids=["L1", "L2"])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", BACKBONES)
 def test_forward_follows_the_equations(family, n_layers, effort, kv_source):
     """Every other test compares the model with itself. Here x stays out of the answer's update, and g is in."""
     backbone = vary_norms(make_backbone(family))
@@ -217,8 +219,9 @@ def test_left_padded_batch_equals_each_prompt_alone(lengths, dtype, scale, toler
         assert_same_tokens(row, alone(model, prompt, 4), NEAR_TIE if dtype == torch.float32 else 0.0)
 
 
-def test_llama_batch_equals_each_prompt_alone(kv_source):
-    model = make_model("llama", kv_source=kv_source, scale=1.0).double()
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_batch_of_other_families_equals_each_prompt_alone(family, kv_source):
+    model = make_model(family, kv_source=kv_source, scale=1.0).double()
     prompts = [some_prompt(length) for length in (1, 9, 30)]
 
     rows = generate(model, *pad_left(prompts))
@@ -295,14 +298,13 @@ def test_positions_count_real_tokens(pad, monkeypatch):
     model = make_model()
     ids, mask = pad([some_prompt(5), some_prompt(2)])
     seen = []
-    rotary = model.backbone.model.rotary_emb
-    original = rotary.forward
+    original = model.backbone.rope
 
-    def spy(x: Tensor, position_ids: Tensor) -> Any:
-        seen.append(position_ids)
-        return original(x, position_ids)
+    def spy(positions: Tensor) -> Any:
+        seen.append(positions)
+        return original(positions)
 
-    monkeypatch.setattr(rotary, "forward", spy)
+    monkeypatch.setattr(model.backbone, "rope", spy)
     model(ids, attention_mask=mask)
 
     assert seen
@@ -427,9 +429,10 @@ def test_cache_holds_exactly_the_entries_that_the_configuration_counts(kv_source
 
 
 @pytest.mark.parametrize("effort", [0, 2])
-def test_beam_search_scores_equal_recomputed_ones(effort, kv_source):
+@pytest.mark.parametrize("family", BACKBONES)
+def test_beam_search_scores_equal_recomputed_ones(family, effort, kv_source):
     """Beams are moved between rows at every step: every entry of the cache has to move along."""
-    model = make_model(kv_source=kv_source, scale=1.0).double()
+    model = make_model(family, kv_source=kv_source, scale=1.0).double()
     prompts = [some_prompt(6), some_prompt(2)]
     ids, mask = pad_left(prompts)
 
@@ -600,22 +603,24 @@ def test_gradient_of_the_last_cycles_stops_before_them(kv_source):
     two = make_model(kv_source=kv_source, n_cycles=2)
     one = make_model(kv_source=kv_source, n_cycles=1)
     one.decoder.load_state_dict(two.decoder.state_dict())
-    x, rope = two.encode(torch.tensor([some_prompt(6)]), torch.ones(1, 1, 6, 6).tril().bool(), torch.arange(6)[None])
+    mask, rope = torch.ones(1, 1, 6, 6).tril().bool(), two.backbone.rope(torch.arange(6)[None])
+    x = two.encode(two.backbone.embed_tokens(torch.tensor([some_prompt(6)])), rope, Sequences(mask))
 
-    def attending(model: TRMForCausalLM) -> Attending:
-        context = model.decoder.context_keys_values(x, rope) if kv_source == "context" else None
-        mask = torch.ones(1, 1, 6, 6).tril().bool()
-        return Attending(rope, mask, context, lambda entry, keys, values: (keys, values))
+    def key_values(model: TRMForCausalLM) -> Sequences:
+        seen = Sequences(mask, keep=kv_source == "context")
+        if kv_source == "context":
+            model.decoder.write_context(x, rope, seen)
+        return seen
 
     def gradients(model: TRMForCausalLM, y: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(y.square().sum() + y[0, 0, 0], list(model.decoder.layers.parameters())))
 
     zero = torch.zeros_like(x)
     with torch.enable_grad():
-        y, z = two.decoder.step(x, zero, zero, attending(two), grad_cycles=1)
+        y, z = two.decoder.step(x, zero, zero, rope, key_values(two), grad_cycles=1)
         with torch.no_grad():
-            constants = one.decoder.step(x, zero, zero, attending(one))
-        expected_y, expected_z = one.decoder.step(x, *constants, attending(one))
+            constants = one.decoder.step(x, zero, zero, rope, key_values(one))
+        expected_y, expected_z = one.decoder.step(x, *constants, rope, key_values(one))
 
         assert torch.allclose(y, expected_y, atol=1e-5)
         assert torch.allclose(z, expected_z, atol=1e-5)
@@ -731,14 +736,14 @@ def test_own_head_starts_as_the_backbones_and_moves_alone(tied):
     ids = torch.tensor([some_prompt(9)])
     shared = randomize(TRMForCausalLM.from_backbone(backbone, n_supervision=2).eval())
     own = randomize(TRMForCausalLM.from_backbone(backbone, n_supervision=2, own_lm_head=True).eval())
-    embedding = backbone.model.embed_tokens.weight.clone()
+    embedding = own.backbone.embed_tokens.weight.clone()
 
     assert torch.equal(own(ids).logits, shared(ids).logits)
     assert own.lm_head.weight.requires_grad
     own.lm_head.weight.add_(1.0)
 
     assert not torch.allclose(own(ids).logits, shared(ids).logits)
-    assert torch.equal(backbone.model.embed_tokens.weight, embedding)
+    assert torch.equal(own.backbone.embed_tokens.weight, embedding)
     assert "lm_head.weight" in own.trained_state()
     assert "lm_head.weight" not in shared.trained_state()
 
@@ -749,13 +754,19 @@ def test_own_head_starts_as_the_backbones_and_moves_alone(tied):
 @pytest.mark.parametrize(
     ("make_config", "message"),
     [
-        (lambda: GPT2Config(), "'gpt2'.*qwen2, llama"),
-        (lambda: {"model_type": "mamba", "hidden_size": 8}, "'mamba'.*qwen2, llama"),
-        (lambda: {"hidden_size": 8}, "None.*qwen2, llama"),
+        (lambda: GPT2Config(), "'gpt2'.*qwen2, qwen3, llama"),
+        (lambda: {"model_type": "mamba", "hidden_size": 8}, "'mamba'.*qwen2, qwen3, llama"),
+        (lambda: {"hidden_size": 8}, "None.*qwen2, qwen3, llama"),
         (
             lambda: Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2),
             "sliding-window attention.*use_sliding_window to false",
         ),
+        (
+            lambda: Qwen3Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2),
+            "sliding-window attention.*use_sliding_window to false",
+        ),
+        (lambda: LlamaConfig(hidden_act="gelu"), "activation is 'gelu'; supported: 'silu'"),
+        (lambda: {"model_type": "qwen3", "hidden_act": "relu"}, "activation is 'relu'"),
         (
             lambda: LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
             "'dynamic'.*default, linear",
@@ -776,7 +787,17 @@ def test_own_head_starts_as_the_backbones_and_moves_alone(tied):
             "'longrope'.*default, linear",
         ),
     ],
-    ids=["gpt2", "dict-of-mamba", "dict-of-nothing", "sliding-window", "dynamic-rope", "longrope"],
+    ids=[
+        "gpt2",
+        "dict-of-mamba",
+        "dict-of-nothing",
+        "sliding-window",
+        "sliding-window-qwen3",
+        "gelu",
+        "dict-with-relu",
+        "dynamic-rope",
+        "longrope",
+    ],
 )
 def test_backbones_that_cannot_be_exact_are_refused_by_name(make_config, message):
     with pytest.raises(ConfigError, match=message):
@@ -813,15 +834,16 @@ def test_arguments_that_loading_does_not_know_are_refused_by_name(make_checkpoin
 # Through the Auto classes
 
 
-def test_auto_classes_load_a_checkpoint(make_checkpoint, kv_source):
-    directory, model = make_checkpoint(kv_source=kv_source)
+@pytest.mark.parametrize("family", BACKBONES)
+def test_auto_classes_load_a_checkpoint(family, make_checkpoint, kv_source):
+    directory, model = make_checkpoint(family=family, kv_source=kv_source)
     ids, mask = pad_left([some_prompt(9), some_prompt(2)])
 
     config = AutoConfig.from_pretrained(directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory)
 
     assert isinstance(config, TRMConfig)
-    assert config.backbone_config.model_type == "qwen2"
+    assert config.backbone_config.model_type == family
     assert isinstance(loaded, TRMForCausalLM)
     assert not loaded.training
     assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from trm import TRMConfig, TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
-from trm.device import lay_out_for_decoding
+from trm.loading import prepare_for_decoding
 
 Role = Literal["model", "baseline", "control"]
 MODEL_NAME = "model"
@@ -49,7 +49,7 @@ def load(directory: Path, device: str) -> tuple[TRMForCausalLM, ChatFormat]:
         small = {"n_latent": 1, "n_cycles": 1, "n_supervision": 1}
         model = TRMForCausalLM.from_backbone(checkpoint.read_backbone(directory), **small)
     model.to(device)
-    lay_out_for_decoding(model)
+    prepare_for_decoding(model)
     return model, ChatFormat(tokenizer, model.config.normalize_text)
 
 

@@ -55,14 +55,14 @@ def measure(model: TRMForCausalLM, chat: ChatFormat, examples: Sequence[Example]
         chosen = order[start : start + size]
         batch = collate([examples[i] for i in chosen], chat.tokenizer.pad_token_id or 0)
         prepared = prepare(model, batch.to(model.device))
-        attending = prepared.attending(model)
+        key_values = prepared.key_values(model)
         rows, places = prepared.answers.unbind(1)
         y = z = torch.zeros_like(prepared.x)
         before = prepared.x[rows, places]
         steps = [_read(model, before, prepared.targets)]
         halt, moved = [], []
         for _ in range(num_steps):
-            y, z = model.decoder.step(prepared.x, y, z, attending)
+            y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
             answer = y[rows, places]
             steps.append(_read(model, answer, prepared.targets))
             halt.append(model.decoder.halt_logits(answer).float().sigmoid())

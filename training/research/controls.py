@@ -3,7 +3,7 @@
 Three of them, each trained on the decoder's own problems, in its order, with its optimiser, averaging and at least
 its floating-point operations: the whole backbone trained on; one ordinary layer more, trained on the frozen backbone;
 and low-rank updates (LoRA) of the backbone's matrices with as many weights as the decoder has. Each ends as a plain
-Qwen2 directory that `trm-eval --control` takes, with `control.json` saying what it cost.
+directory of the backbone's family that `trm-eval --control` takes, with `control.json` saying what it cost.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from training.loss import reply_loss
 from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
 from training.trainer import Trainer
 from trm import checkpoint
+from trm.backbone import Backbone
 from trm.device import has_fast_bfloat16, use_device
 from trm.errors import DeviceError
 from trm.logs import configure_logging
@@ -81,7 +82,7 @@ def train_control(settings: ControlSettings) -> Path:
             trainer.train_step()
     decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
     torch.manual_seed(run.seed)
-    model = trainer.model.backbone
+    model = trainer.model.backbone.to_transformers().to(device)
     trained = add_weights(model, settings.kind, decoder_weights)
     model.set_attn_implementation("eager")  # faster in training on a CPU
 
@@ -162,7 +163,7 @@ def _write(settings: ControlSettings, model: Any, trainer: Trainer, record: dict
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
     aside = checkpoint.make_aside(settings.output_dir)
-    checkpoint.write_backbone(aside, model.to(torch.bfloat16))
+    checkpoint.write_backbone(aside, Backbone.from_transformers(model.to(torch.bfloat16)))
     trainer.chat.tokenizer.save_pretrained(aside)
     checkpoint.write_json(aside / CONTROL_JSON, record)
     checkpoint.replace_directory(aside, settings.output_dir)

@@ -17,7 +17,8 @@ from training.batches import IGNORE_INDEX, Batch
 from training.config import TrainSettings
 from training.loss import halting_targets, step_weights
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
-from trm.layers import Attending, causal_mask
+from trm.cache import Sequences
+from trm.layers import causal_mask
 from trm.model import TRMForCausalLM
 
 
@@ -61,17 +62,17 @@ def _steps(model: TRMForCausalLM, batch: Batch, depth: int) -> tuple[Tensor, Ten
     targets = batch.labels[labelled]
     mask = causal_mask(batch.attention_mask, batch.input_ids.shape[1])
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    rope = model.backbone.rope(positions)
     with torch.no_grad():
-        x, rope = model.encode(batch.input_ids, mask, positions)
+        x = model.encode(model.backbone.embed_tokens(batch.input_ids), rope, Sequences(mask))
+    key_values = Sequences(mask, keep=model.config.kv_source == "context")
     if model.config.kv_source == "context":
-        attending = Attending(rope, mask, model.decoder.context_keys_values(x, rope))
-    else:
-        attending = Attending(rope, mask, update=lambda entry, keys, values: (keys, values))
+        model.decoder.write_context(x, rope, key_values)
 
     y = z = torch.zeros_like(x)
     losses, hits, scores = [], [], []
     for _ in range(depth):
-        y, z = recompute_in_backward(model.decoder.step, x, y, z, attending, use_reentrant=False)
+        y, z = recompute_in_backward(model.decoder.step, x, y, z, rope, key_values, use_reentrant=False)
         logits = model.readout(y[labelled]).float()
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         hits.append(logits.argmax(-1) == targets)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from trm.bench import roofline
 from trm.bench.halting import agreements, loosest
+from trm.bench.models import checkpoint_of, is_untrained
 from trm.bench.settings import DecodeSettings
 from trm.bench.workload import (
     MEDIAN_TOKENS,
@@ -27,10 +29,11 @@ from trm.bench.workload import (
     with_params,
 )
 from trm.chat import ChatFormat
-from trm.device import lay_out_for_decoding
 from trm.engine import Engine, EngineConfig, Request
-from trm.engine.runner import Runner, Span
+from trm.engine.runner import Chunk, Runner
+from trm.engine.slots import Span
 from trm.errors import ConfigError
+from trm.loading import prepare_for_decoding
 from trm.model import TRMForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,12 @@ logger = logging.getLogger(__name__)
 MIXED_EFFORTS = (1, 4, 8, 16)
 HALTING_EFFORT = 16
 LEAST_AGREEMENT = 0.995
+ENOUGH_S, SCALED_S = (
+    60.0,
+    15.0,
+)  # what all requests one after another may take; beyond the first they are made to take the second
+PROMPT_TOKENS = 80  # of an average question
+LEAST_REQUESTS, LEAST_TOKENS = 4, 16  # however slow the model
 SINGLE_ROW_REQUESTS = 24  # decoded one after another: enough to measure drafting
 CONTEXTS = (64, 128, 256, 512, 1024, 2048)
 CURVE_ROWS = 8
@@ -46,10 +55,18 @@ Raw = dict[str, Any]
 
 def measure(settings: DecodeSettings) -> Raw:
     """Part by part: their raw counts and times, and the ratios that these come to."""
-    model, chat = load(settings.model, settings.num_threads)
+    with checkpoint_of(settings.model, settings.shape) as directory:
+        how = {"device": settings.device, "dtype": settings.dtype, "quantize": settings.quantize}
+        model, chat = load(str(directory), settings.num_threads, **how)
+        untrained = is_untrained(directory)
     if model.config.kv_source != "context":
         raise ConfigError("this model has kv_source 'state' and cannot halt early; choose one with kv_source 'context'")
-    bench = DecodeBench(model, chat, settings)
+    logger.info("measuring the machine, and rounds of decoding")
+    raw: Raw = {
+        "roofline": roofline.measure(model, chat, settings.max_rows, settings.quantize, settings.repeats),
+    }
+    num_requests, median_tokens = affordable(settings.num_requests, raw["roofline"])
+    bench = DecodeBench(model, chat, settings, num_requests, median_tokens)
     parts: dict[str, Callable[[], Raw]] = {
         "throughput": bench.throughput,
         "mixed_effort": bench.mixed_effort,
@@ -63,22 +80,53 @@ def measure(settings: DecodeSettings) -> Raw:
         parts["context_curve"] = lambda: {
             kv_source: context_curve(model, kv_source, settings.repeats) for kv_source in ("context", "state")
         }
-    raw = {}
     for number, (name, part) in enumerate(parts.items(), start=1):
         logger.info("part %d of %d: measuring %s", number, len(parts), name)
         started = time.perf_counter()
         raw[name] = part()
         logger.info("part %d of %d took %.0f s", number, len(parts), time.perf_counter() - started)
-    return {**ratios(raw), "requests": settings.num_requests, "raw": raw}
+    return {
+        **ratios(raw),
+        "model": settings.shape or settings.model or "bundled",
+        "dtype": str(model.decoder.halt_head.weight.dtype).removeprefix("torch."),
+        "quantize": settings.quantize,
+        "device": str(model.device),
+        "untrained": untrained,
+        "requests": num_requests,
+        "median_tokens": median_tokens,
+        "raw": raw,
+    }
+
+
+def affordable(num_requests: int, measured: Raw) -> tuple[int, int]:
+    """How many requests, and the median length of their replies, for what `roofline.measure` has found.
+
+    All that is wanted if they take ENOUGH_S one after another; else fewer and shorter ones, which take SCALED_S.
+    """
+    single = measured["lines"][1]  # one row at the trained effort
+    token_s, prompt_s = single["round_s"], single["prompt_s"] * PROMPT_TOKENS / measured["context"]
+    if num_requests * (prompt_s + MEDIAN_TOKENS * token_s) <= ENOUGH_S:
+        return num_requests, MEDIAN_TOKENS
+    count = int(SCALED_S / (prompt_s + LEAST_TOKENS * token_s))
+    count = max(LEAST_REQUESTS, min(num_requests, count))
+    tokens = int((SCALED_S / count - prompt_s) / token_s)
+    return count, max(LEAST_TOKENS, min(MEDIAN_TOKENS, tokens))
 
 
 class DecodeBench:
     """One model and one set of requests; one part of the benchmark per method."""
 
-    def __init__(self, model: TRMForCausalLM, chat: ChatFormat, settings: DecodeSettings) -> None:
-        self.model, self.chat = model, chat
+    def __init__(
+        self,
+        model: TRMForCausalLM,
+        chat: ChatFormat,
+        settings: DecodeSettings,
+        num_requests: int,
+        median_tokens: int = MEDIAN_TOKENS,
+    ) -> None:
+        self.model, self.chat, self.median_tokens = model, chat, median_tokens
         self.max_rows, self.repeats, self.seed = settings.max_rows, settings.repeats, settings.seed
-        self.requests = make_requests(chat, settings.num_requests, [model.config.n_supervision], self.seed)
+        self.requests = make_requests(chat, num_requests, [model.config.n_supervision], self.seed, median_tokens)
         self.longest = max(request.positions for request in self.requests)
         self.pad_id = chat.tokenizer.pad_token_id or 0
 
@@ -117,7 +165,7 @@ class DecodeBench:
         """
         limit = self.model.config.max_supervision
         efforts = [min(effort, limit) for effort in MIXED_EFFORTS]
-        count, median_tokens = 4 * len(self.requests), MEDIAN_TOKENS // 4
+        count, median_tokens = 4 * len(self.requests), self.median_tokens // 4
         requests = make_requests(self.chat, count, efforts, self.seed, median_tokens)
         deepest = with_params(requests, n_supervision=max(efforts))
         sizes = {"max_model_len": max(r.positions for r in requests), "max_queue": count, "max_draft_tokens": 0}
@@ -192,12 +240,12 @@ class DecodeBench:
 
     def overhead(self) -> Raw:
         """Seconds inside the model's calls, of all seconds, as many requests as rows; other requests each time."""
-        engine = self.engine()
+        seeds = range(self.seed + 1, self.seed + 2 + self.repeats)
+        others = [make_requests(self.chat, self.max_rows, [self.model.config.n_supervision], seed) for seed in seeds]
+        batches = [with_params(requests, max_tokens=self.median_tokens) for requests in others]
+        engine = self.engine(max_model_len=max(request.positions for batch in batches for request in batch))
         total, inside = [], []
-        for repeat in range(1 + self.repeats):
-            others = make_requests(self.chat, self.max_rows, [self.model.config.n_supervision], self.seed + 1 + repeat)
-            room = self.longest - max(len(request.prompt_ids) for request in others)
-            requests = with_params(others, max_tokens=max(1, min(MEDIAN_TOKENS, room)))
+        for requests in batches:
             with model_time(self.model) as seconds:
                 total.append(decode_with_engine(engine, requests).seconds)
             inside.append(seconds[0])
@@ -233,9 +281,9 @@ def reference_sizes() -> Raw:
     try:
         for kv_source in ("context", "state"):
             model = TRMForCausalLM.from_backbone(backbone, kv_source=kv_source).eval()
-            lay_out_for_decoding(model)
+            prepare_for_decoding(model)
             runner = Runner(model, 1, prompt + tokens + 1, model.config.n_supervision)
-            runner.prefill([Span(0, 0, prompt)], [[0] * prompt], [model.config.n_supervision])
+            runner.encode([Chunk(0, 0, [0] * prompt, steps=model.config.n_supervision)])
             started = time.perf_counter()
             for position in range(prompt, prompt + tokens):
                 _decode_token(runner, [0], position, model.config.n_supervision)
@@ -257,7 +305,7 @@ def context_curve(model: TRMForCausalLM, kv_source: str, repeats: int) -> Raw:
             for name in ("n_latent", "n_cycles", "n_supervision", "n_layers", "expansion")
         }
         model = TRMForCausalLM.from_backbone(model.backbone, kv_source=kv_source, **settings).eval()
-        lay_out_for_decoding(model)
+        prepare_for_decoding(model.to(model.dtype))
     config = model.config
     longest = min(max(CONTEXTS), config.max_position_embeddings - 1)
     runner = Runner(model, CURVE_ROWS, longest + 1, config.n_supervision)
@@ -273,17 +321,17 @@ def context_curve(model: TRMForCausalLM, kv_source: str, repeats: int) -> Raw:
         seconds[context] = statistics.median(times[1:])
     return {
         "rows": CURVE_ROWS,
-        "bytes_per_position": calls * CURVE_ROWS * 2 * heads * config.head_dim * 4,
+        "bytes_per_position": calls * CURVE_ROWS * 2 * heads * config.head_dim * runner.slots.keys.element_size(),
         "seconds": seconds,
     }
 
 
 def _decode_token(runner: Runner, slots: Sequence[int], position: int, steps: int) -> None:
     """One token of each slot, at one position: backbone, recursion, head."""
-    runner.feed(slots, [position] * len(slots), [0] * len(slots))
+    runner.encode([Chunk(slot, position, [0], place=0) for slot in slots])
     for step in range(steps):
         runner.tick([Span(slot, position) for slot in slots], [step] * len(slots))
-    runner.logits(slots)
+    float(runner.logits(slots)[0, 0, 0])  # which waits for the device
 
 
 def ratios(raw: Raw) -> dict[str, float]:
@@ -331,7 +379,9 @@ def table(result: dict[str, Any]) -> str:
         return f"{run['generation_tokens'] / (run['row_steps'] / throughput['effort']):.2f} tokens a pass"
 
     lines = [
-        f"{count} requests, {tokens} tokens, {rows} rows, {result['threads']} threads, torch {result['torch']}",
+        f"{result['model']} in {result['quantize'] or result['dtype']} on {result['device']}: {count} requests, "
+        f"{tokens} tokens, {rows} rows, {result['threads']} threads, torch {result['torch']}",
+        *_remarks(result),
         "",
         "| | ratio | measured |",
         "|---|---|---|",
@@ -366,6 +416,7 @@ def table(result: dict[str, Any]) -> str:
         f"{sizes['tokens'] / sizes['context_s']:.1f} tokens/s, "
         f"with keys from the state {sizes['tokens'] / sizes['state_s']:.1f} |",
     ]
+    lines += ["", roofline.table(raw["roofline"])]
     for kv_source, curve in raw.get("context_curve", {}).items():
         lengths = list(curve["seconds"])
         lines += [
@@ -377,6 +428,19 @@ def table(result: dict[str, Any]) -> str:
             + " |",
         ]
     return "\n".join(lines)
+
+
+def _remarks(result: Raw) -> list[str]:
+    """What is to be known before the figures are believed."""
+    remarks = []
+    if result["median_tokens"] < MEDIAN_TOKENS:
+        remarks.append(
+            f"The model is slow here, so there are only {result['requests']} requests, "
+            f"with replies of {result['median_tokens']} tokens in the median instead of {MEDIAN_TOKENS}."
+        )
+    if result["untrained"]:
+        remarks.append("The decoder is untrained, so drafts are always right and one step is as good as all.")
+    return remarks
 
 
 def _num_equal(ours: Sequence[Any], theirs: Sequence[Any]) -> int:

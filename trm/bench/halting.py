@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trm.layers import Attending, causal_mask
+from trm.cache import Sequences
+from trm.layers import causal_mask
 from trm.model import TRMForCausalLM
 
 TOLERANCES = tuple(round(10 ** (exponent / 10), 5) for exponent in range(-40, 1))  # 0.0001 to 1
@@ -32,17 +33,18 @@ def agreements(
     """For each tolerance, ascending, over the replies of `sequences` (prompt, reply). Keys from the context only."""
     moved, right = [], []
     for prompt, reply in sequences:
-        ids = torch.tensor([[*prompt, *reply[:-1]]])
+        ids = torch.tensor([[*prompt, *reply[:-1]]], device=model.device)
         length, first = ids.shape[1], len(prompt) - 1
         mask = causal_mask(torch.ones_like(ids), length)
-        x, (cos, sin) = model.encode(ids, mask, torch.arange(length)[None])
-        context = model.decoder.context_keys_values(x, (cos, sin))
-        attending = Attending((cos[:, first:], sin[:, first:]), mask[:, :, first:], context)
-        x = x[:, first:]
+        cos, sin = model.backbone.rope(torch.arange(length, device=ids.device)[None])
+        x = model.encode(model.backbone.embed_tokens(ids), (cos, sin), Sequences(mask))
+        context = Sequences(mask, keep=True)
+        model.decoder.write_context(x, (cos, sin), context)
+        x, rope, context = x[:, first:], (cos[:, first:], sin[:, first:]), context.seen_by(mask[:, :, first:])
         y = z = torch.zeros_like(x)
         answer, tokens, distances = x, [], []
         for _ in range(effort):
-            y, z = model.decoder.step(x, y, z, attending)
+            y, z = model.decoder.step(x, y, z, rope, context)
             distances.append(model.moved(answer, y)[0])
             tokens.append(model.readout(y).argmax(-1)[0])
             answer = y

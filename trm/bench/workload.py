@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, solve_messages
-from trm.device import lay_out_for_decoding
 from trm.engine import Engine, Request, SamplingParams
 from trm.engine.row import Row
-from trm.engine.runner import Slots
 from trm.engine.scheduler import Scheduler
+from trm.engine.slots import Slots
+from trm.loading import load_for_decoding
 from trm.model import TRMForCausalLM
 
 MEDIAN_TOKENS, SIGMA, LONGEST_RATIO = 90, 0.45, 3.5
@@ -38,13 +39,11 @@ TokenIds = tuple[int, ...]
 Result = TypeVar("Result")
 
 
-def load(source: str | None, num_threads: int) -> tuple[TRMForCausalLM, ChatFormat]:
-    """A model, by default the bundled one, in this process, and its words."""
-    torch.set_num_threads(num_threads)
-    source = source or str(bundled_model_path())
-    model = TRMForCausalLM.from_pretrained(source, dtype=torch.float32)
-    lay_out_for_decoding(model)
-    return model, ChatFormat(checkpoint.read_tokenizer(source), model.config.normalize_text)
+def load(source: str | None, num_threads: int, **how: Any) -> tuple[TRMForCausalLM, ChatFormat]:
+    """A model, by default the bundled one, in this process, and its words. `how`: as `load_for_decoding` takes it."""
+    model = load_for_decoding(source, num_threads=num_threads, **how)
+    tokenizer = checkpoint.read_tokenizer(source or bundled_model_path())
+    return model, ChatFormat(tokenizer, model.config.normalize_text)
 
 
 def make_questions(
@@ -76,6 +75,16 @@ def with_params(requests: Sequence[Request], **params: Any) -> list[Request]:
     return [Request(request.prompt_ids, replace(request.params, **params)) for request in requests]
 
 
+def padded_left(
+    prompts: Sequence[Sequence[int]], pad_id: int = 0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, S) of prompts that all end at the right."""
+    width = max(map(len, prompts))
+    ids = [[*[pad_id] * (width - len(prompt)), *prompt] for prompt in prompts]
+    mask = [[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def decode_with_generate(
     model: TRMForCausalLM, requests: Sequence[Request], batch_size: int, pad_id: int
 ) -> list[TokenIds]:
@@ -83,20 +92,19 @@ def decode_with_generate(
     replies: list[TokenIds] = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        width = max(len(r.prompt_ids) for r in batch)
-        longest = max(r.params.max_tokens for r in batch)
-        ids = torch.tensor([[pad_id] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in batch])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch])
+        ids, mask = padded_left([r.prompt_ids for r in batch], pad_id, model.device)
         out = model.generate(
             ids,
             attention_mask=mask,
             do_sample=False,
-            max_new_tokens=longest,
+            max_new_tokens=max(r.params.max_tokens for r in batch),
             eos_token_id=None,
             pad_token_id=pad_id,
             n_supervision=batch[0].params.n_supervision,
         )
-        replies += [tuple(row[: r.params.max_tokens]) for row, r in zip(out[:, width:].tolist(), batch, strict=True)]
+        replies += [
+            tuple(row[: r.params.max_tokens]) for row, r in zip(out[:, ids.shape[1] :].tolist(), batch, strict=True)
+        ]
     return replies
 
 
@@ -166,7 +174,7 @@ def in_turn(ways: Mapping[str, Callable[[], Result]], repeats: int) -> tuple[dic
 def model_time(model: TRMForCausalLM) -> Iterator[list[float]]:
     """Adds up, in the list's one element, the seconds inside the model's calls and the cache's reads and writes.
 
-    On a CPU, where calls return when they are done.
+    On a GPU too: each call then waits until the device is done, which costs time elsewhere.
     """
     total, depth = [0.0], [0]
 
@@ -177,6 +185,8 @@ def model_time(model: TRMForCausalLM) -> Iterator[list[float]]:
             try:
                 return call(*args, **kwargs)
             finally:
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize(model.device)
                 depth[0] -= 1
                 if not depth[0]:  # the cache is read inside calls too
                     total[0] += time.perf_counter() - started

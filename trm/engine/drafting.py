@@ -20,11 +20,12 @@ PROBE_EVERY = 32  # rounds without a draft after which one token is drafted, to 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one backbone pass and of one supervision step over some numbers of positions, ascending."""
+    """Seconds of one backbone pass, one supervision step and the head over some numbers of positions, ascending."""
 
     positions: Sequence[int]
     backbone_s: Sequence[float]
     step_s: Sequence[float]
+    head_s: Sequence[float]
 
     def backbone(self, num_positions: int) -> float:
         """Seconds of a backbone pass over `num_positions` positions, however they are spread over rows."""
@@ -33,6 +34,10 @@ class Costs:
     def step(self, num_positions: int) -> float:
         """Seconds of a supervision step over `num_positions` positions."""
         return self._between(self.step_s, num_positions)
+
+    def head(self, num_positions: int) -> float:
+        """Seconds to read out the logits of `num_positions` positions."""
+        return self._between(self.head_s, num_positions)
 
     def _between(self, seconds: Sequence[float], wanted: int) -> float:
         """Straight lines through the measured points, which never fall, the last one continued."""
@@ -83,8 +88,10 @@ class Drafter:
 
         def tokens_per_s(length: int) -> float:
             tokens = sum(acceptance**k for k in range(length + 1))
-            backbone_s = (length + 1) * self.costs.backbone(num_rows)
-            return tokens / (backbone_s + steps * self.costs.step(num_running * (length + 1)))
+            drafting_s = length * (self.costs.backbone(num_rows) + self.costs.head(num_rows))
+            verified = num_rows * (length + 1)
+            thinking_s = steps * self.costs.step(num_running * (length + 1)) + self.costs.head(verified)
+            return tokens / (self.costs.backbone(num_rows) + drafting_s + thinking_s)
 
         best = max(range(1, longest + 1), key=tokens_per_s)
         return best if tokens_per_s(best) > LEAST_GAIN * tokens_per_s(0) else 0

@@ -17,9 +17,10 @@ from trm.engine.choosing import Chosen, ask_draft, ask_reply, take_draft, take_r
 from trm.engine.drafting import Drafter
 from trm.engine.request import Event, FinishReason
 from trm.engine.row import Pass, Row
-from trm.engine.runner import Halting, Runner, Span
+from trm.engine.runner import Chunk, Halting, Runner
 from trm.engine.sampling import Answer, Ask, choose, likeliest
 from trm.engine.scheduler import Copy, Scheduler
+from trm.engine.slots import Span
 from trm.errors import DeviceError, InternalError, TRMError
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ class Loop:
             self.counters.row_places += min(self.scheduler.max_rows, unfinished)
         for copy in copies:
             self._call([copy.row], partial(self._take_over, copy))
-        self._prefill()
-        self._feed()
+        self._encode()
         self._tick()
         self._answer()
         with self._lock:
@@ -103,33 +103,42 @@ class Loop:
             self.runner.copy(copy.source, row.slot, length, row.steps)
         row.cached = row.taken.cached_tokens = length
 
-    def _prefill(self) -> None:
-        """Cache the next prompt tokens of rows that have some left."""
-        if chosen := self.scheduler.prefilling(self._prefill_chunk):
-            rows = [row for row, _ in chosen]
-            spans = [Span(row.slot, row.cached, count) for row, count in chosen]
-            tokens = [row.request.prompt_ids[row.cached : row.cached + count] for row, count in chosen]
-            if self._call(rows, lambda: self.runner.prefill(spans, tokens, [row.steps for row in rows])):
-                self.counters.backbone_calls += 1
-                for row, count in chosen:
-                    row.cached += count
+    def _encode(self) -> None:
+        """One backbone call for the next parts of prompts and the next tokens of rows that are ready; then drafts."""
+        with self._lock:
+            chosen = self.scheduler.prefilling(self._prefill_chunk)
+            fed = self.scheduler.feeding()
+        prompts = [
+            Chunk(row.slot, row.cached, row.request.prompt_ids[row.cached : row.cached + count], steps=row.steps)
+            for row, count in chosen
+        ]
+        tokens = [Chunk(row.slot, row.cached, (row.token,), place=0) for row in fed]
+        prompting = [row for row, _ in chosen]
+        if not prompts or not tokens or not self._pass([], [*prompts, *tokens]):  # together, or where that fails, apart
+            prompts_done = bool(prompts) and self._pass(prompting, prompts)
+            tokens_done = bool(tokens) and self._pass(fed, tokens)
+        else:
+            prompts_done = tokens_done = True
+        if prompts_done:
+            for row, count in chosen:
+                row.cached += count
+        if tokens_done:
+            for row in fed:
+                row.work = Pass()
+            self._trace(fed)
+            self._draft_behind(fed)
 
-    def _feed(self) -> None:
-        """Pass the next token of rows that are ready through the backbone, and what it drafts behind it."""
-        rows = self.scheduler.feeding()
-        if not rows or not self._pass(rows, [row.token for row in rows], offset=0):
-            return
-        for row in rows:
-            row.work = Pass()
-        self._trace(rows)
+    def _draft_behind(self, rows: Sequence[Row]) -> None:
+        """Let the backbone draft tokens behind those that have just passed it, where that pays."""
         length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
         for offset in range(1, length + 1):
             rows = [row for row in rows if row.room_for_draft >= offset]
             if not rows or not self._draft(rows, offset - 1):
                 return
             drafted = [(row, work.draft[-1]) for row, work in _at_work(rows) if len(work.draft) == offset]
+            chunks = [Chunk(row.slot, row.cached + offset, (token,), place=offset) for row, token in drafted]
             rows = [row for row, _ in drafted]
-            if not rows or not self._pass(rows, [token for _, token in drafted], offset):
+            if not rows or not self._pass(rows, chunks):
                 return
 
     def _draft(self, rows: Sequence[Row], place: int) -> bool:
@@ -176,10 +185,9 @@ class Loop:
         left = iter(answers)
         return [(row, work, asks, list(islice(left, len(asks)))) for row, work, asks in asked]
 
-    def _pass(self, rows: Sequence[Row], tokens: Sequence[int], offset: int) -> bool:
-        """One backbone call for one token of each row, `offset` places behind the chosen one."""
-        slots, positions = [row.slot for row in rows], [row.cached + offset for row in rows]
-        if self._call(rows, lambda: self.runner.feed(slots, positions, tokens, offset)):
+    def _pass(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> bool:
+        """One backbone call; where it fails, `rows` do."""
+        if self._call(rows, lambda: self.runner.encode(chunks)):
             self.counters.backbone_calls += 1
             return True
         return False

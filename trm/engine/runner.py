@@ -1,41 +1,54 @@
-"""Run the model for many rows at once: the only part of the engine that touches tensors.
+"""Run the model for many rows at once: the only part of the engine that touches the model.
 
-Owns the preallocated key/value slots and the recursion state (x, y, z) of every slot. Knows
-slots, tokens, positions and steps; knows no requests. A failing call raises whatever torch
-raises; the engine turns that into DeviceError for the rows of the call.
+Owns the preallocated key/value slots and the recursion state (x, y, z) of every slot. Knows slots, tokens, positions
+and steps; knows no requests. A failing call raises whatever torch raises and leaves the slots of other rows as they
+were. All positions of a call lie one behind the other, N of them, whatever rows they belong to and however many each
+has; only attention looks at rows.
 
-Neighbouring slots are read in place, as a view; only rows that lie apart are gathered, which
-costs a copy. Legend: B rows of a call, C positions per row, W cached positions in view, D hidden,
-K key/value heads, d head size, V vocabulary.
+Legend: N positions of a call, B rows, C positions of each, W positions in view, D hidden, K key/value heads,
+d head size, V vocabulary.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Self
+from itertools import accumulate
+from typing import NamedTuple, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trm.engine.drafting import Costs
 from trm.engine.request import SamplingParams
+from trm.engine.slots import Slots, SlotView, Span, Where, locate, neighbours, rounded
 from trm.errors import DeviceError
-from trm.layers import Attending, KeyValue, signed
+from trm.layers import Rope
 from trm.model import TRMForCausalLM
 
+logger = logging.getLogger(__name__)
+
+CHECKED_SLOTS = 5  # that keep each other company in `check_exact`
 COST_POSITIONS = (1, 8, 64)  # sizes of the calls that are timed to decide about drafting
 COST_REPEATS = 5
 COST_ENOUGH_S = 0.3  # of one size and kind of call; a large model is timed once
 
+T = TypeVar("T")
 
-class Span(NamedTuple):
-    """Consecutive positions of one slot."""
+
+class Chunk(NamedTuple):
+    """Tokens of one slot for the backbone, from position `start` on.
+
+    place: of a token that is to be thought about, which of its row's places it takes: 0 for the chosen one, then
+    those of the draft. None for a part of a prompt; over that the recursion runs to depth `steps`, if its keys come
+    from the state.
+    """
 
     slot: int
     start: int
-    length: int = 1
+    tokens: Sequence[int]
+    place: int | None = None
+    steps: int = 0
 
 
 class Halting(NamedTuple):
@@ -51,114 +64,66 @@ class Halting(NamedTuple):
         return cls(params.halt_threshold or never.threshold, params.halt_tolerance or never.tolerance)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the positions of one call lie. Rows shorter than C are padded; padding is written to a scratch position."""
-
-    slots: slice | Tensor  # for reading: a slice where the slots are neighbours
-    rows: Tensor  # (B, 1) slots
-    write_at: Tensor  # (B, C)
-    positions: Tensor  # (B, C), 0 where padded
-    mask: Tensor  # (B, 1, C, W), additive
-    count: int  # C
-    width: int  # W
-
-
-class Slots:
-    """Preallocated keys and values: `entries` tables of (slots, K, max_len, d), born as zeros."""
-
-    def __init__(
-        self, entries: int, slots: int, num_key_value_heads: int, max_len: int, head_dim: int, like: Tensor
-    ) -> None:
-        shape = (entries, slots, num_key_value_heads, max_len, head_dim)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
-
-    def write(self, entry: int | Tensor, place: _Place, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values (B, K, C, d). `entry`: one for all rows, or (B, 1)."""
-        self.keys[entry, place.rows, :, place.write_at] = keys.transpose(1, 2)
-        self.values[entry, place.rows, :, place.write_at] = values.transpose(1, 2)
-
-    def read(self, entry: int | Tensor, place: _Place) -> KeyValue:
-        """Keys and values of the positions in view, each (B, K, W, d)."""
-        if isinstance(entry, Tensor):
-            where = entry[:, 0], place.rows[:, 0]
-            return self.keys[*where, :, : place.width], self.values[*where, :, : place.width]
-        return self.keys[entry, place.slots, :, : place.width], self.values[entry, place.slots, :, : place.width]
-
-
-class _BackboneView:
-    """What the backbone's layers see as their cache during one call."""
-
-    def __init__(self, slots: Slots, place: _Place) -> None:
-        self.slots = slots
-        self.place = place
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> KeyValue:
-        self.slots.write(layer, self.place, keys, values)
-        return self.slots.read(layer, self.place)
-
-
 class Runner:
-    """Model, slots and recursion state. `max_steps` bounds the effort where it costs cache."""
+    """Model, slots and recursion state. `max_steps` bounds the effort where it costs cache.
+
+    `exact`: whether a row's numbers are the same to the bit in any company.
+    """
 
     def __init__(
         self, model: TRMForCausalLM, num_slots: int, max_len: int, max_steps: int, max_draft_tokens: int = 0
     ) -> None:
         self.model = model
+        self.exact = model.exact
         config, backbone = model.config, model.config.backbone_config
-        weight = model.decoder.halt_head.weight
-        embedding: Tensor = model.backbone.model.embed_tokens.weight
-        kv_heads = backbone.num_key_value_heads
-        self.device = weight.device
-        self.scratch = max_len - 1  # where the last token of a reply would lie, which nobody has to read
-        sizes = num_slots, kv_heads, max_len, config.head_dim
-        self.backbone_slots = Slots(backbone.num_hidden_layers, *sizes, embedding)
-        self.slots = Slots(config.cache_entries(max_steps), *sizes, weight)
+        self.device = model.device
+        self.max_len = max_len
+        sizes = num_slots, backbone.num_key_value_heads, rounded(max_len), config.head_dim
+        self.backbone_slots = Slots(backbone.num_hidden_layers, *sizes, model.backbone.dtype, self.device)
+        self.slots = Slots(config.cache_entries(max_steps), *sizes, model.decoder.dtype, self.device)
         shape = num_slots, 1 + max_draft_tokens
-        self.state = torch.zeros(3, *shape, config.hidden_size, dtype=weight.dtype, device=self.device)  # x, y, z
+        with torch.inference_mode():
+            self.rope = model.backbone.rope(torch.arange(max_len, device=self.device))  # each (max_len, d)
+        wide = self.rope[0].dtype
+        self.state = torch.zeros(3, *shape, config.hidden_size, dtype=wide, device=self.device)  # x, y, z
         self.halted = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.entries_per_step = config.calls_per_step * config.n_layers
-        with torch.inference_mode():
-            positions = torch.arange(max_len, device=self.device)[None]
-            cos, sin = signed(*model.backbone.model.rotary_emb(weight, positions))
-            self.rope = cos[0], sin[0]
-        self._last: tuple[tuple[Span, ...], _Place, Attending | None] | None = None
+        self._last: tuple[tuple[Span, ...], Where, SlotView] | None = None
 
     @staticmethod
     def bytes_per_position(model: TRMForCausalLM, max_steps: int) -> int:
         """Cache bytes that one position of one slot takes."""
         config, backbone = model.config, model.config.backbone_config
         per_entry = 2 * backbone.num_key_value_heads * config.head_dim
-        weight, embedding = model.decoder.halt_head.weight, model.backbone.model.embed_tokens.weight
-        recursion = config.cache_entries(max_steps) * weight.element_size()
-        return int(per_entry * (backbone.num_hidden_layers * embedding.element_size() + recursion))
+        recursion = config.cache_entries(max_steps) * model.decoder.dtype.itemsize
+        return int(per_entry * (backbone.num_hidden_layers * model.backbone.dtype.itemsize + recursion))
 
     @torch.inference_mode()
-    def prefill(self, spans: Sequence[Span], tokens: Sequence[Sequence[int]], steps: Sequence[int]) -> None:
-        """Cache prompt tokens. With keys from the state the recursion runs over them too, to each row's own depth."""
-        groups = [0] if self.model.config.kv_source == "context" else sorted(set(steps))
-        for depth in groups:
-            chosen = [i for i, own in enumerate(steps) if own == depth or len(groups) == 1]
-            place = self._place([spans[i] for i in chosen])
-            x = self._encode(place, [tokens[i] for i in chosen])
-            y = z = torch.zeros_like(x)
-            for step in range(depth):
-                y, z = self.model.decoder.step(x, y, z, self._attending(place, [step] * len(chosen)))
+    def encode(self, chunks: Sequence[Chunk]) -> None:
+        """Pass tokens of any rows through the backbone, parts of prompts and tokens to think about together.
 
-    @torch.inference_mode()
-    def feed(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int], offset: int = 0) -> None:
-        """Pass one token of each row through the backbone; what comes out is the answer of step 0.
-
-        offset: which of the row's places the token takes, 0 for the chosen one, then those of the draft.
+        Their keys and values are stored. What comes out at a token with a place is its answer of step 0.
         """
-        place = self._place([Span(slot, position) for slot, position in zip(slots, positions, strict=True)])
-        x = self._encode(place, [[token] for token in tokens])[:, 0]
-        self.state[0, place.slots, offset] = x
-        self.state[1, place.slots, offset] = x
-        self.state[2, place.slots, offset] = 0
-        self.halted[place.slots, offset] = False
+        spans = [Span(chunk.slot, chunk.start, len(chunk.tokens)) for chunk in chunks]
+        where = self._where(spans)
+        ids = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=self.device)
+        x = self._encode(ids, where)  # (N, D)
         self._last = None  # keys that were gathered are out of date
+        ends = torch.tensor([span.length for span in spans]).cumsum(0) - 1
+        thinking = [row for row, chunk in enumerate(chunks) if chunk.place is not None]
+        if thinking:
+            slots, places = ([getattr(chunks[row], name) for row in thinking] for name in ("slot", "place"))
+            at = torch.tensor([slots, places], device=self.device)
+            answers = x[ends[thinking].to(self.device)]
+            self.state[0, at[0], at[1]] = answers
+            self.state[1, at[0], at[1]] = answers
+            self.state[2, at[0], at[1]] = 0
+            self.halted[at[0], at[1]] = False
+        if self.model.config.kv_source == "state":
+            for depth in sorted({chunk.steps for chunk in chunks if chunk.place is None}):
+                rows = [i for i, chunk in enumerate(chunks) if chunk.place is None and chunk.steps == depth]
+                of_rows = torch.cat([torch.arange(int(ends[i]) + 1 - spans[i].length, int(ends[i]) + 1) for i in rows])
+                self._think(x[of_rows.to(self.device)], self._where([spans[i] for i in rows]), depth)
 
     @torch.inference_mode()
     def tick(
@@ -169,30 +134,31 @@ class Runner:
         With `halting`, one for each row, positions that have halted keep their answer; returns for each
         row and position whether it has, or nothing without.
         """
-        place, attending = self._prepared(spans, steps)
-        x, y, z = self.state[:, place.slots, : place.count]
-        begun = [step > 0 for step in steps]
+        where, view = self._prepared(spans, steps)
+        lengths = [span.length for span in spans]
+        places = torch.tensor([place for length in lengths for place in range(length)], device=self.device)
+        x, y, z = self.state[:, where.slots, places]  # each (N, D)
         start = y  # what stands there before the first step is the answer of step 0; the recursion starts from zero
-        if not all(begun):
-            start = torch.where(torch.tensor(begun, device=self.device)[:, None, None], y, 0)
-        new_y, new_z = self.model.decoder.step(x, start, z, attending)
+        if not all(steps):
+            begun = torch.tensor(_spread([step > 0 for step in steps], lengths), device=self.device)
+            start = torch.where(begun[:, None], y, 0)
+        new_y, new_z = self.model.decoder.step(x, start, z, self._rope(where), view)
+        halted: list[list[bool]] = []
         if halting is not None:
-            halted = self.halted[place.slots, : place.count].clone()
-            new_y = torch.where(halted[..., None], y, new_y)
-            limits = torch.tensor(halting, device=self.device)  # (B, 2)
-            halted |= self.model.decoder.halt_logits(new_y).float().sigmoid() > limits[:, :1]
-            watched = limits[:, 1] > 0
-            if watched.any():
-                halted[watched] |= self.model.moved(y[watched], new_y[watched]) < limits[watched, 1:]
-            self.halted[place.slots, : place.count] = halted
-        self.state[1, place.slots, : place.count] = new_y
-        self.state[2, place.slots, : place.count] = new_z
-        return [] if halting is None else halted.tolist()
+            before = self.halted[where.slots, places]
+            new_y = torch.where(before[:, None], y, new_y)
+            now = before | self._halts(y, new_y, _spread(halting, lengths))
+            self.halted[where.slots, places] = now
+            flat, ends = now.tolist(), accumulate(lengths)
+            halted = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        self.state[1, where.slots, places] = new_y
+        self.state[2, where.slots, places] = new_z
+        return halted
 
     @torch.inference_mode()
     def logits(self, slots: Sequence[int], first: int = 0, count: int = 1) -> Tensor:
         """Logits (B, count, V) of the answer states as they are, from place `first` on."""
-        return self.model.readout(self.state[1, _neighbours(slots, self.device), first : first + count])
+        return self.model.readout(self.state[1, neighbours(slots, self.device), first : first + count])
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int, steps: int) -> None:
@@ -221,21 +187,44 @@ class Runner:
             raise DeviceError(f"{self.device} computes wrong sums")
 
     @torch.inference_mode()
-    def measure(self) -> Costs:
-        """Time backbone and supervision step over a few positions in slots that must be free; they are left clean."""
-        spans = [Span(0, 0, length) for length in sorted({min(c, self.scratch) for c in COST_POSITIONS})]
-        backbone_s, step_s = [], []
-        for span in spans:
-            place = self._place([span])
-            x = self._encode(place, [[0] * span.length])
-            backbone_s.append(_fastest(partial(self._draft, place, span.length), self.device))
-            step_s.append(_fastest(partial(self.model.decoder.step, x, x, x, self._attending(place, [0])), self.device))
-        self.clear(0)
-        return Costs([span.length for span in spans], backbone_s, step_s)
+    def check_exact(self) -> bool:
+        """Decode a token alone and in company: whether not a bit differs. If one does, go on without exactness.
 
-    def _draft(self, place: _Place, count: int) -> Tensor:
-        """What a drafted token costs besides its steps: backbone and head."""
-        return self.model.readout(self._encode(place, [[0] * count]))
+        Slots must be free; they are left clean. One slot has no company.
+        """
+        slots = range(min(CHECKED_SLOTS, len(self.state[0])))
+        prompts = [Chunk(slot, 0, range(min(3 + 2 * slot, self.max_len - 2))) for slot in slots]
+        tokens = [Chunk(slot, len(prompts[slot].tokens), (slot,), place=0) for slot in slots]
+
+        def decode(rows: slice) -> Tensor:
+            self.encode(prompts[rows])
+            self.encode(tokens[rows])
+            some = tokens[rows]
+            self.tick([Span(chunk.slot, chunk.start) for chunk in some], [0] * len(some))
+            return self.logits([0])
+
+        if self.exact and not torch.equal(decode(slice(1)), decode(slice(None))):
+            self.exact = False
+            logger.warning("products of this processor depend on their company here: replies may differ in near ties")
+        for slot in slots:
+            self.clear(slot)
+        return self.exact
+
+    @torch.inference_mode()
+    def measure(self) -> Costs:
+        """Time backbone, step and head over a few positions in slots that must be free; they are left clean."""
+        sizes = sorted({min(count, self.max_len - 1) for count in COST_POSITIONS})
+        backbone_s, step_s, head_s = [], [], []
+        for count in sizes:
+            where = self._where([Span(0, 0, count)])
+            ids = torch.zeros(count, dtype=torch.long, device=self.device)
+            x = self._encode(ids, where)
+            step = partial(self.model.decoder.step, x, x, x, self._rope(where), self._view(where, [0], [count]))
+            backbone_s.append(_fastest(partial(self._encode, ids, where), self.device))
+            step_s.append(_fastest(step, self.device))
+            head_s.append(_fastest(partial(self.model.readout, x), self.device))
+        self.clear(0)
+        return Costs(sizes, backbone_s, step_s, head_s)
 
     def _tables(self, steps: int | None = None) -> list[Tensor]:
         """All tables of keys and values, of the recursion only what `steps` steps use."""
@@ -243,69 +232,61 @@ class Runner:
         backbone, own = self.backbone_slots, self.slots
         return [backbone.keys, backbone.values, own.keys[:entries], own.values[:entries]]
 
-    def _encode(self, place: _Place, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Backbone pass; returns x (B, C, D), and with keys from the context stores them."""
-        ids = torch.tensor([[*row, *[0] * (place.count - len(row))] for row in tokens], device=self.device)
-        mask = place.mask.to(self.backbone_slots.keys.dtype)
-        x, rope = self.model.encode(ids, mask, place.positions, _BackboneView(self.backbone_slots, place))
+    def _where(self, spans: Sequence[Span]) -> Where:
+        return locate(spans, self.exact, self.backbone_slots.keys.dtype, self.device)
+
+    def _rope(self, where: Where) -> Rope:
+        return self.rope[0][where.positions], self.rope[1][where.positions]
+
+    def _encode(self, ids: Tensor, where: Where) -> Tensor:
+        """Backbone pass over token ids (N,); returns x (N, D), and with keys from the context stores them."""
+        rope = self._rope(where)
+        embedded = self.model.backbone.embed_tokens(ids)
+        x = self.model.encode(embedded, rope, SlotView(self.backbone_slots, where))
         if self.model.config.kv_source == "context":
-            for layer, (keys, values) in enumerate(self.model.decoder.context_keys_values(x, rope)):
-                self.slots.write(layer, place, keys, values)
+            self.model.decoder.write_context(x, rope, SlotView(self.slots, where))
         return x
 
-    def _attending(self, place: _Place, steps: Sequence[int]) -> Attending:
+    def _think(self, x: Tensor, where: Where, depth: int) -> None:
+        """The recursion over parts of prompts, x (N, D): its keys and values of the first `depth` steps are stored."""
+        y = z = torch.zeros_like(x)
+        for step in range(depth):
+            view = SlotView(self.slots, where, step * self.entries_per_step)
+            y, z = self.model.decoder.step(x, y, z, self._rope(where), view)
+
+    def _halts(self, before: Tensor, after: Tensor, limits: Sequence[Halting]) -> Tensor:
+        """Which answers (N, D) stop thinking now, by the limits of their rows: (N,) bool."""
+        thresholds, tolerances = torch.tensor(limits, device=self.device).unbind(1)
+        halts = self.model.decoder.halt_logits(after).float().sigmoid() > thresholds
+        if watched := [place for place, limit in enumerate(limits) if limit.tolerance > 0]:
+            at = torch.tensor(watched, device=self.device)
+            halts[at] |= self.model.moved(before[at], after[at]) < tolerances[at]
+        return halts
+
+    def _view(self, where: Where, steps: Sequence[int], lengths: Sequence[int]) -> SlotView:
         """What the recursion sees: each row its own slot, and with keys from the state its own step's entries."""
-        rope = self.rope[0][place.positions], self.rope[1][place.positions]
         if self.model.config.kv_source == "context":
-            layers = range(self.model.config.n_layers)
-            return Attending(rope, place.mask, [self.slots.read(layer, place) for layer in layers])
+            return SlotView(self.slots, where, keep=True)
         first: int | Tensor = steps[0] * self.entries_per_step
         if len(set(steps)) > 1:
-            first = torch.tensor(steps, device=self.device)[:, None] * self.entries_per_step
+            first = torch.tensor(_spread(steps, lengths), device=self.device) * self.entries_per_step
+        return SlotView(self.slots, where, first)
 
-        def update(entry: int, keys: Tensor, values: Tensor) -> KeyValue:
-            self.slots.write(first + entry, place, keys, values)
-            return self.slots.read(first + entry, place)
-
-        return Attending(rope, place.mask, update=update)
-
-    def _prepared(self, spans: Sequence[Span], steps: Sequence[int]) -> tuple[_Place, Attending]:
-        """Place and attending of a tick; with keys from the context the ticks of one token share them."""
-        key = tuple(spans)
+    def _prepared(self, spans: Sequence[Span], steps: Sequence[int]) -> tuple[Where, SlotView]:
+        """Where the positions of a tick lie and what they see; the ticks of one token share what does not change."""
+        key, lengths = tuple(spans), [span.length for span in spans]
         if self._last is None or self._last[0] != key:
-            self._last = key, self._place(spans), None
-        _, place, attending = self._last
-        if attending is None:
-            attending = self._attending(place, steps)
-            if self.model.config.kv_source == "context":
-                self._last = key, place, attending
-        return place, attending
-
-    def _place(self, spans: Sequence[Span]) -> _Place:
-        slots, starts, lengths = np.array(spans).T[..., None]  # each (B, 1)
-        offsets = np.arange(lengths.max())
-        width = int((starts + lengths).max())
-        real = offsets < lengths
-        positions = np.where(real, starts + offsets, 0)  # padding looks at position 0, so that no softmax is empty
-        hidden = torch.from_numpy(np.arange(width) > positions[:, None, :, None])
-        device = self.device
-        return _Place(
-            _neighbours([span.slot for span in spans], device),
-            torch.from_numpy(slots).to(device),
-            torch.from_numpy(np.where(real, positions, self.scratch)).to(device),
-            torch.from_numpy(positions).to(device),
-            torch.zeros(hidden.shape, dtype=self.state.dtype).masked_fill_(hidden, -torch.inf).to(device),
-            len(offsets),
-            width,
-        )
+            where = self._where(spans)
+            self._last = key, where, self._view(where, steps, lengths)
+        _, where, view = self._last
+        if self.model.config.kv_source == "state":
+            view = self._view(where, steps, lengths)
+        return where, view
 
 
-def _neighbours(slots: Sequence[int], device: torch.device) -> slice | Tensor:
-    """An index for `slots`: a slice, which reads without copying, where they are consecutive."""
-    first = slots[0]
-    if list(slots) == list(range(first, first + len(slots))):
-        return slice(first, first + len(slots))
-    return torch.tensor(slots, device=device)
+def _spread(of_rows: Sequence[T], lengths: Sequence[int]) -> list[T]:
+    """What each row has, for each of its positions."""
+    return [one for one, length in zip(of_rows, lengths, strict=True) for _ in range(length)]
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:

@@ -144,18 +144,14 @@ class Scheduler:
     def prefilling(self, budget: int) -> list[tuple[Row, int]]:
         """Rows with prompt left to cache and how many tokens of it now, by slot, chosen oldest first.
 
-        A call is as long as its longest row, for all of its rows: together they come to `budget` at most.
+        Together they come to `budget` at most.
         """
         chosen: list[tuple[Row, int]] = []
-        widest = 0
         for row in self.running:
-            if not row.settled or not row.to_prefill:
-                continue
-            width = max(widest, min(row.to_prefill, budget // (len(chosen) + 1)))
-            if (len(chosen) + 1) * width > budget:
-                break
-            chosen.append((row, min(row.to_prefill, width)))
-            widest = width
+            if budget and row.settled and row.to_prefill:
+                count = min(row.to_prefill, budget)
+                chosen.append((row, count))
+                budget -= count
         return sorted(chosen, key=lambda chunk: chunk[0].slot)
 
     def feeding(self) -> list[Row]:

@@ -32,7 +32,7 @@ def run_dir(backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize(("kind", "share"), [("continued", 1.0), ("layer", 0.33), ("lora", 0.2)])
 def test_a_control_starts_as_the_backbone(backbone_dir: Path, kind: Kind, share: float) -> None:
-    model = checkpoint.read_backbone(backbone_dir)
+    model = checkpoint.read_backbone(backbone_dir).to_transformers()
     in_layers = sum(p.numel() for p in model.model.layers.parameters())
     before = model(IDS).logits.detach()
 
@@ -58,7 +58,7 @@ def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
     backbone = checkpoint.read_backbone(backbone_dir)
     control = AutoModelForCausalLM.from_pretrained(directory)
     assert control.config.num_hidden_layers == backbone.config.num_hidden_layers + (kind == "layer")
-    old, new = backbone.state_dict(), control.state_dict()
+    old, new = dict(backbone.hub_tensors()), control.state_dict()
     changed = {name for name in old if not torch.equal(old[name].to(torch.bfloat16), new[name].to(torch.bfloat16))}
     added = set(new) - set(old)
     match kind:

@@ -1,0 +1,173 @@
+"""Linear layers packed once for decoding on a CPU: products in bfloat16, and in int8.
+
+A row's product is the same to the bit however many rows there are. oneDNN's packed products have this property from
+some number of rows on, which depends on shape and processor: it sums in blocks that few rows make it cut otherwise. So
+each shape is measured once, and calls of fewer rows are filled up with zeros. The operators are torch's own internals,
+named nowhere else; where they are missing, slow or wrong, there are plain layers in their place.
+
+Legend: N rows, I inputs, O outputs of a layer.
+"""
+
+import logging
+import time
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trm.errors import ConfigError
+from trm.layers import Linear
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 96, 128)  # calls whose bits are compared
+CHECKED_OUTPUTS = 4096  # of a large layer: its products are cut alike all along
+ZERO_POINT = 128  # activations are unsigned: for signed ones oneDNN has no fast product on some processors
+SLOW = 20  # times the seconds of the float32 product: oneDNN's reference code takes a thousand
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16, from its weight (O, I)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.least_rows = least_rows(*weight.shape, torch.get_num_threads())
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self._bias = None if bias is None else bias.clone()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The product (…, O) of h (…, I), in bfloat16."""
+        rows = _filled(h.to(torch.bfloat16).flatten(0, -2), self.least_rows)
+        out = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+        return out[: h[..., 0].numel()].unflatten(0, h.shape[:-1])  # type: ignore[no-any-return]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight (O, I) is int8, scaled by outputs, and whose inputs are scaled row by row.
+
+    A scale for a whole batch would let a row's neighbours change its tokens.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        scale = weight.abs().amax(1).float().clamp_(min=torch.finfo(torch.float32).tiny) / 127
+        whole = (weight / scale[:, None]).round_().to(torch.int8)
+        self._packed = torch.ops.onednn.qlinear_prepack(whole, None)
+        self._scale = scale
+        self._zero_points = torch.zeros(len(scale), dtype=torch.int64)
+        self._bias = None if bias is None else bias.float()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The product (…, O) of h (…, I)."""
+        rows = h.flatten(0, -2).float()
+        scale = rows.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(127)  # (N, 1)
+        whole = rows.div(scale).round_().add_(ZERO_POINT).to(torch.uint8)
+        out = _int8_product(whole, self._packed, self._scale, self._zero_points).mul_(scale)
+        if self._bias is not None:
+            out += self._bias
+        return out.to(self.dtype).unflatten(0, h.shape[:-1])  # type: ignore[no-any-return]
+
+
+def pack(model: nn.Module, int8: nn.Module | None = None) -> bool:
+    """Replace all linear layers of a bfloat16 model, one at a time; those inside `int8` by int8 ones.
+
+    Returns whether products are the same to the bit in any company. Raises ConfigError where int8 is asked for
+    and the processor has no fast products of it.
+    """
+    if int8 is not None and not has_int8():
+        raise ConfigError("--quantize int8: this processor has no fast int8 products; leave it out")
+    if not has_packed_bfloat16():
+        logger.warning("torch has no packed bfloat16 products here: decoding is slower, and not the same to the bit")
+        return False
+    quantized = set() if int8 is None else {id(part) for part in int8.modules()}
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if not isinstance(layer, Linear):
+                continue
+            bias = layer.bias
+            if id(layer) in quantized:
+                whole: nn.Module = Int8Linear(
+                    layer.weight, bias, torch.float32 if name == "lm_head" else torch.bfloat16
+                )
+            else:
+                whole = PackedLinear(layer.weight, bias)
+            setattr(module, name, whole)
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    return all(layer.least_rows <= ROWS[-1] for layer in packed)
+
+
+@cache
+def has_packed_bfloat16() -> bool:
+    """Whether torch has the operators, and they compute what they should."""
+    weight, rows = torch.eye(64, dtype=torch.bfloat16), torch.randn(3, 64).bfloat16()
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return bool(torch.equal(torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], ""), rows))
+    except (RuntimeError, AttributeError):
+        return False
+
+
+@cache
+def has_int8() -> bool:
+    """Whether torch has fast int8 products here, and they compute what they should."""
+    inputs, outputs = 512, 512
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    rows = torch.randint(0, 256, (8, inputs), dtype=torch.uint8)
+    expected = (rows.double() - ZERO_POINT) @ weight.double().T
+    scale, zero_points = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        found = _int8_product(rows, packed, scale, zero_points)
+    except (RuntimeError, AttributeError):
+        return False
+    wide, wide_weight = rows.float(), weight.float()
+    seconds = _seconds(lambda: _int8_product(rows, packed, scale, zero_points))
+    return torch.equal(found.double(), expected) and seconds < SLOW * _seconds(lambda: F.linear(wide, wide_weight))
+
+
+@cache
+def least_rows(outputs: int, inputs: int, num_threads: int) -> int:
+    """From how many rows on a packed product gives each row the same bits; more than ROWS has where it never does."""
+    weight, rows = _telling(min(outputs, CHECKED_OUTPUTS), inputs, ROWS[-1])
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    whole = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    least = ROWS[-1] + 1
+    for count in reversed(ROWS):
+        some = torch.ops.mkldnn._linear_pointwise(rows[:count], packed, None, "none", [], "")
+        if not torch.equal(some, whole[:count]):
+            break
+        least = count
+    return least
+
+
+def _telling(outputs: int, inputs: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """A weight (O, I) and rows (N, I) whose products are nothing but rounding: any other order of sums shows."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(inputs, generator=generator)
+    half = torch.randn(outputs, (inputs + 1) // 2, generator=generator)
+    weight = torch.cat((half, -half), dim=1)[:, order]
+    half = torch.randn(num_rows, (inputs + 1) // 2, generator=generator)
+    return weight.bfloat16(), torch.cat((half, half), dim=1)[:, order].bfloat16()
+
+
+def _filled(rows: Tensor, least: int) -> Tensor:
+    missing = least - len(rows)
+    return F.pad(rows, (0, 0, 0, missing)) if 0 < missing <= ROWS[-1] else rows
+
+
+def _int8_product(rows: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor) -> Tensor:
+    """Unsigned rows (N, I), less ZERO_POINT, times a packed weight, scaled by outputs: (N, O) in float32."""
+    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+        rows, 1.0, ZERO_POINT, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _seconds(call: object) -> float:
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        call()  # type: ignore[operator]
+        best = min(best, time.perf_counter() - started)
+    return best
