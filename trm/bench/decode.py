@@ -41,10 +41,9 @@ logger = logging.getLogger(__name__)
 MIXED_EFFORTS = (1, 4, 8, 16)
 HALTING_EFFORT = 16
 LEAST_AGREEMENT = 0.995
-ENOUGH_S, SCALED_S = (
-    60.0,
-    15.0,
-)  # what all requests one after another may take; beyond the first they are made to take the second
+# What all requests may take one after another. Beyond the first they are cut down to the second: all parts together
+# take about 30 times as long.
+ENOUGH_S, SCALED_S = 60.0, 6.0
 PROMPT_TOKENS = 80  # of an average question
 LEAST_REQUESTS, LEAST_TOKENS = 4, 16  # however slow the model
 SINGLE_ROW_REQUESTS = 24  # decoded one after another: enough to measure drafting

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from trm.bench import peers, ways
+from trm.bench.models import checkpoint_of
 from trm.bench.peers import BFLOAT16, LLAMA_CPP
 from trm.bench.settings import PeersSettings
 from trm.bench.ways import Job, Run, Way
 from trm.checkpoint import read_backbone
-from trm.errors import ConfigError
+from trm.errors import BadRequest, ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,13 @@ JOBS = [Job([1 + (7 * i + i * i * n) % 300 for i in range(5 + 3 * n)], 4 + 5 * n
 def result(backbone_directory: Path) -> dict[str, Any]:
     """Only transformers beside ours: there is no GGUF file."""
     settings = PeersSettings(
-        model=str(backbone_directory), dtype="float32", num_requests=REQUESTS, max_tokens=16, repeats=2, num_threads=1
+        model=str(backbone_directory),
+        dtype="float32",
+        effort=0,
+        num_requests=REQUESTS,
+        max_tokens=16,
+        repeats=2,
+        num_threads=1,
     )
     found: dict[str, Any] = json.loads(json.dumps(peers.measure(settings)))
     return found
@@ -34,19 +41,33 @@ def result(backbone_directory: Path) -> dict[str, Any]:
 
 def test_all_ways_decode_what_transformers_does(result):
     for raw, count in ((result["raw"]["one"], 1), (result["raw"]["many"], REQUESTS)):
-        assert list(raw["ways"]) == ["effort 0", "effort 4", BFLOAT16]
+        assert list(raw["ways"]) == ["effort 0", BFLOAT16]
         assert raw["requests"] == count
-        assert [raw["ways"][f"effort {effort}"]["equal_to_float32"] for effort in (0, 4)] == [count, count]
+        assert raw["ways"]["effort 0"]["equal_to_float32"] == count
         assert raw["ways"][BFLOAT16]["equal_to_bfloat16"] == count
     assert result["raw"]["one"]["tokens"] == 16
+
+
+def test_an_untrained_decoder_at_any_effort_says_what_the_backbone_does(backbone_directory):
+    theirs = ways.transformers(str(backbone_directory), "float32", 1)(JOBS)
+    with checkpoint_of(str(backbone_directory)) as directory:
+        ours = ways.ours(str(directory), 4, num_threads=1, device="cpu", dtype="float32")(JOBS)
+
+    assert ours.ids == theirs.ids
+    assert [len(times) for times in ours.times] == [len(times) for times in theirs.times]
+    with (
+        pytest.raises(BadRequest, match="supervision_steps is 99"),
+        checkpoint_of(str(backbone_directory)) as directory,
+    ):
+        ways.ours(str(directory), 99, num_threads=1, device="cpu")(JOBS)
 
 
 def test_ratios_and_rates_follow_from_the_times(result):
     for size, raw in result["raw"].items():
         for way in raw["ways"].values():
             assert way["tokens_per_s"] == pytest.approx([raw["tokens"] / seconds for seconds in way["seconds"]])
-        ours, theirs = (raw["ways"][name]["tokens_per_s"] for name in ("effort 4", BFLOAT16))
-        assert result["ratios"][size]["effort 4"][BFLOAT16]["tokens_per_s"] == pytest.approx(sum(ours) / sum(theirs))
+        ours, theirs = (raw["ways"][name]["tokens_per_s"] for name in ("effort 0", BFLOAT16))
+        assert result["ratios"][size]["effort 0"][BFLOAT16]["tokens_per_s"] == pytest.approx(sum(ours) / sum(theirs))
 
 
 def test_memory_is_that_of_each_process(result):
