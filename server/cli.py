@@ -159,7 +159,7 @@ def load_engine(settings: ServeSettings) -> "Engine":
         "loaded %s on %s in %s%s; cache for %d rows of %d positions, %d bytes a position",
         source,
         model.device,
-        str(model.backbone.dtype).removeprefix("torch."),
+        engine.dtype,
         f" and {settings.quantize}" if settings.quantize else "",
         config.max_rows,
         engine.max_model_len,

@@ -36,6 +36,14 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/version")
-async def build(request: Request) -> VersionBody:
-    """Versions of this package and of torch, and the model's id."""
-    return VersionBody(version=version("qwen-trm"), model=request.app.state.settings.model_id, torch=version("torch"))
+async def build(request: Request, serving: ServingOrNoneDep) -> VersionBody:
+    """Versions of this package and of torch, the model's id, and how it computes."""
+    settings = request.app.state.settings
+    return VersionBody(
+        version=version("qwen-trm"),
+        model=settings.model_id,
+        torch=version("torch"),
+        dtype=None if serving is None else serving.engine.dtype,
+        quantize=settings.quantize,
+        exact=None if serving is None else serving.engine.exact,
+    )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class ModelBody(BaseModel):
@@ -30,3 +30,8 @@ class VersionBody(BaseModel):
     version: str
     model: str
     torch: str
+    dtype: str | None = Field(description="what the model decodes in; null while it loads")
+    quantize: str | None
+    exact: bool | None = Field(
+        description="whether a reply is the same to the bit in any company (promise P10); null while the model loads"
+    )

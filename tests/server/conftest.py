@@ -127,6 +127,7 @@ class FakeEngine:
         self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
         self.max_model_len = max_model_len
         self.max_supervision = 16
+        self.dtype, self.exact = "float32", False
         self.script = script or say("so ", r"\boxed{72}")
         self.refuse: TRMError | None = None
         self.dead = False

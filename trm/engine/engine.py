@@ -85,6 +85,7 @@ class Engine:
         self._changed = threading.Condition()
         runner = Runner(model, config.max_rows, self.max_model_len, limit, config.max_draft_tokens)
         self.exact = runner.check_exact()  # replies are the same to the bit in any company
+        self.dtype = str(model.backbone.dtype).removeprefix("torch.")
         self.loop = Loop(
             runner,
             Scheduler(config.max_rows, config.max_queue, model.config.kv_source == "state"),
