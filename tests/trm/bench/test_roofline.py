@@ -83,7 +83,7 @@ def test_times_of_a_round_add_up(chat, monkeypatch):
     ("token_s", "prompt_s", "expected"),
     [
         (0.001, 0.1, (64, MEDIAN_TOKENS)),
-        (0.07, 0.4, (4, 20)),
+        (0.075, 0.4, (4, 18)),
         (0.01, 2.0, (9, 16)),
         (100.0, 100.0, (LEAST_REQUESTS, LEAST_TOKENS)),
     ],
