@@ -7,6 +7,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -54,7 +55,7 @@ async def streamed(client: httpx.AsyncClient, index: int) -> list[float]:
         async for line in response.aiter_lines():
             if line:
                 times.append(time.monotonic())
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 @pytest.mark.parametrize(
