@@ -62,7 +62,8 @@ class ServeSettings(Settings):
         description="auto: bfloat16 on cuda, and for large models on a CPU that computes it natively, else float32",
     )
     quantize: Literal["int8"] | None = Field(
-        None, description="int8: the backbone's linear layers in int8, on a CPU; faster, and about 1%% off a layer"
+        None,
+        description="int8: the backbone's linear layers in int8, on a CPU; faster, and a hundredth off in each layer",
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads for decoding; by default torch chooses")
 

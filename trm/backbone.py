@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from trm.errors import ConfigError
 from trm.layers import KeyValues, Linear, Rope, rotate, signed
 
 HALVES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -64,11 +65,13 @@ class BackboneAttention(nn.Module):
     def forward(self, h: Tensor, rope: Rope, layer: int, key_values: KeyValues) -> Tensor:
         """Store keys and values of h (N, D) and attend; returns (N, D)."""
         projected = self.qkv_proj(h).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, d)
-        queries, keys, values = projected.split(self.heads, dim=-2)
+        rotated, values = projected.split((self.heads[0] + self.heads[1], self.heads[2]), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
-        key_values.write(layer, rotate(keys, rope), values)
-        attended = key_values.attend(layer, rotate(queries, rope))
+            queries, keys = rotated.split(self.heads[:2], dim=-2)
+            rotated = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=-2).to(values.dtype)
+        queries, keys = rotate(rotated, rope).split(self.heads[:2], dim=-2)
+        key_values.write(layer, keys, values)
+        attended = key_values.attend(layer, queries)
         return self.o_proj(attended.flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -113,7 +116,7 @@ class Backbone(nn.Module):
             BackboneLayer(config, head_dim) for _ in range(config.num_hidden_layers)
         )
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: Any = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         # No buffers: rounded to bfloat16 with the weights, they would turn distant positions by radians.
@@ -139,6 +142,10 @@ class Backbone(nn.Module):
         model.load_state_dict(dict(self.hub_tensors()))
         return model.eval()
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.fingerprints.clear()  # another type may have rounded the weights
+        return super()._apply(*args, **kwargs)
+
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are stored in."""
@@ -158,6 +165,11 @@ class Backbone(nn.Module):
         for index, layer in enumerate(self.layers):
             r = layer(r, rope, index, key_values)
         return r
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights were packed for decoding, and are no longer there to be read; see `trm.linear`."""
+        return not isinstance(self.layers[0].attention.o_proj, Linear)
 
     def hub_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by their names in files, views where several are one here; a tied head comes twice."""
@@ -196,6 +208,8 @@ class Backbone(nn.Module):
 
     def _parts(self, name: str) -> list[tuple[str, int]]:
         """A weight's names in files, with the rows of each."""
+        if self.is_packed:
+            raise ConfigError("the weights are packed for decoding; load the model again to save or convert it")
         *modules, layer, own = name.split(".")
         rows = self.get_parameter(name).shape[0]
         path = ".".join([HUB_NAMES.get(module, module) for module in modules])

@@ -81,9 +81,8 @@ def read(model: str | Path, revision: str | None = None, dtype: torch.dtype = to
     if (directory / BACKBONE_DIR).is_dir():
         backbone = read_backbone(directory / BACKBONE_DIR, None, dtype)
     elif config.backbone_source is not None:
-        rounded = config.backbone_config.dtype or torch.float32  # as in training
-        backbone = read_backbone(config.backbone_source, config.backbone_revision, rounded)
-        if config.backbone_fingerprint not in (None, found := fingerprint(backbone)):
+        backbone = _read_recorded(config)
+        if config.backbone_fingerprint is not None and config.backbone_fingerprint != (found := fingerprint(backbone)):
             raise CheckpointError(
                 f"{config.backbone_source}: the backbone's weights have fingerprint {found}, "
                 f"but {directory} was trained on {config.backbone_fingerprint}; get that revision"
@@ -98,6 +97,17 @@ def read(model: str | Path, revision: str | None = None, dtype: torch.dtype = to
                 f"{directory / CONFIG_FILE}: {name} is {ours} in backbone_config, {theirs} in the backbone"
             )
     return Loaded(config, {name: tensor.float() for name, tensor in weights.items()}, backbone)
+
+
+def _read_recorded(config: TRMConfig) -> Backbone:
+    """The backbone that a configuration names, rounded as in training; a file in bfloat16 needs no rounding."""
+    source, revision = config.backbone_source, config.backbone_revision
+    assert source is not None, "the caller has looked"
+    shards = list(map(_open, _shards(locate_backbone(source, revision)[0])))
+    stored = {shard.get_slice(name).get_dtype() for shard in shards for name in shard.keys()}  # noqa: SIM118 - no mapping
+    recorded = config.backbone_config.dtype or torch.float32
+    exact = stored == {"BF16"} and recorded in (torch.bfloat16, torch.float32, torch.float64)
+    return read_backbone(source, revision, torch.bfloat16 if exact else recorded)
 
 
 def read_config(directory: Path) -> TRMConfig:

@@ -3,12 +3,13 @@
 A row's product is the same to the bit however many rows there are. oneDNN's packed products have this property from
 some number of rows on, which depends on shape and processor: it sums in blocks that few rows make it cut otherwise. So
 each shape is measured once, and calls of fewer rows are filled up with zeros. The operators are torch's own internals,
-named nowhere else; where they are missing, slow or wrong, there are plain layers in their place.
+named nowhere else; where they are missing or wrong, there are plain layers in their place, and no int8.
 
 Legend: N rows, I inputs, O outputs of a layer.
 """
 
 import logging
+import math
 import time
 from functools import cache
 
@@ -21,9 +22,11 @@ from trm.layers import Linear
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 96, 128)  # calls whose bits are compared
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64)  # calls whose bits are compared
+MANY_ROWS = (96, 128, 251, 300, 512)  # and larger ones, which must all agree
 CHECKED_OUTPUTS = 4096  # of a large layer: its products are cut alike all along
 ZERO_POINT = 128  # activations are unsigned: for signed ones oneDNN has no fast product on some processors
+TINY = 1e-30  # nothing is divided by less
 SLOW = 20  # times the seconds of the float32 product: oneDNN's reference code takes a thousand
 
 
@@ -32,7 +35,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.least_rows = least_rows(*weight.shape, torch.get_num_threads())
+        least = least_rows(*weight.shape, torch.get_num_threads())
+        self.exact = least is not None
+        self.least_rows = least or 1
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = None if bias is None else bias.clone()
 
@@ -52,8 +57,9 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        scale = weight.abs().amax(1).float().clamp_(min=torch.finfo(torch.float32).tiny) / 127
-        whole = (weight / scale[:, None]).round_().to(torch.int8)
+        scale = weight.abs().amax(1).float().clamp_(min=TINY) / 127
+        parts = zip(weight.split(CHECKED_OUTPUTS), scale.split(CHECKED_OUTPUTS), strict=True)
+        whole = torch.cat([(part / scales[:, None]).round_().to(torch.int8) for part, scales in parts])
         self._packed = torch.ops.onednn.qlinear_prepack(whole, None)
         self._scale = scale
         self._zero_points = torch.zeros(len(scale), dtype=torch.int64)
@@ -62,9 +68,10 @@ class Int8Linear(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """The product (…, O) of h (…, I)."""
         rows = h.flatten(0, -2).float()
-        scale = rows.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(127)  # (N, 1)
-        whole = rows.div(scale).round_().add_(ZERO_POINT).to(torch.uint8)
-        out = _int8_product(whole, self._packed, self._scale, self._zero_points).mul_(scale)
+        largest = torch.linalg.vector_norm(rows, ord=math.inf, dim=-1, keepdim=True)  # (N, 1)
+        largest.clamp_(min=TINY)
+        whole = (rows * (127 / largest)).add_(ZERO_POINT + 0.5).to(torch.uint8)  # cut off, so rounded
+        out = _int8_product(whole, self._packed, self._scale, self._zero_points).mul_(largest / 127)
         if self._bias is not None:
             out += self._bias
         return out.to(self.dtype).unflatten(0, h.shape[:-1])  # type: ignore[no-any-return]
@@ -76,7 +83,7 @@ def pack(model: nn.Module, int8: nn.Module | None = None) -> bool:
     Returns whether products are the same to the bit in any company. Raises ConfigError where int8 is asked for
     and the processor has no fast products of it.
     """
-    if int8 is not None and not has_int8():
+    if int8 is not None and not (has_int8() and has_packed_bfloat16()):
         raise ConfigError("--quantize int8: this processor has no fast int8 products; leave it out")
     if not has_packed_bfloat16():
         logger.warning("torch has no packed bfloat16 products here: decoding is slower, and not the same to the bit")
@@ -94,14 +101,13 @@ def pack(model: nn.Module, int8: nn.Module | None = None) -> bool:
             else:
                 whole = PackedLinear(layer.weight, bias)
             setattr(module, name, whole)
-    packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
-    return all(layer.least_rows <= ROWS[-1] for layer in packed)
+    return all(layer.exact for layer in model.modules() if isinstance(layer, PackedLinear))
 
 
 @cache
 def has_packed_bfloat16() -> bool:
     """Whether torch has the operators, and they compute what they should."""
-    weight, rows = torch.eye(64, dtype=torch.bfloat16), torch.randn(3, 64).bfloat16()
+    weight, rows = torch.eye(64, dtype=torch.bfloat16), _telling(1, 64, 3)[1]
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return bool(torch.equal(torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], ""), rows))
@@ -113,8 +119,9 @@ def has_packed_bfloat16() -> bool:
 def has_int8() -> bool:
     """Whether torch has fast int8 products here, and they compute what they should."""
     inputs, outputs = 512, 512
-    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-    rows = torch.randint(0, 256, (8, inputs), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    rows = torch.randint(0, 256, (8, inputs), dtype=torch.uint8, generator=generator)
     expected = (rows.double() - ZERO_POINT) @ weight.double().T
     scale, zero_points = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
     try:
@@ -128,18 +135,18 @@ def has_int8() -> bool:
 
 
 @cache
-def least_rows(outputs: int, inputs: int, num_threads: int) -> int:
-    """From how many rows on a packed product gives each row the same bits; more than ROWS has where it never does."""
-    weight, rows = _telling(min(outputs, CHECKED_OUTPUTS), inputs, ROWS[-1])
+def least_rows(outputs: int, inputs: int, num_threads: int) -> int | None:
+    """From how many rows on a packed product gives each row the same bits; None where it does not."""
+    weight, rows = _telling(min(outputs, CHECKED_OUTPUTS), inputs, MANY_ROWS[-1])
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     whole = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
-    least = ROWS[-1] + 1
-    for count in reversed(ROWS):
+    least = None
+    for count in reversed((*ROWS, *MANY_ROWS)):
         some = torch.ops.mkldnn._linear_pointwise(rows[:count], packed, None, "none", [], "")
         if not torch.equal(some, whole[:count]):
             break
         least = count
-    return least
+    return least if least in ROWS else None
 
 
 def _telling(outputs: int, inputs: int, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +161,7 @@ def _telling(outputs: int, inputs: int, num_rows: int) -> tuple[Tensor, Tensor]:
 
 def _filled(rows: Tensor, least: int) -> Tensor:
     missing = least - len(rows)
-    return F.pad(rows, (0, 0, 0, missing)) if 0 < missing <= ROWS[-1] else rows
+    return F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
 
 
 def _int8_product(rows: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trm import bundled_model_path, checkpoint
 from trm.backbone import Backbone
@@ -30,6 +31,8 @@ def load_for_decoding(
     enough to gain by it. quantize: "int8" for the backbone's linear layers, on a CPU; the recursion stays in bfloat16.
     Raises CheckpointError, and ConfigError for what this device cannot do.
     """
+    if quantize not in (None, "int8") or dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"--dtype {dtype} --quantize {quantize}: there are auto, {', '.join(DTYPES)}, and int8")
     place = use_device(device, num_threads)
     source = source or bundled_model_path()
     if quantize is not None and place != "cpu":
@@ -56,9 +59,14 @@ def best_dtype(backbone_config: Any, device: str) -> str:
 
 def prepare_for_decoding(model: TRMForCausalLM, quantize: str | None = None) -> TRMForCausalLM:
     """Give a loaded model the layout that its device decodes fastest from; see `load_for_decoding`."""
+    short = model.backbone.dtype == model.decoder.dtype == torch.bfloat16
+    if quantize is not None and not (short and model.device.type == "cpu"):
+        raise ConfigError(f"--quantize {quantize}: needs a model in bfloat16 on a CPU")
     if model.device.type != "cpu":
         return model
-    if model.backbone.dtype == torch.bfloat16:
+    if model.lm_head is not None:
+        model.backbone.lm_head = nn.Identity()  # nobody reads it
+    if short:
         model.exact = pack(model, model.backbone if quantize == "int8" else None)
     else:
         lay_out_by_columns(model)

@@ -181,7 +181,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         arguments `revision` and `device_map` (a single device) are understood; the configuration is
         always the checkpoint's own. Raises CheckpointError.
         """
-        revision, device = kwargs.pop("revision", None), kwargs.pop("device_map", None)
+        revision, device = kwargs.pop("revision", None), _device(kwargs.pop("device_map", None))
         dtype = _dtype(kwargs.pop("torch_dtype", dtype))
         for harmless in (
             "config",
@@ -210,6 +210,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training owns: decoder, and head if it is our own. Everything else is the backbone's."""
+        if self.backbone.is_packed:
+            raise ConfigError("the weights are packed for decoding; load the model again to save or train it")
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
 
     def load_trained(self, weights: dict[str, Tensor], source: str) -> None:
@@ -361,6 +363,17 @@ def _refuse_right_padding(mask: Tensor | None) -> None:
         raise BadRequest(
             "generate() needs padding on the left; set tokenizer.padding_side = 'left'", param="attention_mask"
         )
+
+
+def _device(device_map: Any) -> Any:
+    """The one device that a caller of `from_pretrained` means."""
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if device_map == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, dict):
+        raise ConfigError(f"device_map is {device_map}; this model lies on one device: give its name")
+    return device_map
 
 
 def _dtype(dtype: Any) -> torch.dtype:

@@ -118,6 +118,28 @@ def test_least_rows_is_looked_at_and_filled_up_to(monkeypatch):
 
 
 @needs_bfloat16
+def test_products_that_never_agree_are_not_called_exact(monkeypatch):
+    """Each number of rows has a class of its own: nothing is filled up, and the model is not exact."""
+    real = torch.ops.mkldnn._linear_pointwise
+
+    class Ops:
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+        @staticmethod
+        def _linear_pointwise(rows, *args):
+            return real(rows, *args) * (1 + len(rows) / 64)
+
+    model = make_model().to(torch.bfloat16)
+    least_rows.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops, "mkldnn", Ops)
+        assert least_rows(64, 64, 1) is None
+        patch.setattr(linear, "has_packed_bfloat16", lambda: True)
+        assert not pack(model)
+    least_rows.cache_clear()
+
+
+@needs_bfloat16
 def test_pack_replaces_every_linear_layer_and_keeps_the_model_answering():
     model = make_model(own_lm_head=True).to(torch.bfloat16)
     ids = torch.tensor([[5, 6, 7, 8]])

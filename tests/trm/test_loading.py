@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
-from trm import TRMForCausalLM, loading
+from trm import TRMForCausalLM, linear, loading
 from trm.device import has_fast_bfloat16
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
+from trm.engine.runner import Runner
 from trm.errors import ConfigError
 from trm.layers import Linear
 from trm.linear import has_int8
@@ -77,3 +78,78 @@ def test_a_bfloat16_model_is_packed_and_a_float32_model_is_not():
     assert not prepare_for_decoding(wide).exact
     assert not any(isinstance(module, Linear) for module in short.modules())
     assert any(isinstance(module, Linear) for module in wide.modules())
+
+
+@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this processor has no bfloat16 products")
+@pytest.mark.parametrize("own_lm_head", [False, True])
+def test_a_packed_model_is_not_saved_over_a_whole_one(own_lm_head, tmp_path):
+    make_model(own_lm_head=own_lm_head).save_pretrained(tmp_path / "model")
+    files = [tmp_path / "model" / part / "model.safetensors" for part in (".", "backbone")]
+    before = [file.read_bytes() for file in files]
+    model = load_for_decoding(tmp_path / "model", dtype="bfloat16")
+
+    for use in (
+        lambda: model.save_pretrained(tmp_path / "model"),
+        model.trained_state,
+        model.backbone.to_transformers,
+        lambda: list(model.backbone.hub_tensors()),
+    ):
+        with pytest.raises(ConfigError, match="packed for decoding; load the model again"):
+            use()
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_unknown_ways_are_refused_by_name():
+    for how in ({"dtype": "float16"}, {"quantize": "int4"}):
+        with pytest.raises(ConfigError, match="there are auto, float32, bfloat16, and int8"):
+            load_for_decoding(None, **how)
+    with pytest.raises(ConfigError, match="needs a model in bfloat16 on a CPU"):
+        prepare_for_decoding(make_model(), "int8")
+
+
+def test_a_backbone_in_bfloat16_under_a_decoder_in_float32_decodes(chat):
+    """As training holds them."""
+    model = make_model()
+    model.backbone.to(torch.bfloat16)
+    request = Request((5, 6, 7), SamplingParams(max_tokens=5, ignore_eos=True))
+
+    [before] = Engine(model, chat, EngineConfig(max_rows=2, max_model_len=32)).generate([request])
+    [after] = Engine(prepare_for_decoding(model), chat, EngineConfig(max_rows=2, max_model_len=32)).generate([request])
+
+    assert len(before.token_ids) == len(after.token_ids) == 5
+    assert not model.exact
+
+
+def test_loading_draws_no_random_numbers():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+
+    for check in (linear.has_packed_bfloat16, linear.has_int8):
+        check.__wrapped__()
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this processor has no bfloat16 products")
+@pytest.mark.parametrize(("length", "vocabulary"), [(2, 400), (3, 400), (65, 400), (64, 5)])
+def test_exact_engines_of_any_size_start_and_count_their_cache(length, vocabulary, chat):
+    model = prepare_for_decoding(make_model(sizes={"vocab_size": vocabulary}).to(torch.bfloat16))
+    engine = Engine(model, chat, EngineConfig(max_rows=3, max_model_len=length))
+
+    runner = engine.loop.runner
+    tables = (runner.backbone_slots.keys, runner.backbone_slots.values, runner.slots.keys, runner.slots.values)
+    assert engine.exact
+    assert engine.stats().kv_cache_bytes == sum(table.nbytes for table in tables)
+    [reply] = engine.generate([Request((3,), SamplingParams(max_tokens=length - 1, ignore_eos=True))])
+    assert len(reply.token_ids) == length - 1
+
+
+@pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this processor has no bfloat16 products")
+def test_a_cache_of_few_bytes_is_kept_within_them(chat):
+    model = prepare_for_decoding(make_model().to(torch.bfloat16))
+    per_token = Runner.bytes_per_position(model, model.config.max_supervision)
+
+    engine = Engine(model, chat, EngineConfig(max_rows=2, kv_cache_bytes=2 * 100 * per_token))
+    assert engine.max_model_len == 64
+    with pytest.raises(ConfigError, match="holds 64 positions for each of 2 rows"):
+        Engine(model, chat, EngineConfig(max_rows=2, max_model_len=65, kv_cache_bytes=2 * 100 * per_token))

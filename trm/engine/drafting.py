@@ -59,7 +59,7 @@ class Drafter:
     def length(self, rows: Sequence[Row], num_running: int) -> int:
         """Tokens to draft for each of `rows`, which pass the backbone together, while `num_running` rows share steps.
 
-        One length for all: a call is as long as its longest row.
+        One length for all: each further token is a backbone call that they share.
         """
         drafting = [row for row in rows if row.room_for_draft > 0]
         if not drafting:

@@ -25,6 +25,7 @@ from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Reply, Request, Stats
 from trm.engine.runner import Runner
 from trm.engine.scheduler import Scheduler
+from trm.engine.slots import WIDTH
 from trm.errors import BadRequest, ConfigError, DeviceError
 from trm.model import TRMForCausalLM
 
@@ -41,7 +42,7 @@ class EngineConfig:
 
     max_rows: rows decoded together. max_model_len: positions of one request, prompt and reply; None for
     the model's, or what fits into the cache. max_queue: requests that may wait. kv_cache_bytes: None for a
-    quarter of the free memory at most. prefill_chunk: prompt positions cached per tick, padding included.
+    quarter of the free memory at most. prefill_chunk: prompt positions cached per tick.
     max_draft_tokens: tokens that the backbone may draft for the recursion to verify at once, where that
     pays; 0 for none. max_step_s: longer than this no step takes unless the device hangs; 0 for no limit.
     """
@@ -209,7 +210,7 @@ class Engine:
             requests_running=len(running),
             requests_waiting=waiting,
             kv_cache_usage_ratio=reserved / (self.config.max_rows * self.max_model_len),
-            kv_cache_bytes=self.bytes_per_token * self.config.max_rows * self.max_model_len,
+            kv_cache_bytes=self.bytes_per_token * self.config.max_rows * Runner.width(self.model, self.max_model_len),
             kv_cache_bytes_per_token=self.bytes_per_token,
             **vars(self.loop.counters),
         )
@@ -290,13 +291,16 @@ class Engine:
         if budget is None:
             budget = int(_free_bytes(self.model.device) * DEFAULT_CACHE_SHARE)
         fits = budget // (self.bytes_per_token * config.max_rows)
+        if self.model.exact:
+            fits -= fits % WIDTH
         wanted = config.max_model_len
         if wanted is not None and wanted > longest:
             raise ConfigError(f"max_model_len is {wanted}; this model takes at most {longest}")
-        if fits < (wanted or 2):
+        needed = Runner.width(self.model, wanted or 2)
+        if fits < needed:
             raise ConfigError(
                 f"the cache of {budget} bytes holds {fits} positions for each of {config.max_rows} rows "
-                f"({self.bytes_per_token} bytes each); {wanted or 2} are needed: "
+                f"({self.bytes_per_token} bytes each); {needed} are needed: "
                 "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)

@@ -114,7 +114,8 @@ class Loop:
         ]
         tokens = [Chunk(row.slot, row.cached, (row.token,), place=0) for row in fed]
         prompting = [row for row, _ in chosen]
-        if not prompts or not tokens or not self._pass([], [*prompts, *tokens]):  # together, or where that fails, apart
+        if not prompts or not tokens or not self._pass([*prompting, *fed], [*prompts, *tokens], fail=False):
+            # Together, or where that fails, apart.
             prompts_done = bool(prompts) and self._pass(prompting, prompts)
             tokens_done = bool(tokens) and self._pass(fed, tokens)
         else:
@@ -185,9 +186,9 @@ class Loop:
         left = iter(answers)
         return [(row, work, asks, list(islice(left, len(asks)))) for row, work, asks in asked]
 
-    def _pass(self, rows: Sequence[Row], chunks: Sequence[Chunk]) -> bool:
-        """One backbone call; where it fails, `rows` do."""
-        if self._call(rows, lambda: self.runner.encode(chunks)):
+    def _pass(self, rows: Sequence[Row], chunks: Sequence[Chunk], fail: bool = True) -> bool:
+        """One backbone call; where it fails, `rows` do, unless `fail` is False."""
+        if self._call(rows, lambda: self.runner.encode(chunks), fail=fail):
             self.counters.backbone_calls += 1
             return True
         return False
@@ -270,8 +271,8 @@ class Loop:
 
     # --- how things end --------------------------------------------------------------------------
 
-    def _call(self, rows: Sequence[Row], run: Callable[[], None], on_device: bool = True) -> bool:
-        """Do something for some rows; where it fails, those rows fail and the engine goes on.
+    def _call(self, rows: Sequence[Row], run: Callable[[], None], on_device: bool = True, fail: bool = True) -> bool:
+        """Do something for some rows; where it fails, those rows fail, unless `fail` is False, and the engine goes on.
 
         on_device: whether it is a call of the model, and not our own work on what the model gave.
 
@@ -285,7 +286,7 @@ class Loop:
         except BaseException as error:  # a library in Rust that panics raises no Exception
             logger.exception("a step of %d rows failed", len(rows))
             self.runner.probe()
-            for row in rows:
+            for row in rows if fail else ():
                 self._fail(row, as_error(error, on_device=on_device))
             return False
 

@@ -78,7 +78,7 @@ class Runner:
         config, backbone = model.config, model.config.backbone_config
         self.device = model.device
         self.max_len = max_len
-        sizes = num_slots, backbone.num_key_value_heads, rounded(max_len), config.head_dim
+        sizes = num_slots, backbone.num_key_value_heads, self.width(model, max_len), config.head_dim
         self.backbone_slots = Slots(backbone.num_hidden_layers, *sizes, model.backbone.dtype, self.device)
         self.slots = Slots(config.cache_entries(max_steps), *sizes, model.decoder.dtype, self.device)
         shape = num_slots, 1 + max_draft_tokens
@@ -89,6 +89,11 @@ class Runner:
         self.halted = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.entries_per_step = config.calls_per_step * config.n_layers
         self._last: tuple[tuple[Span, ...], Where, SlotView] | None = None
+
+    @staticmethod
+    def width(model: TRMForCausalLM, max_len: int) -> int:
+        """Positions of a slot that holds `max_len`: exact attention looks at whole blocks of them."""
+        return rounded(max_len) if model.exact else max_len
 
     @staticmethod
     def bytes_per_position(model: TRMForCausalLM, max_steps: int) -> int:
@@ -193,8 +198,10 @@ class Runner:
         Slots must be free; they are left clean. One slot has no company.
         """
         slots = range(min(CHECKED_SLOTS, len(self.state[0])))
-        prompts = [Chunk(slot, 0, range(min(3 + 2 * slot, self.max_len - 2))) for slot in slots]
-        tokens = [Chunk(slot, len(prompts[slot].tokens), (slot,), place=0) for slot in slots]
+        lengths = [max(1, min(3 + 2 * slot, self.max_len - 1)) for slot in slots]
+        vocabulary = self.model.config.vocab_size
+        prompts = [Chunk(slot, 0, [place % vocabulary for place in range(lengths[slot])]) for slot in slots]
+        tokens = [Chunk(slot, lengths[slot], (slot % vocabulary,), place=0) for slot in slots]
 
         def decode(rows: slice) -> Tensor:
             self.encode(prompts[rows])

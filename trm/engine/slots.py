@@ -74,10 +74,11 @@ class Group:
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of queries (N', H, d), the group's, over keys and values (B, K, W, d): (N', H, d)."""
+        mask = self.mask.to(queries.dtype)
         if self.alone:
             each = (self.shape[1], -1, -1, -1)
-            return attend(queries.unsqueeze(2), keys.expand(each), values.expand(each), self.mask).squeeze(2)
-        out = attend(queries.unflatten(0, self.shape).transpose(1, 2), keys, values, self.mask)
+            return attend(queries.unsqueeze(2), keys.expand(each), values.expand(each), mask).squeeze(2)
+        out = attend(queries.unflatten(0, self.shape).transpose(1, 2), keys, values, mask)
         return out.transpose(1, 2).flatten(0, 1)
 
 
