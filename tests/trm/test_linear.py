@@ -94,7 +94,7 @@ def test_telling_rows_tell():
 
 @needs_bfloat16
 def test_least_rows_is_looked_at_and_filled_up_to(monkeypatch):
-    """A product that sums fewer than 4 rows otherwise gets 4."""
+    """A product that sums fewer than 6 rows otherwise gets 6."""
     real = torch.ops.mkldnn._linear_pointwise
     calls = []
 
@@ -104,17 +104,18 @@ def test_least_rows_is_looked_at_and_filled_up_to(monkeypatch):
         @staticmethod
         def _linear_pointwise(rows, *args):
             calls.append(len(rows))
-            return real(rows, *args) + (len(rows) < 4)
+            return real(rows, *args) + (len(rows) < 6)
 
     monkeypatch.setattr(torch.ops, "mkldnn", Ops)
     least_rows.cache_clear()
     layer = PackedLinear(some_weight(32, 32), None)
     least_rows.cache_clear()
 
-    assert layer.least_rows == 4
+    assert layer.least_rows == 6
     calls.clear()
-    assert layer(torch.randn(1, 32)).shape == (1, 32)
-    assert calls == [4]
+    for count in (1, 5, 6, 7):
+        assert layer(torch.randn(count, 32)).shape == (count, 32)
+    assert calls == [6, 6, 6, 7]
 
 
 @needs_bfloat16
