@@ -51,7 +51,14 @@ async def test_a_draining_server_is_alive_but_takes_no_work(client, app):
 
 
 async def test_version(client):
-    expected = {"version": version("qwen-trm"), "model": "test/model", "torch": version("torch")}
+    expected = {
+        "version": version("qwen-trm"),
+        "model": "test/model",
+        "torch": version("torch"),
+        "dtype": "float32",
+        "quantize": None,
+        "exact": False,
+    }
 
     assert (await client.get("/version")).json() == expected
 
