@@ -16,6 +16,7 @@ ROUNDS = 10
 CYCLES = 200  # a round
 TOGETHER = 20
 MAX_TOKENS = 400
+WARM_UP = 4  # rounds in which memory grows by 2 %; then it stands still (measured over 24)
 GROWTH = 0.02  # of the memory after warm-up
 MESSAGES = [{"role": "user", "content": "Tom has 12 apples. He buys 7 more. How many apples does he have now?"}]
 LONG = {"messages": MESSAGES, "max_tokens": MAX_TOKENS, "ignore_eos": True, "supervision_steps": 1}
@@ -151,7 +152,7 @@ def test_2000_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> 
         memory.append(process.memory_info().rss)
 
     assert threads[-1] <= threads[1]  # the first round is the warm-up
-    assert memory[-1] < memory[1] * (1 + GROWTH), [f"{size / 2**20:.1f} MiB" for size in memory]
+    assert memory[-1] < memory[WARM_UP - 1] * (1 + GROWTH), [f"{size / 2**20:.1f} MiB" for size in memory]
     accepted = ROUNDS * CYCLES / len(WAYS) * 5
     assert 0 < value(server.url, "trm_generation_tokens_total") < accepted * MAX_TOKENS / 2
     assert "Traceback" not in server.log.read_text()
