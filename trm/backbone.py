@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trm.errors import ConfigError
 from trm.layers import KeyValues, Linear, Rope, rotate, signed
 
-HALVES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Layers that are one here and several in files, one below the other."""
 
 HUB_NAMES = {
@@ -214,13 +214,13 @@ class Backbone(nn.Module):
         rows = self.get_parameter(name).shape[0]
         path = ".".join([HUB_NAMES.get(module, module) for module in modules])
         prefix = "" if name.startswith("lm_head.") else f"model.{path}." if path else "model."
-        halves = HALVES.get(layer, (HUB_NAMES.get(layer, layer),))
+        names = JOINED.get(layer, (HUB_NAMES.get(layer, layer),))
         if layer == "qkv_proj":
             attention: Any = self.get_submodule(".".join(modules))
             sizes = [heads * attention.head_dim for heads in attention.heads]
         else:
-            sizes = [rows // len(halves)] * len(halves)
-        return [(f"{prefix}{half}.{own}", size) for half, size in zip(halves, sizes, strict=True)]
+            sizes = [rows // len(names)] * len(names)
+        return [(f"{prefix}{part}.{own}", size) for part, size in zip(names, sizes, strict=True)]
 
 
 def _attention_biases(config: Any) -> tuple[bool, bool]:

@@ -2,8 +2,8 @@
 
 A row's product is the same to the bit however many rows there are. oneDNN's packed products have this property from
 some number of rows on, which depends on shape and processor: it sums in blocks that few rows make it cut otherwise. So
-each shape is measured once, and calls of fewer rows are filled up. The operators are torch's own internals,
-named nowhere else; where they are missing or wrong, there are plain layers in their place, and no int8.
+each shape is measured once, and calls of fewer rows are filled up. The operators are torch's own internals, named
+nowhere else; where they are missing or wrong, there are plain layers in their place, and no int8.
 
 Legend: N rows, I inputs, O outputs of a layer.
 """

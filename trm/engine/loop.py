@@ -105,9 +105,7 @@ class Loop:
 
     def _encode(self) -> None:
         """One backbone call for the next parts of prompts and the next tokens of rows that are ready; then drafts."""
-        with self._lock:
-            chosen = self.scheduler.prefilling(self._prefill_chunk)
-            fed = self.scheduler.feeding()
+        chosen, fed = self.scheduler.prefilling(self._prefill_chunk), self.scheduler.feeding()
         prompts = [
             Chunk(row.slot, row.cached, row.request.prompt_ids[row.cached : row.cached + count], steps=row.steps)
             for row, count in chosen

@@ -15,19 +15,17 @@ class Penalties:
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        self.ids = array("q")
-        self.factors = array("d")
-        self.less = array("d")
-        self.bias = array("d")
+        seen = dict.fromkeys(prompt_ids) if params.repetition_penalty != 1 else {}
+        self.ids = array("q", seen)
+        self.factors = array("d", [params.repetition_penalty]) * len(seen)
+        self.less = array("d", [0.0]) * len(seen)
+        self.bias = self.less[:]
         self._params = params
         self._grows = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        self._at: dict[int, int] = {}  # of each token, where it stands
+        self._at = {token: place for place, token in enumerate(seen)}  # of each token, where it stands
         self._counts: dict[int, int] = {}  # in the reply
         for token, bias in params.logit_bias:
             self.bias[self._place(token)] += bias
-        if params.repetition_penalty != 1:
-            for token in dict.fromkeys(prompt_ids):
-                self.factors[self._place(token)] = params.repetition_penalty
 
     def take(self, token: int) -> None:
         """Add a token to the reply."""

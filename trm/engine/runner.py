@@ -114,21 +114,21 @@ class Runner:
         ids = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=self.device)
         x = self._encode(ids, where)  # (N, D)
         self._last = None  # keys that were gathered are out of date
-        ends = torch.tensor([span.length for span in spans]).cumsum(0) - 1
+        ends = list(accumulate(span.length for span in spans))
         thinking = [row for row, chunk in enumerate(chunks) if chunk.place is not None]
         if thinking:
             slots, places = ([getattr(chunks[row], name) for row in thinking] for name in ("slot", "place"))
             at = torch.tensor([slots, places], device=self.device)
-            answers = x[ends[thinking].to(self.device)]
+            answers = x[torch.tensor([ends[row] - 1 for row in thinking], device=self.device)]
             self.state[0, at[0], at[1]] = answers
             self.state[1, at[0], at[1]] = answers
             self.state[2, at[0], at[1]] = 0
             self.halted[at[0], at[1]] = False
         if self.model.config.kv_source == "state":
             for depth in sorted({chunk.steps for chunk in chunks if chunk.place is None}):
-                rows = [i for i, chunk in enumerate(chunks) if chunk.place is None and chunk.steps == depth]
-                of_rows = torch.cat([torch.arange(int(ends[i]) + 1 - spans[i].length, int(ends[i]) + 1) for i in rows])
-                self._think(x[of_rows.to(self.device)], self._where([spans[i] for i in rows]), depth)
+                rows = [row for row, chunk in enumerate(chunks) if chunk.place is None and chunk.steps == depth]
+                of_rows = torch.cat([x[ends[row] - spans[row].length : ends[row]] for row in rows])
+                self._think(of_rows, self._where([spans[row] for row in rows]), depth)
 
     @torch.inference_mode()
     def tick(

@@ -52,11 +52,11 @@ class Slots:
         self.keys[entry, where.slots, :, where.positions] = keys.to(self.keys.dtype)
         self.values[entry, where.slots, :, where.positions] = values.to(self.values.dtype)
 
-    def read(self, entry: int | Tensor, group: "Group") -> KeyValue:
+    def read(self, entry: int | Tensor, where: "Where", group: "Group") -> KeyValue:
         """Keys and values of the positions in a group's view, each (B, K, W, d). `entry`: one for all, or (N,)."""
         if isinstance(entry, Tensor):
-            entry = entry[group.positions].view(group.shape)[:, 0]
-            return self.keys[entry, group.rows, :, : group.width], self.values[entry, group.rows, :, : group.width]
+            firsts = torch.stack((entry, where.slots))[:, group.positions].view(2, *group.shape)[..., 0]  # (2, B)
+            return self.keys[*firsts, :, : group.width], self.values[*firsts, :, : group.width]
         return self.keys[entry, group.slots, :, : group.width], self.values[entry, group.slots, :, : group.width]
 
 
@@ -67,7 +67,6 @@ class Group:
     positions: slice | Tensor  # which of the N, row by row
     shape: tuple[int, int]  # B, C
     slots: slice | Tensor  # of the rows; a slice, which reads without copying, where they are neighbours
-    rows: Tensor  # (B,), the same slots
     width: int  # W
     mask: Tensor  # (B, 1, C, W), additive
     alone: bool  # one row, whose positions attend one by one, each as if it were the only one
@@ -122,7 +121,7 @@ class SlotView:
     def _read(self, entry: int) -> list[KeyValue]:
         if self._kept is not None and entry in self._kept:
             return self._kept[entry]
-        found = [self._slots.read(self._first + entry, group) for group in self._where.groups]
+        found = [self._slots.read(self._first + entry, self._where, group) for group in self._where.groups]
         if self._kept is not None:
             self._kept[entry] = found
         return found
@@ -149,7 +148,6 @@ def locate(spans: Sequence[Span], exact: bool, dtype: torch.dtype, device: torch
             part.positions if isinstance(part.positions, slice) else torch.tensor(part.positions, device=device),
             shape,
             neighbours(part.slots, device),
-            torch.tensor(part.slots, device=device),
             part.width,
             mask,
             part.alone,
