@@ -337,10 +337,10 @@ class ErraticRunner:
         self.call()
         return self.rng.random() < 0.9
 
-    def logits(self, slots: Sequence[int], first: int = 0, count: int = 1) -> torch.Tensor:
+    def logits(self, slots: Sequence[int], *args: Any) -> torch.Tensor:
         self.call()
-        scores = torch.tensor([[[self.rng.random() for _ in range(16)] for _ in range(count)] for _ in slots])
-        for row in scores.flatten(0, 1):
+        scores = torch.tensor([[self.rng.random() for _ in range(16)] for _ in slots])
+        for row in scores:
             if self.rng.random() < 0.02:
                 row[self.rng.randrange(16)] = self.rng.choice([float("nan"), float("inf"), -float("inf")])
         return scores

@@ -330,7 +330,7 @@ def _decode_token(runner: Runner, slots: Sequence[int], position: int, steps: in
     runner.encode([Chunk(slot, position, [0], place=0) for slot in slots])
     for step in range(steps):
         runner.tick([Span(slot, position) for slot in slots], [step] * len(slots))
-    float(runner.logits(slots)[0, 0, 0])  # which waits for the device
+    float(runner.logits(slots)[0, 0])  # which waits for the device
 
 
 def ratios(raw: Raw) -> dict[str, float]:

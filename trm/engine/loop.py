@@ -171,13 +171,9 @@ class Loop:
         answers: list[Answer] = []
 
         def choose_all() -> None:
-            count = max(len(asks) for _, asks in asking)
-            logits = self.runner.logits([row.slot for row, _ in asking], first, count).flatten(0, 1)
-            if len(logits) > sum(len(asks) for _, asks in asking):
-                logits = logits[
-                    [at * count + place for at, (_, asks) in enumerate(asking) for place in range(len(asks))]
-                ]
-            answers.extend(choose(logits, [one for _, asks in asking for one in asks]))
+            slots = [row.slot for row, asks in asking for _ in asks]
+            places = [first + place for _, asks in asking for place in range(len(asks))]
+            answers.extend(choose(self.runner.logits(slots, places), [one for _, asks in asking for one in asks]))
 
         if asking and not self._call([row for row, _ in asking], choose_all):
             return None
@@ -220,7 +216,7 @@ class Loop:
 
         def note() -> None:
             num = max(row.request.params.trace or 0 for row in rows)
-            seen = likeliest(self.runner.logits([row.slot for row in rows])[:, 0], num)
+            seen = likeliest(self.runner.logits([row.slot for row in rows]), num)
             for (row, work), found in zip(_at_work(rows), seen, strict=True):
                 work.seen.append(found[: row.request.params.trace])
 

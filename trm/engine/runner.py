@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trm.engine.drafting import Costs
 from trm.engine.request import SamplingParams
-from trm.engine.slots import Slots, SlotView, Span, Where, locate, neighbours, rounded
+from trm.engine.slots import Slots, SlotView, Span, Where, locate, rounded
 from trm.errors import DeviceError
 from trm.layers import Rope
 from trm.model import TRMForCausalLM
@@ -161,9 +161,10 @@ class Runner:
         return halted
 
     @torch.inference_mode()
-    def logits(self, slots: Sequence[int], first: int = 0, count: int = 1) -> Tensor:
-        """Logits (B, count, V) of the answer states as they are, from place `first` on."""
-        return self.model.readout(self.state[1, neighbours(slots, self.device), first : first + count])
+    def logits(self, slots: Sequence[int], places: Sequence[int] | None = None) -> Tensor:
+        """Logits (M, V) of answer states as they are: of M slots, each at a place, the chosen token's unless told."""
+        at: int | Tensor = 0 if places is None else torch.tensor(places, device=self.device)
+        return self.model.readout(self.state[1, torch.tensor(slots, device=self.device), at])
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int, steps: int) -> None:

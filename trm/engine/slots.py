@@ -147,7 +147,7 @@ def locate(spans: Sequence[Span], exact: bool, dtype: torch.dtype, device: torch
         return Group(
             part.positions if isinstance(part.positions, slice) else torch.tensor(part.positions, device=device),
             shape,
-            neighbours(part.slots, device),
+            _neighbours(part.slots, device),
             part.width,
             mask,
             part.alone,
@@ -211,7 +211,7 @@ def _firsts(spans: Sequence[Span]) -> list[int]:
     return [0, *accumulate(span.length for span in spans)][:-1]
 
 
-def neighbours(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+def _neighbours(slots: Sequence[int], device: torch.device) -> slice | Tensor:
     """An index for `slots`: a slice, which reads without copying, where they are consecutive."""
     first = slots[0]
     if list(slots) == list(range(first, first + len(slots))):
