@@ -1,5 +1,7 @@
 """Build a trainer from a run's settings: data, backbone, model."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from training.problems.data import encode_problems, load_problems
 from training.trainer import Trainer
 from training.validation import split_problems
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
-from trm.chat import ChatFormat
+from trm.chat import ChatFormat, Example
+from trm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 MODEL_SETTINGS = (
     "n_latent",
@@ -34,13 +39,35 @@ def build_trainer(settings: TrainSettings, source: str, revision: str | None, de
         keep_annotations=settings.keep_annotations,
     )
     problems, held_out = split_problems(settings, problems)
-    examples = encode_problems(problems, chat, settings.max_length)
-    validation = encode_problems(held_out, chat, settings.max_length) if held_out else []
+    kinds = settings.replies, settings.step_targets
+    examples = encode_problems(problems, chat, settings.max_length, *kinds)
+    validation = encode_problems(held_out, chat, settings.max_length, *kinds) if held_out else []
+    if settings.step_targets:
+        _require_step_targets(examples, settings)
     backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
     model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
     return Trainer(settings, model, chat, examples, device, validation)
+
+
+def _require_step_targets(examples: Sequence[Example], settings: TrainSettings) -> None:
+    """Raise ConfigError where no example has intermediate results; warn where some have more than there are steps."""
+    results = [1 + len(example.step_replies) for example in examples]
+    if max(results) == 1:
+        raise ConfigError(
+            f"--step-targets: no reply is the answer alone of a problem with known intermediate results "
+            f"(--replies {','.join(settings.replies)}, --dataset {settings.dataset}); "
+            "add answer to --replies, and take data with steps or annotations"
+        )
+    if too_many := sum(count > settings.n_supervision for count in results):
+        logger.warning(
+            "%d of %d examples have more results than --n-supervision %d, up to %d: their answer is never a target",
+            too_many,
+            len(examples),
+            settings.n_supervision,
+            max(results),
+        )
 
 
 def backbone_source(settings: TrainSettings) -> tuple[str, str | None]:

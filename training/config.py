@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
+from trm.chat import Work
 from trm.errors import ConfigError
 from trm.settings import Settings
 
@@ -18,7 +19,13 @@ OptimizerName = Literal["adamw", "muon"]
 StepWeights = Literal["uniform", "linear", "last"]
 MixDepths = Literal["off", "steps", "halting"]
 CacheStates = Literal["auto", "memory", "disk", "off"]
+Replies = Literal["worked", "equations", "answer"]
 DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY,…] or a JSON-lines file"
+
+
+def split_words(value: Any) -> Any:
+    """Words with commas or spaces between them as a list, anything else as it is."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
 class TrainSettings(Settings):
@@ -35,6 +42,7 @@ class TrainSettings(Settings):
             "dataset",
             "num_problems",
             "max_length",
+            "replies",
             "keep_annotations",
             "normalize_text",
             "validation",
@@ -66,7 +74,7 @@ class TrainSettings(Settings):
             "gradient",
             "train_lm_head",
         ),
-        "the objective": ("min_supervision", "step_weights", "halt_delta", "mix_depths"),
+        "the objective": ("step_targets", "min_supervision", "step_weights", "halt_delta", "mix_depths"),
         "the machine": ("cache_states", "cache_dir", "device", "autocast", "num_threads"),
     }
 
@@ -103,6 +111,12 @@ class TrainSettings(Settings):
     max_length: int = Field(
         1024, ge=2, description="most tokens of a problem with its solution; longer ones are dropped"
     )
+    replies: Annotated[CliVariadicArg[list[Replies]], NoDecode] = Field(
+        ["worked"],
+        min_length=1,
+        description="what replies say before the boxed answer: the solution, its equations alone, or nothing; "
+        "of several each problem gives one example of each",
+    )
     optimizer: OptimizerName = Field("adamw", description="adamw, or muon for the block's matrices")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay on matrices")
@@ -125,6 +139,10 @@ class TrainSettings(Settings):
     gradient: Literal["full", "paper"] = Field(
         "full",
         description="full: through the whole recursion; paper: through the last cycle of each supervision step",
+    )
+    step_targets: bool = Field(
+        False,
+        description="in replies that are the answer alone, supervision step t learns the t-th intermediate result",
     )
     min_supervision: int | None = Field(
         None,
@@ -166,6 +184,11 @@ class TrainSettings(Settings):
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
+    @field_validator("replies", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return split_words(value)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         minimum = self.min_supervision
@@ -191,6 +214,11 @@ class TrainSettings(Settings):
                     f"--mix-depths {self.mix_depths}: works without --gradient-accumulation only; "
                     "use a larger --batch-size"
                 )
+            if self.step_targets:
+                raise ConfigError(
+                    f"--mix-depths {self.mix_depths}: the rows of a batch stand at different steps, "
+                    "which with --step-targets have different targets; leave out one of the two"
+                )
         return self
 
 
@@ -203,6 +231,9 @@ class EvalSettings(Settings):
     dataset: str = Field("synthetic", description=DATASET_HELP)
     effort: Annotated[CliVariadicArg[list[int]], NoDecode] = Field(
         [], description="supervision steps to try; default 0, 1 and the trained number"
+    )
+    work: Work | None = Field(
+        None, description="what the prompt asks for besides the answer; default full, for synthetic:mental none"
     )
     limit: int = Field(500, ge=1, description="number of problems, or all where there are fewer")
     seed: int = Field(0, ge=0, description="seed of the synthetic problems and of samples")
@@ -228,9 +259,7 @@ class EvalSettings(Settings):
     @field_validator("effort", "control", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return (
-            value.replace(",", " ").split() if isinstance(value, str) else [value] if isinstance(value, int) else value
-        )
+        return [value] if isinstance(value, int) else split_words(value)
 
 
 class PretrainSettings(Settings):
@@ -258,4 +287,4 @@ class PretrainSettings(Settings):
     @field_validator("families", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return value.replace(",", " ").split() if isinstance(value, str) else value
+        return split_words(value)

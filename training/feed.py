@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training import workers
-from training.batches import collate, epoch_order, num_labels
+from training.batches import collate, epoch_order, num_labels, targets
 from training.config import TrainSettings
 from training.loss import Prepared, prepare
 from training.mixing import MixedRows
@@ -76,7 +76,11 @@ class Feed:
 
     def num_labels(self) -> int:
         """Labels of the batches at hand, of all processes."""
-        return sum(num_labels(self.examples[i]) for indices in self.batches for i in indices)
+        return sum(map(num_labels, self._at_hand()))
+
+    def num_targets(self, steps: Sequence[int]) -> Tensor:
+        """How many of these labels each of the supervision steps (N,) has; it has fewer where its result is shorter."""
+        return torch.tensor([sum(len(targets(example, step)) for example in self._at_hand()) for step in steps])
 
     def rows(self) -> str:
         """The rows of the batches at hand: where each came from, and its number among the examples."""
@@ -127,6 +131,9 @@ class Feed:
         states = self.states.padded(own, batch.input_ids.shape[1]) if self.states else None
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             return prepare(self.model, batch, states)
+
+    def _at_hand(self) -> list[Example]:
+        return [self.examples[i] for indices in self.batches for i in indices]
 
     def _open(self, epoch: int) -> None:
         """Make `_order` that of an epoch."""

@@ -1,7 +1,7 @@
 """What one batch costs: the recursion over answer positions, and its loss per supervision step.
 
 Legend: B rows, S positions, A answer positions of the longest row, D hidden, M labels in the batch,
-N supervision steps.
+N supervision steps, T different targets of them: the last is the answer, which all later steps learn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,8 @@ class Prepared:
 
     `context` (B, S, D) and its `rope` at every position. `x` (B, Q, D), `query_rope` and `mask`
     (B, 1, Q, S) at the recursion's queries: Q = A, the answer positions only, for keys from the
-    context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (M,) their labels.
+    context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (T, M) their labels after each
+    step, IGNORE_INDEX where a step's is shorter than the answer, and `settled` (T, M) says where halting may begin.
     """
 
     context: Tensor
@@ -36,6 +37,12 @@ class Prepared:
     mask: Tensor
     answers: Tensor
     targets: Tensor
+    settled: Tensor
+
+    def step_targets(self, step: int) -> tuple[Tensor, Tensor]:
+        """`targets` and `settled` (M,) of supervision step `step`, from 0."""
+        index = min(step, len(self.targets) - 1)
+        return self.targets[index], self.settled[index]
 
     def key_values(self, model: TRMForCausalLM) -> Sequences:
         """What the queries see: the context's keys and values, projected afresh, with gradient; or each call's own."""
@@ -60,7 +67,7 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     With keys from the context no query sees another query's state, so that prompt positions
     need no recursion.
     """
-    labelled = batch.labels != IGNORE_INDEX
+    labelled = batch.labels[-1] != IGNORE_INDEX
     length = batch.input_ids.shape[1]
     mask = causal_mask(batch.attention_mask, length)
     if states is None:
@@ -68,16 +75,30 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     else:
         x = states.to(mask.device, model.decoder.halt_head.weight.dtype)
         rope = model.backbone.rope(_positions(batch))
-    targets = batch.labels[labelled]
+    targets = batch.labels[:, labelled]
+    settled = settled_labels(targets, labelled.nonzero()[:, 0], len(labelled))
     if model.config.kv_source == "state":
-        return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets)
+        return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets, settled)
     start, count = labelled.int().argmax(dim=1), labelled.sum(dim=1)
     offsets = torch.arange(batch.num_queries, device=x.device)
     queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
     rows = torch.arange(len(x), device=x.device)[:, None]
     cos, sin = (part[rows, queries] for part in rope)
     answers = (offsets < count[:, None]).nonzero()
-    return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
+    seen = mask[:, 0][rows, queries].unsqueeze(1)
+    return Prepared(x, rope, x[rows, queries], (cos, sin), seen, answers, targets, settled)
+
+
+def settled_labels(targets: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Where halting may begin, (T, M), from the targets of each step (T, M) and the rows (M,) of the labels.
+
+    At a place where every step learns the answer's token, at once. At the others only after the last step
+    that learns something else anywhere in their row.
+    """
+    differs = targets != targets[-1]
+    in_row = targets.new_zeros(len(targets), num_rows).index_add_(1, rows, differs.to(targets.dtype))
+    from_here = in_row.flip(0).cumsum(0).flip(0)
+    return (from_here[:, rows] == 0) | ~differs.any(0)
 
 
 def _positions(batch: Batch) -> Tensor:
@@ -85,21 +106,26 @@ def _positions(batch: Batch) -> Tensor:
 
 
 class TokenLosses(NamedTuple):
-    """Each label after one supervision step, (M,): its cross-entropy, whether the argmax hits it, the halting score."""
+    """Each label after one supervision step, (M,): cross-entropy, whether the argmax hits it, halting score, `settled`.
+
+    A label that this step has not got has a cross-entropy of 0 and is never hit.
+    """
 
     cross_entropy: Tensor
     right: Tensor
     halt: Tensor
+    settled: Tensor
 
 
-def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> TokenLosses:
-    """Read the answer states y (B, Q, D) at the labelled positions. The halting head is a probe: it does not bend y."""
+def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared, step: int) -> TokenLosses:
+    """Read the labels from y (B, Q, D) after a step (from 0). The halting head is a probe: it does not bend y."""
+    targets, settled = prepared.step_targets(step)
     answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
     logits = model.readout(answer).float()
     halt = model.decoder.halt_logits(answer.detach()).float()
-    cross_entropy = F.cross_entropy(logits, prepared.targets, reduction="none")
-    right = logits.argmax(-1) == prepared.targets  # last: a recomputation ends before it
-    return TokenLosses(cross_entropy, right, halt)
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
+    right = logits.argmax(-1) == targets  # last: a recomputation ends before it
+    return TokenLosses(cross_entropy, right, halt, settled)
 
 
 def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tensor:
@@ -111,10 +137,12 @@ def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tenso
     return right | (best_from_here >= cross_entropy - delta)
 
 
-def paper_step(model: TRMForCausalLM, prepared: Prepared, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
-    """One supervision step from y and z (B, Q, D); gradient through the last cycle only. Returns y and z detached."""
+def paper_step(
+    model: TRMForCausalLM, prepared: Prepared, y: Tensor, z: Tensor, step: int
+) -> tuple[Tensor, Tensor, TokenLosses]:
+    """Supervision step `step` from y and z (B, Q, D); gradient through the last cycle only. Returns them detached."""
     y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, prepared.key_values(model), grad_cycles=1)
-    return y.detach(), z.detach(), token_losses(model, y, prepared)
+    return y.detach(), z.detach(), token_losses(model, y, prepared, step)
 
 
 def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterator[TokenLosses]:
@@ -124,13 +152,13 @@ def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterato
     """
     key_values = prepared.key_values(model)
 
-    def step(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, TokenLosses]:
+    def step(y: Tensor, z: Tensor, number: int) -> tuple[Tensor, Tensor, TokenLosses]:
         y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
-        return y, z, token_losses(model, y, prepared)
+        return y, z, token_losses(model, y, prepared, number)
 
     y = z = torch.zeros_like(prepared.x)
-    for _ in range(depth):
-        y, z, losses = recompute_in_backward(step, y, z, use_reentrant=False)
+    for number in range(depth):
+        y, z, losses = recompute_in_backward(step, y, z, number, use_reentrant=False)
         yield losses
 
 
@@ -145,10 +173,13 @@ class Objective(NamedTuple):
 
 
 def objective(steps: Sequence[TokenLosses], weights: Tensor, halt_delta: float | None) -> Objective:
-    """Add up the supervision steps of a batch, with `weights` (N,); `halt_delta` None: a token may halt where right."""
-    cross_entropy, right, halt = (torch.stack(part) for part in zip(*steps, strict=True))  # each (N, M)
+    """Add up the supervision steps of a batch, with `weights` (N,). `halt_delta` None: a token may halt where right.
+
+    In either case it must be settled.
+    """
+    cross_entropy, right, halt, settled = (torch.stack(part) for part in zip(*steps, strict=True))  # each (N, M)
     may_halt = right if halt_delta is None else halting_targets(cross_entropy.detach(), right, halt_delta)
-    halting = F.binary_cross_entropy_with_logits(halt, may_halt.float(), reduction="none")
+    halting = F.binary_cross_entropy_with_logits(halt, (may_halt & settled).float(), reduction="none")
     loss = (weights.to(halt.device) * cross_entropy.sum(1)).sum() + halting.sum(1).mean()
     return Objective(loss, torch.stack([part.detach().float().sum(1) for part in (cross_entropy, halting, right)]))
 
@@ -164,6 +195,7 @@ def reply_loss(model: Any, batch: Batch) -> Tensor:
     """Mean cross-entropy of an ordinary causal language model over reply tokens; the head runs at those only."""
     # Padding stands on the right, where no real token can see it: causal attention needs no mask.
     hidden = model.model(input_ids=batch.input_ids, use_cache=False)
-    labelled = batch.labels != IGNORE_INDEX
+    labels = batch.labels[-1]
+    labelled = labels != IGNORE_INDEX
     logits = model.lm_head(hidden.last_hidden_state[labelled])
-    return F.cross_entropy(logits.float(), batch.labels[labelled])
+    return F.cross_entropy(logits.float(), labels[labelled])

@@ -23,7 +23,7 @@ from training.config import PretrainSettings
 from training.directories import require_writable
 from training.loss import reply_loss
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
-from training.problems.data import load_problems
+from training.problems.data import encode_problem, load_problems
 from training.problems.problem import Problem
 from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
@@ -97,7 +97,7 @@ class Curriculum:
                 continue
             families = self.groups[index % len(self.groups)]
             problem = make_problem(families, "train", settings.seed, index, max_number)
-            examples.append(self.chat.encode_example(problem.question, problem.solution))
+            examples.append(encode_problem(problem, self.chat, problem.work or "full"))
         return examples
 
     def batches(
@@ -122,7 +122,7 @@ def greedy_accuracy(
     correct = 0
     for start in range(0, len(tests), batch_size):
         chunk = tests[start : start + batch_size]
-        prompts = [chat.encode(solve_messages(p.question)) for p in chunk]
+        prompts = [chat.encode(solve_messages(p.question, work=p.work or "full")) for p in chunk]
         width = max(map(len, prompts))
         pad = chat.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])

@@ -136,9 +136,11 @@ class Trainer:
         """
         settings, feed = self.settings, self.feed
         feed.fetch(self.step)
-        labels, importance = feed.num_labels(), step_weights(settings.step_weights, self._depth())
-        parts, carry, halt = self._add_gradients(labels, importance)
-        losses, halting, right = parts / labels
+        steps = self._supervision_steps()
+        labels, targets = feed.num_labels(), feed.num_targets(steps)
+        importance = step_weights(settings.step_weights, len(steps))
+        parts, carry, halt = self._add_gradients(labels, importance * (labels / targets), steps)
+        losses, halting, right = parts[0] / targets, parts[1] / labels, parts[2] / targets
         norm = self.weights.clip_gradients()
         if not torch.isfinite(norm) or not torch.isfinite(parts).all():
             raise DeviceError(
@@ -147,11 +149,10 @@ class Trainer:
             )
         scale = self.weights.update(self.step)
         feed.advance(self.step, carry, halt)
-        supervision_step = self.step % feed.steps_per_group + 1
         self.step += 1
         return {
             "loss": float((importance * losses).sum()),
-            "supervision_step": supervision_step if settings.gradient == "paper" and not feed.mixed else None,
+            "supervision_step": steps[0] + 1 if settings.gradient == "paper" and not feed.mixed else None,
             "losses": losses.tolist(),
             "halting_losses": halting.tolist(),
             "token_accuracies": right.tolist(),
@@ -160,11 +161,11 @@ class Trainer:
             "tokens": labels,
         }
 
-    def _add_gradients(self, labels: int, importance: Tensor) -> tuple[Tensor, Carry, Tensor]:
+    def _add_gradients(self, labels: int, importance: Tensor, numbers: range) -> tuple[Tensor, Carry, Tensor]:
         """Forward and backward over the batches at hand, of all processes, with a gradient per label.
 
-        `importance` (N,) weighs the N supervision steps. Returns the sums of `Objective.parts` (3, N), the states to
-        carry on, and the halting scores of the last batch.
+        `importance` (N,) weighs the N supervision steps of these numbers. Returns the sums of `Objective.parts` (3, N),
+        the states to carry on, and the halting scores of the last batch.
         """
         is_paper = self.settings.gradient == "paper"
         parts = torch.zeros(3, len(importance), device=self.device)
@@ -172,7 +173,7 @@ class Trainer:
         for prepared, (y, z) in zip(self.feed.prepared, self.feed.carry, strict=True):
             with self._autocast():
                 if is_paper:
-                    y, z, token_losses = paper_step(self.model, prepared, y, z)
+                    y, z, token_losses = paper_step(self.model, prepared, y, z, numbers[0])
                     carry.append((y, z))
                     steps = [token_losses]
                 else:
@@ -183,13 +184,17 @@ class Trainer:
         workers.add_gradients(self.weights.parameters.values())
         return workers.add(parts).cpu(), carry, steps[-1].halt.detach()
 
-    def _depth(self) -> int:
-        """How many supervision steps the optimiser step at hand runs: a function of seed and step number."""
+    def _supervision_steps(self) -> range:
+        """Those that the optimiser step at hand runs, from 0: a function of seed and step number.
+
+        Where depths are mixed a step has no number; this gives one that means nothing.
+        """
         if self.settings.gradient == "paper":
-            return 1
+            number = self.step % self.feed.steps_per_group
+            return range(number, number + 1)
         deepest = self.settings.n_supervision
         rng = random.Random(f"{self.settings.seed}/depth/{self.step}")
-        return rng.randint(self.settings.min_supervision or deepest, deepest)
+        return range(rng.randint(self.settings.min_supervision or deepest, deepest))
 
     def validate(self) -> Validation | None:
         """Losses of the averaged weights on the validation problems; None without any."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training.batches import collate
+from training.batches import IGNORE_INDEX, collate
 from training.config import TrainSettings
 from training.loss import prepare, token_losses
 from training.optim import EMA
@@ -22,7 +22,7 @@ SEED_OFFSET = 2**32  # synthetic problems unlike those that trm-eval draws with 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss and token accuracy per label after each supervision step."""
+    """Mean loss and token accuracy per label after each supervision step, by what that step learns."""
 
     losses: list[float]
     token_accuracies: list[float]
@@ -59,7 +59,7 @@ def hold_out(problems: Sequence[Problem], count: int, seed: int) -> tuple[list[P
 def measure(model: TRMForCausalLM, examples: Sequence[Example], batch_size: int, pad_id: int) -> Validation:
     """Losses of the model as it stands, in batches of similar length, on its own device."""
     steps = model.config.n_supervision
-    sums, labels = torch.zeros(2, steps, dtype=torch.float64), 0
+    sums, labels = torch.zeros(2, steps, dtype=torch.float64), torch.zeros(steps)
     by_length = sorted(examples, key=lambda example: len(example.ids))
     for start in range(0, len(by_length), batch_size):
         batch = collate(by_length[start : start + batch_size], pad_id)
@@ -68,9 +68,9 @@ def measure(model: TRMForCausalLM, examples: Sequence[Example], batch_size: int,
         key_values = prepared.key_values(model)
         for step in range(steps):
             y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
-            tokens = token_losses(model, y, prepared)
+            tokens = token_losses(model, y, prepared, step)
             sums[:, step] += torch.stack([tokens.cross_entropy.double().sum(), tokens.right.sum()]).cpu()
-        labels += len(prepared.targets)
+            labels[step] += int((prepared.step_targets(step)[0] != IGNORE_INDEX).sum())
     losses, right = (sums / labels).tolist()
     return Validation(losses, right)
 

@@ -29,6 +29,20 @@ class Boxed(NamedTuple):
     outcome: Literal["boxed", "truncated", "missing"]
 
 
+def boxed(answer: str) -> str:
+    """A final answer in its box."""
+    return rf"\boxed{{{answer}}}"
+
+
+_ANNOTATION = re.compile(r"<<([^<>]*)>>")  # GSM8K's calculator
+
+
+def gsm8k_equations(answer: str) -> tuple[str, ...]:
+    """What a GSM8K answer's calculator annotations work out, in order: `48/2=24` of `<<48/2=24>>`."""
+    found = [text.strip() for text in _ANNOTATION.findall(answer)]
+    return tuple(text for text in found if "=" in text and not text.endswith("="))
+
+
 def convert_gsm8k(answer: str, keep_annotations: bool = False) -> str:
     r"""A GSM8K answer with its last line `#### 72` replaced by `\boxed{72}`.
 
@@ -36,14 +50,14 @@ def convert_gsm8k(answer: str, keep_annotations: bool = False) -> str:
     Raises ValueError if the last line holds no `####` or nothing after it.
     """
     if not keep_annotations:
-        answer = re.sub(r"<<[^<>]*>>", "", answer)
+        answer = _ANNOTATION.sub("", answer)
     body, mark, final = answer.rpartition("####")
     final = final.strip()
     if not mark:
         raise ValueError(f"GSM8K answer has no '####' before its final answer: …{answer[-80:]!r}")
     if not final or "\n" in final:
         raise ValueError(f"GSM8K answer needs one line after '####', got {final[:80]!r}")
-    return rf"{body}\boxed{{{final}}}"
+    return body + boxed(final)
 
 
 # One backslash is enough to match, so the doubled one of an over-escaped reply matches too.

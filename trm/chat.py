@@ -1,7 +1,7 @@
 """Turn messages into token ids, and replies back into text: the only definition.
 
 Training, evaluation and serving all go through here, so a prompt has the same ids
-everywhere. Owns the system prompt, the ChatML template, text normalisation and the
+everywhere. Owns the system prompts, the ChatML template, text normalisation and the
 label span. Refuses to trust content: a special-token string inside a message is
 encoded as ordinary text and cannot forge a turn. Raises BadRequest for messages
 that have no rendering and ConfigError for a tokenizer that cannot be used.
@@ -11,11 +11,18 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trm.errors import BadRequest, ConfigError
 
-SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+Work = Literal["full", "equations", "none"]  # what a reply shows before its answer
+
+SYSTEM_PROMPTS: dict[Work, str] = {
+    "full": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "equations": r"Please write only the equations, one per line, and put your final answer within \boxed{}.",
+    "none": r"Please answer at once: write only \boxed{} with your final answer in it.",
+}
+SYSTEM_PROMPT = SYSTEM_PROMPTS["full"]
 
 START_TOKEN = "<|im_start|>"  # opens a turn
 END_TOKEN = "<|im_end|>"  # closes a turn, and ends a reply
@@ -62,10 +69,10 @@ def normalize_text(text: str) -> str:
     return unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC))
 
 
-def solve_messages(question: str, solution: str | None = None) -> list[Message]:
-    """The conversation that asks `question`; with `solution`, the one that trains on it."""
+def solve_messages(question: str, solution: str | None = None, work: Work = "full") -> list[Message]:
+    """The conversation that asks `question`, with so much work shown; with `solution`, the one that trains on it."""
     messages: list[Message] = [
-        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "system", "content": SYSTEM_PROMPTS[work]},
         {"role": "user", "content": question.strip()},
     ]
     if solution is not None:
@@ -78,11 +85,13 @@ class Example:
     """One training conversation. Labels are `ids[label_start:]`, the reply and its end token.
 
     `ids` ends with the end token: the newline that ChatML adds after it is no label and
-    nothing follows it, so it is dropped. `source` says where the row came from.
+    nothing follows it, so it is dropped. `step_replies` are the replies that the problem's intermediate
+    results would be, in order, the final answer not among them. `source` says where the row came from.
     """
 
     ids: tuple[int, ...]
     label_start: int
+    step_replies: tuple[tuple[int, ...], ...] = ()
     source: str = field(default="", compare=False)
 
 
@@ -151,9 +160,9 @@ class ChatFormat:
                 ids.extend(self.encode_text(piece.translate(restore)))
         return ids
 
-    def encode_example(self, question: str, solution: str) -> Example:
+    def encode_example(self, question: str, solution: str, work: Work = "full") -> Example:
         """Ids of a solved problem and where its reply starts, found in the ids themselves."""
-        messages = solve_messages(question, solution)
+        messages = solve_messages(question, solution, work)
         prompt = self.encode(messages[:-1])
         ids = self.encode(messages, add_generation_prompt=False)
         if ids[: len(prompt)] != prompt:

@@ -1,8 +1,15 @@
 """The objective: which tokens may halt."""
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 
-from training.loss import halting_targets
+from tests.conftest import make_backbone
+from training.batches import collate
+from training.loss import TokenLosses, halting_targets, objective, reply_loss
+from trm.chat import Example
 
 
 def test_a_token_may_halt_where_it_is_right_or_no_deeper_step_helps() -> None:
@@ -14,3 +21,27 @@ def test_a_token_may_halt_where_it_is_right_or_no_deeper_step_helps() -> None:
     targets = halting_targets(cross_entropy, right, delta=0.05)
 
     assert targets.int().tolist() == [[0, 1, 1, 0, 1], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("halt_delta", "expected"), [(0.05, [[0, 1, 1], [1, 1, 1]]), (None, [[0, 1, 0], [1, 0, 0]])])
+def test_a_token_that_is_not_settled_may_not_halt_however_right_it_is(
+    halt_delta: float | None, expected: list[list[int]]
+) -> None:
+    # Three labels: right at both steps, right at once, never right and never better.
+    right = torch.tensor([[True, True, False], [True, False, False]])
+    settled = torch.tensor([[False, True, True], [True, True, True]])
+    sure = 20.0  # of halting everywhere: the loss is 20 where a token may not, 0 where it may
+    steps = [TokenLosses(torch.ones(3), right[i], torch.full((3,), sure), settled[i]) for i in range(2)]
+
+    halting = objective(steps, torch.ones(2), halt_delta).parts[1]
+
+    assert halting.tolist() == pytest.approx([sure * row.count(0) for row in expected], abs=1e-6)
+
+
+def test_an_ordinary_model_learns_the_answer_whatever_the_steps_before_it(tokenizer: Any) -> None:
+    model = make_backbone(vocab_size=len(tokenizer))
+    example = Example(tuple(range(3, 12)), 5, step_replies=((20, 21), (22, 23, 24, 25)))
+
+    losses = [reply_loss(model, collate([one], 0)) for one in (example, replace(example, step_replies=()))]
+
+    assert losses[0] == losses[1] > 0

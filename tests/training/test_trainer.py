@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import BACKBONES, make_backbone
+from tests.training.comparing import differing_tensors
 from training.batches import collate
 from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
@@ -36,7 +38,13 @@ def make_trainer(settings: TrainSettings) -> Trainer:
     names = ("n_latent", "n_cycles", "n_supervision", "n_layers", "kv_source")
     depth = {name: getattr(settings, name) for name in names}
     model = TRMForCausalLM.from_backbone(backbone, own_lm_head=settings.train_lm_head, **depth)
-    return Trainer(settings, model, chat, encode_problems(problems, chat, settings.max_length), "cpu")
+    examples = encode_problems(problems, chat, settings.max_length, settings.replies, settings.step_targets)
+    return Trainer(settings, model, chat, examples, "cpu")
+
+
+def write_down(jsonl: Callable[..., Path], *rows: list[str]) -> str:
+    """A file with a problem for each list of results."""
+    return str(jsonl(*({"question": f"{n}?", "answer": f"#### {r[-1]}", "steps": r} for n, r in enumerate(rows))))
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -141,11 +149,19 @@ def test_the_schedule_counts_optimiser_steps_really_taken(
     assert rates[-1] == min(rates[2:]) <= 0.5
 
 
+@pytest.mark.parametrize("step_targets", [False, True])
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_accumulated_batches_give_the_updates_of_one_large_batch(settings: Settings, gradient: str) -> None:
+def test_accumulated_batches_give_the_updates_of_one_large_batch(
+    settings: Settings, jsonl: Callable[..., Path], gradient: str, step_targets: bool
+) -> None:
     # With "paper" every batch of the group does a supervision step before any weight moves.
+    same: dict[str, Any] = {"num_problems": 4, "epochs": 9, "autocast": "off", "gradient": gradient}
+    if step_targets:  # the batches differ in how many labels a step has, and in how many steps differ
+        path = write_down(jsonl, ["5"], ["7", "100"], ["12", "3", "40"], ["1", "20", "3", "400"])
+        same |= {"dataset": path, "replies": ["answer"], "step_targets": True}
+
     def reports(**changes: int) -> list[tuple[float, float]]:
-        trainer = make_trainer(settings(num_problems=4, epochs=9, autocast="off", gradient=gradient, **changes))
+        trainer = make_trainer(settings(**same, **changes))
         return [(report["loss"], report["grad_norm"]) for report in (trainer.train_step() for _ in range(4))]
 
     large, small = reports(batch_size=4), reports(batch_size=2, gradient_accumulation=2)
@@ -186,6 +202,10 @@ def test_step_weights_scale_the_losses_of_the_steps(settings: Settings) -> None:
         (
             {"mix_depths": "steps", "gradient": "paper", "gradient_accumulation": 2},
             "works without --gradient-accumulation only",
+        ),
+        (
+            {"mix_depths": "steps", "gradient": "paper", "step_targets": True},
+            "--mix-depths steps: the rows of a batch stand at different steps",
         ),
     ],
     ids=str,
@@ -229,6 +249,25 @@ def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path,
             ours, theirs = load_file(straight / name), load_file(resumed / name)
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), f"{name} after resuming at {step}"
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_resumed_run_with_targets_per_step_ends_in_the_same_bits(
+    settings: Settings, tmp_path: Path, gradient: str
+) -> None:
+    changes = {"min_supervision": 1} if gradient == "full" else {}
+    straight = train(
+        settings(
+            dataset="synthetic:easy,mental", replies=["worked", "answer"], step_targets=True, gradient=gradient,
+            max_steps=5, save_steps=2, **changes,
+        )
+    )  # fmt: skip
+
+    resumed = train(TrainSettings(resume=straight.parent / "checkpoint-2", output_dir=tmp_path / "resumed"))
+
+    assert differing_tensors(straight, resumed) == []
+    with pytest.raises(ConfigError, match="--step-targets False: the run to resume has True"):
+        train(TrainSettings(resume=straight.parent / "checkpoint-2", step_targets=False))
 
 
 def test_a_resumed_run_goes_on_in_its_own_directory(settings: Settings, tmp_path: Path) -> None:
@@ -334,10 +373,10 @@ def test_answer_positions_only_give_the_loss_of_all_positions(settings: Settings
         torch.nn.init.normal_(parameter, std=0.1)
     batch = collate([trainer.feed.examples[i] for i in trainer.feed.batches_of(0)[0]], 0)
     whole = trainer.model(batch.input_ids, batch.attention_mask, return_all_steps=True)
-    labelled = batch.labels != -100
+    labels = batch.labels[-1]
+    labelled = labels != -100
     expected = [
-        torch.nn.functional.cross_entropy(logits[labelled], batch.labels[labelled]).item()
-        for logits in whole.all_logits
+        torch.nn.functional.cross_entropy(logits[labelled], labels[labelled]).item() for logits in whole.all_logits
     ]
 
     report = trainer.train_step()
@@ -354,3 +393,70 @@ def test_muon_takes_matrices_and_leaves_heads_and_vectors_to_adamw(settings: Set
     assert adam_names == {"decoder.halt_head.weight", "decoder.halt_head.bias", "lm_head.weight"}
     assert sum(len(group["params"]) for group in muon.param_groups) == len(names) - 3
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
+
+
+AT_ONCE = {"replies": ["answer"], "step_targets": True, "batch_size": 8, "epochs": 40}
+
+
+def test_every_step_learns_its_own_target(settings: Settings, jsonl: Callable[..., Path]) -> None:
+    path = write_down(jsonl, *[["14", "25", "36"]] * 8)
+    quick = {"optimizer": "muon", "lr": 3e-2, "warmup_steps": 2, "epochs": 80, "n_supervision": 4}
+    trainer = make_trainer(settings(dataset=path, **(AT_ONCE | quick)))
+
+    first, *_, last = [trainer.train_step() for _ in range(40)]
+
+    assert all(after < before / 3 for before, after in zip(first["losses"], last["losses"], strict=True))
+    assert last["token_accuracies"] == [1.0] * 4
+    trainer.feed.examples = [replace(example, step_replies=()) for example in trainer.feed.examples]
+    answers_only = trainer.feed.prepare(range(8))
+    with torch.no_grad():
+        right = [losses.right.float().mean().item() for losses in full_steps(trainer.model, answers_only, 4)]
+    assert right == pytest.approx([4 / 6, 4 / 6, 1, 1])  # the first steps say their results, not the answer
+
+
+def test_a_drawn_depth_leaves_each_step_its_target(settings: Settings, jsonl: Callable[..., Path]) -> None:
+    path = write_down(jsonl, *[["14", "25", "36"]] * 8)
+    whole = make_trainer(settings(dataset=path, n_supervision=4, **AT_ONCE)).train_step()
+    depths = set()
+    for seed in range(6):
+        trainer = make_trainer(settings(dataset=path, n_supervision=4, min_supervision=1, **AT_ONCE))
+        trainer.settings = trainer.settings.model_copy(update={"seed": seed})  # of the depth alone
+        shallow = trainer.train_step()["losses"]
+        depths.add(len(shallow))
+        assert shallow == pytest.approx(whole["losses"][: len(shallow)], rel=1e-5)
+    assert len(depths) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"--step-targets: no reply is the answer alone .*--replies worked, .*; add answer to --replies"),
+        ({"replies": ["answer"]}, "of a problem with known intermediate results"),
+        ({"replies": ["equations"]}, "--replies equations: no problem has equations"),
+    ],
+    ids=["worked", "one result", "no equations"],
+)
+def test_data_without_what_the_targets_need_is_refused(
+    settings: Settings, jsonl: Callable[..., Path], changes: dict[str, Any], message: str
+) -> None:
+    path = write_down(jsonl, ["1"], ["2"])
+    with pytest.raises(ConfigError, match=message):
+        train(settings(dataset=path, step_targets=True, **changes))
+
+
+def test_problems_with_more_results_than_steps_are_counted(
+    settings: Settings, jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_down(jsonl, ["1", "2", "3", "4"], ["1", "2", "3"])
+    train(settings(dataset=path, replies=["answer"], step_targets=True, max_steps=1))
+
+    assert "1 of 2 examples have more results than --n-supervision 3, up to 4: their answer is never" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["worked,answer", "worked answer"])
+def test_replies_may_be_several(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TrainSettings.from_command_line(["--replies", *given.split()]).replies == ["worked", "answer"]
+    monkeypatch.setenv("TRM_REPLIES", given)
+    assert TrainSettings.from_command_line([]).replies == ["worked", "answer"]
+    with pytest.raises(ConfigError, match=r"--replies 'prose': Input should be 'worked', 'equations' or 'answer'"):
+        TrainSettings.from_command_line(["--replies", "prose"])

@@ -41,9 +41,12 @@ def test_where_the_problems_come_from(settings: Settings, jsonl: Callable[..., P
     assert [problem.question[0] for problem in out] == ["Q"] * 4
 
 
-def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Settings) -> None:
-    trainer = make_trainer(settings(autocast="off", batch_size=3))
+@pytest.mark.parametrize("step_targets", [False, True])
+def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Settings, step_targets: bool) -> None:
+    at_once = {"dataset": "synthetic:mental", "step_targets": True} if step_targets else {}
+    trainer = make_trainer(settings(autocast="off", batch_size=3, **at_once))
     trainer.validation = trainer.feed.examples[:7]
+    assert any(example.step_replies for example in trainer.validation) == step_targets
     for _ in range(4):
         trainer.train_step()
     before = {name: p.detach().clone() for name, p in trainer.weights.parameters.items()}
@@ -51,16 +54,18 @@ def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Setti
     measured = trainer.validate()
 
     assert all(torch.equal(before[name], p) for name, p in trainer.weights.parameters.items())
-    losses, labels = torch.zeros(3), 0
+    losses, labels = torch.zeros(3), torch.zeros(3)
     with averaged(trainer.weights.ema), torch.no_grad():
         assert any(not torch.equal(before[name], p) for name, p in trainer.weights.parameters.items())
         for example in trainer.validation:
             ids = torch.tensor([example.ids])
             out = trainer.model(ids, return_all_steps=True)
             for step, logits in enumerate(out.all_logits):
-                tail = logits[0, example.label_start - 1 : -1]
-                losses[step] += torch.nn.functional.cross_entropy(tail, ids[0, example.label_start :], reduction="sum")
-            labels += len(example.ids) - example.label_start
+                answer = example.ids[example.label_start :]
+                wanted = torch.tensor([*example.step_replies, *[answer] * 3][step][: len(answer)])
+                tail = logits[0, example.label_start - 1 :][: len(wanted)]
+                losses[step] += torch.nn.functional.cross_entropy(tail, wanted, reduction="sum")
+                labels[step] += len(wanted)
     assert measured is not None
     assert measured.losses == pytest.approx((losses / labels).tolist(), rel=1e-4)
     assert 0 <= measured.token_accuracies[-1] <= 1

@@ -62,13 +62,18 @@ def logged_losses(run_dir: Path) -> list[float]:
 
 
 def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path) -> None:
-    # 21 problems in batches of 4: the last batch has a row for one process only.
-    small = settings(num_problems=21, epochs=2, autocast="off", cache_states="disk", min_supervision=2, lr=1e-3)
+    # 21 examples in batches of 4: the last batch has a row for one process only.
+    # Problems of one and of several results: how many labels a step has depends on all processes' rows.
+    at_once = {"dataset": "synthetic:easy,mental", "replies": ["worked", "answer"], "step_targets": True}
+    rest = {"autocast": "off", "cache_states": "disk", "min_supervision": 2, "lr": 1e-3}
+    small = settings(num_problems=11, epochs=2, **at_once, **rest)
     alone = train(small)
+    assert json.loads((alone.parent / "run.json").read_text())["num_examples"] == 21
 
     values = small.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     values["output_dir"] = str(tmp_path / "two")
-    train_in_two_processes(*(f"--{name.replace('_', '-')}={value}" for name, value in values.items()))
+    (tmp_path / "two.yaml").write_text(json.dumps(values))  # which is YAML too
+    train_in_two_processes("--config", str(tmp_path / "two.yaml"))
 
     losses = logged_losses(alone.parent)
     assert len(losses) == 2

@@ -41,7 +41,7 @@ def answer_problems(
 
     Raises ConfigError for an effort that the model does not take, or a prompt that does not fit.
     """
-    prompts = [tuple(chat.encode(solve_messages(problem.question))) for problem in problems]
+    prompts = [tuple(chat.encode(solve_messages(p.question, work=p.work or "full"))) for p in problems]
     longest = max(map(len, prompts)) + max_tokens
     if longest > model.config.max_position_embeddings:
         raise ConfigError(

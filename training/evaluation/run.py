@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fin
 from training.evaluation.decoding import answer_problems, keys
 from training.evaluation.report import build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
-from training.problems.data import load_problems
+from training.problems.data import encode_problem, load_problems
 from training.problems.problem import Problem
 from trm import TRMConfig, bundled_model_path, checkpoint, extra
 from trm.device import use_device
@@ -41,7 +42,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     directory = checkpoint.locate(settings.model or bundled_model_path())
     config = checkpoint.read_config(directory)
     problems = load_problems(settings.dataset, split="heldout", seed=settings.seed, num_problems=settings.limit)
-    problems = problems[: settings.limit]
+    problems = [replace(p, work=settings.work or p.work) for p in problems[: settings.limit]]
     if len(problems) < settings.limit:
         logger.info(
             "%s has only %d problems; --limit %d takes all of them", settings.dataset, len(problems), settings.limit
@@ -134,6 +135,7 @@ def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Se
         "effort": [run.effort for run in candidates[0].runs if not run.samples],
         "samples": settings.samples,
         "max_tokens": settings.max_tokens,
+        "work": settings.work,
         "dataset": hashlib.sha256(rows.encode()).hexdigest()[:16],
     }
 
@@ -141,5 +143,9 @@ def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Se
 def _read_solutions(directory: Path, device: str, problems: Sequence[Problem]) -> dict[str, Any]:
     """The teacher-forced part of the report, on the first problems."""
     model, chat = load(directory, device)
-    examples = [chat.encode_example(problem.question, problem.solution) for problem in problems[:MAX_SOLUTIONS]]
+    asked = [(problem, problem.work or "full") for problem in problems[:MAX_SOLUTIONS]]
+    examples = [encode_problem(problem, chat, work) for problem, work in asked if problem.shows(work)]
+    if not examples:
+        logger.warning("no problem has equations, so the teacher-forced part is left out")
+        return {}
     return summarize(measure(model, chat, examples, model.config.max_supervision), model.config)

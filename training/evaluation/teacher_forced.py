@@ -57,14 +57,15 @@ def measure(model: TRMForCausalLM, chat: ChatFormat, examples: Sequence[Example]
         prepared = prepare(model, batch.to(model.device))
         key_values = prepared.key_values(model)
         rows, places = prepared.answers.unbind(1)
+        targets = prepared.targets[-1]
         y = z = torch.zeros_like(prepared.x)
         before = prepared.x[rows, places]
-        steps = [_read(model, before, prepared.targets)]
+        steps = [_read(model, before, targets)]
         halt, moved = [], []
         for _ in range(num_steps):
             y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
             answer = y[rows, places]
-            steps.append(_read(model, answer, prepared.targets))
+            steps.append(_read(model, answer, targets))
             halt.append(model.decoder.halt_logits(answer).float().sigmoid())
             moved.append(model.moved(before, answer))
             before = answer

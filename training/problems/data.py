@@ -1,8 +1,9 @@
 r"""Load problems: from a file, from the hub by name, or synthetic.
 
 Understands the columns of GSM8K (`question`, `answer` with `####`) and of NuminaMath and
-MATH (`problem`, `solution` with `\boxed{}`). A bad row is reported with its file and
-line, counted and left out; a source with no good row raises ConfigError.
+MATH (`problem`, `solution` with `\boxed{}`), and with either the intermediate results
+(`steps`). A bad row is reported with its file and line, counted and left out; a source
+with no good row raises ConfigError.
 """
 
 import hashlib
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from training.config import Replies
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
 from trm import extra
-from trm.answers import convert_gsm8k, extract_boxed
-from trm.chat import ChatFormat, Example
+from trm.answers import boxed, convert_gsm8k, extract_boxed, gsm8k_equations, normalize
+from trm.chat import ChatFormat, Example, Work
 from trm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ HUB_DATASETS = {  # name -> (repository, configuration, {our split: theirs})
     "numina": ("AI-MO/NuminaMath-CoT", None, {"train": "train", "heldout": "test"}),
     "math": ("nlile/hendrycks-MATH-benchmark", None, {"train": "train", "heldout": "test"}),
 }
+WORK: Mapping[Replies, Work] = {"worked": "full", "equations": "equations", "answer": "none"}
 MAX_REPORTED_ROWS = 10  # bad rows named one by one; the rest are only counted
 
 
@@ -67,12 +70,42 @@ def load_problems(
     return good
 
 
-def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) -> list[Example]:
+def encode_problem(problem: Problem, chat: ChatFormat, work: Work, step_targets: bool = False) -> Example:
+    """The problem with the reply that shows so much work.
+
+    With `step_targets` an answer at once also gets the replies that the intermediate results would be.
+    """
+    example = chat.encode_example(problem.question, problem.reply(work), work)
+    results = problem.steps[:-1] if step_targets and work == "none" else ()
+    others = [chat.encode_example(problem.question, boxed(result), work) for result in results]
+    step_replies = tuple(other.ids[other.label_start :] for other in others)
+    return replace(example, source=problem.source, step_replies=step_replies)
+
+
+def encode_problems(
+    rows: Sequence[Problem],
+    chat: ChatFormat,
+    max_length: int,
+    replies: Sequence[Replies] = ("worked",),
+    step_targets: bool = False,
+) -> list[Example]:
     """Examples of at most `max_length` tokens; longer ones are counted and dropped, never cut.
 
-    Raises ConfigError where nothing is left.
+    Each problem gives an example for each of `replies`, or one where it has a `work` of its own. Problems without
+    the equations, or with `step_targets` the results, that this needs are counted. Raises ConfigError where nothing
+    is left.
     """
-    encoded = [replace(chat.encode_example(p.question, p.solution), source=p.source) for p in rows]
+    asked = [(p, work) for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])]
+    encoded = [encode_problem(p, chat, work, step_targets) for p, work in asked if p.shows(work)]
+    if lacking := sum(not p.shows(work) for p, work in asked):
+        logger.warning("%d of %d problems have no equations, so no reply of equations alone", lacking, len(rows))
+    if not encoded:
+        raise ConfigError(
+            f"--replies {','.join(replies)}: no problem has equations (GSM8K's <<48/2=24>>, or synthetic problems); "
+            "add worked or answer"
+        )
+    if step_targets:
+        _warn_of_no_steps([p for p, work in asked if work == "none"])
     kept = [example for example in encoded if len(example.ids) <= max_length]
     if len(kept) < len(encoded):
         logger.warning(
@@ -87,11 +120,29 @@ def encode_problems(rows: Sequence[Problem], chat: ChatFormat, max_length: int) 
     return kept
 
 
+def _warn_of_no_steps(rows: Sequence[Problem]) -> None:
+    """Say how many of the problems have no intermediate results, and which are at odds with their annotations."""
+    without = [p for p in rows if not p.steps]
+    if not without:
+        return
+    at_odds = [p.source for p in without if p.equations]
+    named = ", ".join(at_odds[:MAX_REPORTED_ROWS]) + ", …" * (len(at_odds) > MAX_REPORTED_ROWS)
+    logger.warning(
+        "%d of %d problems have no steps and learn the answer at every supervision step%s",
+        len(without),
+        len(rows),
+        f"; the annotations of {len(at_odds)} end in another result than the answer: {named}" if at_odds else "",
+    )
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
-    """First 16 hex digits of a SHA-256 over all token ids and label starts, in order."""
+    """First 16 hex digits of a SHA-256 over all token ids, label starts and targets of steps, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(np.array([example.label_start, len(example.ids), *example.ids], dtype=np.int64).tobytes())
+        numbers = [example.label_start, len(example.ids), *example.ids]
+        for reply in example.step_replies:
+            numbers += [-len(reply), *reply]
+        digest.update(np.array(numbers, dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -136,8 +187,34 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
             raise ValueError(f"{name} is missing, empty or no text")
         value.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
     question, solution = (row[name] for name in names)
+    equations: tuple[str, ...] = ()
     if extract_boxed(solution) is None:  # else a #### is a heading
         if "####" not in solution:
             raise ValueError(r"the solution has neither #### nor a \boxed{} answer")
+        equations = gsm8k_equations(solution)
         solution = convert_gsm8k(solution, keep_annotations)
-    return Problem(question, solution, source)
+    problem = Problem(question, solution, source, equations)
+    if row.get("steps") in (None, []):
+        steps = tuple(equation.rpartition("=")[2].strip() for equation in equations)
+        return replace(problem, steps=steps) if _lead_to(steps, problem.answer) else problem
+    steps = _steps(row["steps"])
+    if not _lead_to(steps, problem.answer):
+        raise ValueError(f"the last of its steps is {steps[-1]!r}, the answer is {problem.answer!r}")
+    return replace(problem, steps=steps)
+
+
+def _steps(value: Any) -> tuple[str, ...]:
+    """The `steps` of a row. Raises ValueError where they are none."""
+    if not isinstance(value, list):
+        raise ValueError("steps is no list")
+    for step in value:
+        if not isinstance(step, str | int) or isinstance(step, bool) or not str(step).strip():
+            raise ValueError(f"steps holds {step!r}, which is neither text nor a whole number")
+    steps = tuple(str(step).strip() for step in value)
+    for step in steps:
+        step.encode()  # as above
+    return steps
+
+
+def _lead_to(steps: Sequence[str], answer: str) -> bool:
+    return bool(steps) and normalize(steps[-1]) == normalize(answer)

@@ -2,18 +2,36 @@
 
 from dataclasses import dataclass
 
-from trm.answers import extract_boxed
+from trm.answers import boxed, extract_boxed
+from trm.chat import Work
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`solution` ends in its boxed answer; `source` says where the row came from (file:line or family)."""
+    """`solution` ends in its boxed answer; `source` says where the row came from (file:line or family).
+
+    `equations` ("48/2=24") lead to the answer, as far as they are known; `steps` are the intermediate results, of which
+    the last is the answer, or nothing where they are not known. A problem with a `work` of its own is always asked so.
+    """
 
     question: str
     solution: str
     source: str
+    equations: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+    work: Work | None = None
 
     @property
     def answer(self) -> str:
         """The inside of the solution's box."""
         return extract_boxed(self.solution) or ""
+
+    def shows(self, work: Work) -> bool:
+        """Whether so much work is known."""
+        return work != "equations" or bool(self.equations)
+
+    def reply(self, work: Work) -> str:
+        """The right reply that shows so much work."""
+        if work == "full":
+            return self.solution
+        return "\n".join([*(self.equations if work == "equations" else ()), boxed(self.answer)])

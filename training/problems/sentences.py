@@ -530,7 +530,6 @@ ASK_OTHER = Bank(
     ("How many {o} does {B} have?", "How many does {B} have?", "What is the number of {o} that {B} has?"),
     ("How many {o} has {B}?",),
 )
-AT_ONCE = Bank(("Answer at once.", "Give only the answer.", "Only the answer, please."))
 TIMES = Bank(
     (
         "{A} [has|had] {X}. {B} [has|had] {t} as many {o} as {A}.",

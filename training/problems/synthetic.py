@@ -1,7 +1,8 @@
 r"""Word problems made from a seed: templated, one to four steps, with their solutions.
 
-Solutions write each step down, but for those of the family `mental`: the answer alone, so that
-everything happens before the first digit is written. It is not part of "all".
+Solutions write each step down. A problem of the family `mental` is one of any other family that is
+asked for the answer alone, so that everything happens before the first digit is written. It is not
+part of "all".
 
 Two splits that never meet. `train` uses the sentences listed first in each bank and
 seven eighths of all number combinations; `heldout` uses the remaining eighth of the
@@ -22,6 +23,8 @@ from typing import Literal
 
 from training.problems import sentences as text
 from training.problems.problem import Problem
+from trm.answers import boxed
+from trm.chat import Work
 from trm.errors import ConfigError
 
 Split = Literal["train", "heldout"]
@@ -37,8 +40,7 @@ class Draw:
     """The dice and the notebook of one problem of a family.
 
     Chooses words and numbers, and records the numbers chosen (`key`), the equations
-    done (`steps`), whether a held-out sentence was used (`novel`), and whether the
-    solution is the answer alone (`at_once`).
+    done (`equations`), and whether a held-out sentence was used (`novel`).
     """
 
     rng: random.Random
@@ -46,9 +48,8 @@ class Draw:
     max_number: int
     family: str
     key: list[int] = field(default_factory=list)
-    steps: list[str] = field(default_factory=list)
+    equations: list[str] = field(default_factory=list)
     novel: bool = False
-    at_once: bool = False
 
     def __post_init__(self) -> None:
         rng = self.rng
@@ -147,7 +148,7 @@ class Draw:
     def calculate(self, a: int, operator: str, b: int) -> int:
         """Do one step of the solution and write it down."""
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
-        self.steps.append(f"{a}{operator}{b}={result}")
+        self.equations.append(f"{a}{operator}{b}={result}")
         return result
 
 
@@ -366,9 +367,9 @@ def ledger(draw: Draw) -> str:
 
 
 def mental(draw: Draw) -> str:
-    """A problem of any other family, with the answer asked for at once: its steps are for the reader's head."""
-    draw.family, draw.at_once = draw.rng.choice(WRITTEN), True
-    return f"{FAMILIES[draw.family](draw)} {draw.say(text.AT_ONCE)}"
+    """A problem of any other family, of which it becomes one: its steps are for the reader's head."""
+    draw.family = draw.rng.choice(WRITTEN)
+    return FAMILIES[draw.family](draw)
 
 
 Family = Callable[[Draw], str]
@@ -422,10 +423,10 @@ def make_problem(families: Sequence[str], split: Split, seed: int, index: int, m
         draw = Draw(rng, split, max_number, family)
         question = FAMILIES[family](draw)
         if _belongs(split, draw.family, draw.key) and (draw.novel or split == "train"):
-            answer = draw.steps[-1].split("=")[1]
-            steps = () if draw.at_once else draw.steps
-            solution = "\n".join([*steps, rf"\boxed{{{answer}}}"])
-            return Problem(question, solution, family)
+            steps = tuple(equation.split("=")[1] for equation in draw.equations)
+            solution = "\n".join([*draw.equations, boxed(steps[-1])])
+            work: Work | None = "none" if family == "mental" else None
+            return Problem(question, solution, family, tuple(draw.equations), steps, work)
 
 
 def problems(

@@ -58,7 +58,9 @@ def measure_run(settings: TrainSettings) -> dict[str, Any]:
     dtype = torch.bfloat16 if settings.backbone_dtype == "bfloat16" else torch.float32
     backbone = checkpoint.read_backbone(source, settings.backbone_revision, dtype)
     problems = load_problems(settings.dataset or "synthetic", split="train", seed=0, num_problems=settings.batch_size)
-    examples = encode_problems(problems[: settings.batch_size], chat, settings.max_length)
+    examples = encode_problems(
+        problems[: settings.batch_size], chat, settings.max_length, settings.replies, settings.step_targets
+    )
 
     def fresh() -> Trainer:
         model = TRMForCausalLM.from_backbone(backbone, **model_settings(settings))

@@ -119,7 +119,7 @@ def main() -> None:
     problems = load_problems(
         settings.dataset or "synthetic", split="train", seed=settings.seed, num_problems=settings.num_problems
     )
-    examples = encode_problems(problems, chat, settings.max_length)
+    examples = encode_problems(problems, chat, settings.max_length, settings.replies, settings.step_targets)
     sizes = batch_sizes(examples, settings.batch_size, settings.seed, config.kv_source)
     work = operations(config, sizes, settings.gradient, settings.train_lm_head)
     bytes_used = memory(config, sizes, 4 if settings.backbone_dtype == "float32" else 2, settings.gradient)

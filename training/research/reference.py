@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from training.batches import IGNORE_INDEX, Batch
 from training.config import TrainSettings
-from training.loss import halting_targets, step_weights
+from training.loss import halting_targets, settled_labels, step_weights
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from trm.cache import Sequences
 from trm.layers import causal_mask
@@ -42,24 +42,30 @@ def train_plainly(
     optimizers = make_optimizers(parameters.items(), settings.optimizer, settings.lr, settings.weight_decay)
     weights = step_weights(settings.step_weights, settings.n_supervision)
     for number, batch in enumerate(batches):
+        chosen = [min(step, len(batch.labels) - 1) for step in range(settings.n_supervision)]
+        labelled = batch.labels[-1] != IGNORE_INDEX
+        targets = batch.labels[:, labelled]
+        settled = settled_labels(targets, labelled.nonzero()[:, 0], len(labelled))[chosen]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-            cross_entropy, right, scores = _steps(model, batch, settings.n_supervision)
-        may_halt = halting_targets(cross_entropy.detach(), right, settings.halt_delta).float()
-        halting = F.binary_cross_entropy_with_logits(scores, may_halt)
-        ((weights.to(model.device)[:, None] * cross_entropy).sum() / cross_entropy.shape[1] + halting).backward()
+            cross_entropy, right, scores = _steps(model, batch, labelled, targets[chosen])
+        losses = cross_entropy.sum(1) / (targets[chosen] != IGNORE_INDEX).sum(1)
+        may_halt = halting_targets(cross_entropy.detach(), right, settings.halt_delta) & settled
+        halting = F.binary_cross_entropy_with_logits(scores, may_halt.float())
+        ((weights.to(model.device) * losses).sum() + halting).backward()
 
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
         set_learning_rate(optimizers, learning_rate_scale(number, total_steps, warmup_steps))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        yield cross_entropy.mean(1).tolist()
+        yield losses.tolist()
 
 
-def _steps(model: TRMForCausalLM, batch: Batch, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, whether the argmax hits, and halting score of every label after every step, (N, M) each."""
-    labelled = batch.labels != IGNORE_INDEX
-    targets = batch.labels[labelled]
+def _steps(model: TRMForCausalLM, batch: Batch, labelled: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, whether the argmax hits, and halting score of every label after every step, (N, M) each.
+
+    `labelled` (B, S) says where there are labels, `targets` (N, M) which each step has.
+    """
     mask = causal_mask(batch.attention_mask, batch.input_ids.shape[1])
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     rope = model.backbone.rope(positions)
@@ -71,10 +77,10 @@ def _steps(model: TRMForCausalLM, batch: Batch, depth: int) -> tuple[Tensor, Ten
 
     y = z = torch.zeros_like(x)
     losses, hits, scores = [], [], []
-    for _ in range(depth):
+    for wanted in targets:
         y, z = recompute_in_backward(model.decoder.step, x, y, z, rope, key_values, use_reentrant=False)
         logits = model.readout(y[labelled]).float()
-        losses.append(F.cross_entropy(logits, targets, reduction="none"))
-        hits.append(logits.argmax(-1) == targets)
+        losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORE_INDEX))
+        hits.append(logits.argmax(-1) == wanted)
         scores.append(model.decoder.halt_logits(y[labelled].detach()).float())
     return torch.stack(losses), torch.stack(hits), torch.stack(scores)

@@ -3,7 +3,7 @@
 import csv
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from training.evaluation.statistics import Paired
 from training.pretrain import pretrain
 from training.run import train
 from trm import TRMForCausalLM, checkpoint
+from trm.chat import SYSTEM_PROMPTS
+from trm.engine import Request
 from trm.errors import ConfigError
 
 PICTURES = ("accuracy", "loss", "calibration", "halting", "votes")
@@ -134,6 +136,50 @@ def test_the_limit_is_exact(
     assert "has only 5 problems; --limit 6 takes all of them" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("dataset", "work", "asked"),
+    [
+        ("synthetic:easy", None, {"full"}),
+        ("synthetic:easy", "equations", {"equations"}),
+        ("synthetic:mental", None, {"none"}),
+        ("synthetic:easy,mental", None, {"full", "none"}),
+        ("synthetic:easy,mental", "full", {"full"}),
+    ],
+    ids=str,
+)
+def test_each_problem_is_asked_for_its_work(
+    settings: Callable[..., EvalSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: Any,
+    dataset: str,
+    work: str | None,
+    asked: set[str],
+) -> None:
+    prompts: list[str] = []
+
+    def request(ids: Sequence[int], *rest: Any) -> Request:
+        prompts.append(tokenizer.decode(ids))
+        return Request(ids, *rest)
+
+    monkeypatch.setattr("training.evaluation.decoding.Request", request)
+    evaluate_model(settings(dataset=dataset, work=work, limit=9, max_tokens=1, effort=[0]))
+
+    assert len(prompts) == 9
+    assert {name for text in prompts for name, system in SYSTEM_PROMPTS.items() if system in text} == asked
+
+
+def test_solutions_that_are_not_known_are_not_read(
+    settings: Callable[..., EvalSettings], jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"question": "1 and 1?", "answer": "#### 2"}, {"question": "1 and 2?", "answer": "<<1+2=3>>3\n#### 3"}]
+    read = []
+    for count in (1, 2):
+        asked = settings(dataset=str(jsonl(*rows[:count])), work="equations", effort=[0], report=tmp_path / str(count))
+        read.append(evaluate_model(asked).get("teacher_forced", {}).get("n"))
+
+    assert read == [None, 1]
+
+
 def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path) -> None:
     twins = []
     for parent in ("a", "b"):
@@ -205,7 +251,7 @@ def test_a_report_directory_of_another_evaluation_is_refused(
 
     for name, value in {
         "seed": 1, "limit": 3, "effort": [1], "max_tokens": 7, "samples": 2, "dataset": str(rows),
-        "model": str(tmp_path / "other"), "control": [str(model_dir)],
+        "work": "none", "model": str(tmp_path / "other"), "control": [str(model_dir)],
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"with another .*--{name.replace('_', '-')} "):
             evaluate_model(settings(**({"report": report, "effort": [0], "limit": 2} | {name: value})))
@@ -225,7 +271,15 @@ def test_pretraining_writes_a_backbone_that_trains_and_evaluates(
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"question": "One and one?", "answer": "1+1=2\n#### 2"}) + "\n")
     backbone = tmp_path / "backbone"
-    small = {"max_steps": 10, "batch_size": 4, "hidden_size": 64, "num_layers": 1, "vocab_size": 400, "num_threads": 1}
+    small = {
+        "max_steps": 10,
+        "batch_size": 4,
+        "families": ["easy", "mental"],
+        "hidden_size": 64,
+        "num_layers": 1,
+        "vocab_size": 400,
+        "num_threads": 1,
+    }
 
     pretrain(PretrainSettings(output_dir=backbone, text_file=text, **small))
     record = json.loads((backbone / "pretrain.json").read_text())

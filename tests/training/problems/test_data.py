@@ -10,9 +10,10 @@ import pytest
 
 from tests.conftest import shared_path
 from training.batches import IGNORE_INDEX, collate, epoch_order
-from training.problems.data import encode_problems, load_problems
+from training.problems.data import encode_problem, encode_problems, fingerprint, load_problems
+from training.problems.problem import Problem
 from trm.answers import extract_boxed
-from trm.chat import ChatFormat, solve_messages
+from trm.chat import SYSTEM_PROMPTS, ChatFormat, Example, solve_messages
 from trm.errors import ConfigError
 
 Jsonl = Callable[..., Path]
@@ -137,7 +138,7 @@ def test_long_rows_are_dropped_and_counted_never_cut(chat: ChatFormat, caplog: p
 def test_labels_are_the_reply_and_its_end_token(chat: ChatFormat) -> None:
     example = chat.encode_example("1 + 1?", r"1+1=2" + "\n" + r"\boxed{2}")
     batch = collate([example, chat.encode_example("And 2 + 2 and so on?", r"\boxed{4}")], pad_id=0)
-    row = batch.labels[0]
+    row = batch.labels[-1, 0]
     labels = row[row != IGNORE_INDEX].tolist()
 
     assert labels[-1] == chat.end_id
@@ -163,6 +164,130 @@ def test_every_gsm8k_row_converts_and_fits_the_template(chat: ChatFormat) -> Non
 
     assert len(problems) == 6973
     assert all(extract_boxed(p.solution) for p in problems)
+    assert sum(bool(p.steps) for p in problems) == 6535
+    assert sum(bool(p.equations) for p in problems) == 6884  # 349 of them end in another result than the answer
     for problem in problems[::500]:
         example = chat.encode_example(problem.question, problem.solution)
         assert example.ids[-1] == chat.end_id
+
+
+CLIPS = {"question": "Q", "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72\n#### 72"}
+
+
+@pytest.mark.parametrize(
+    ("row", "equations", "steps"),
+    [
+        (CLIPS, ("48/2=24", "48+24=72"), ("24", "72")),
+        ({"question": "Q", "answer": "<< 2*.5 = 1.0 >>\n#### 1"}, ("2*.5 = 1.0",), ("1.0",)),
+        ({"question": "Q", "answer": "<<5>> <<2+3=>> <<2+3=5>>\n#### 6"}, ("2+3=5",), ()),
+        ({"question": "Q", "answer": "#### 72"}, (), ()),
+        (CLIPS | {"steps": ["20", 50, " 72 "]}, ("48/2=24", "48+24=72"), ("20", "50", "72")),
+        ({"question": "Q", "answer": "#### 1,200", "steps": ["1200.0"]}, (), ("1200.0",)),
+        ({"problem": "Q", "solution": r"\boxed{\frac{1}{2}}", "steps": ["3", "1/2"]}, (), ("3", "1/2")),
+        (CLIPS | {"steps": None}, ("48/2=24", "48+24=72"), ("24", "72")),
+        ({"question": "Q", "answer": "#### 72", "steps": []}, (), ()),
+    ],
+    ids=["gsm8k", "spelt otherwise", "at odds", "bare", "given", "equal number", "math", "null", "none"],
+)
+@pytest.mark.parametrize("keep_annotations", [False, True])
+def test_equations_and_steps(
+    jsonl: Jsonl, row: dict[str, Any], equations: tuple[str, ...], steps: tuple[str, ...], keep_annotations: bool
+) -> None:
+    path = str(jsonl(row))
+    (problem,) = load_problems(path, split="train", seed=0, keep_annotations=keep_annotations)
+
+    assert (problem.equations, problem.steps) == (equations, steps)
+
+
+def test_rows_whose_steps_do_not_fit_are_reported_with_their_line(
+    jsonl: Jsonl, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad: list[Any] = [["24", "71"], "24, 72", {"a": "72"}, ["24", " "], ["24", None, "72"], [True, "72"], [24.5, "72"]]
+    path = jsonl(*(CLIPS | {"steps": steps} for steps in bad), CLIPS | {"steps": ["72"]})
+    with caplog.at_level(logging.WARNING):
+        problems = load(path)
+
+    assert [p.source for p in problems] == [f"{path}:8"]
+    assert f"{path}:1: the last of its steps is '71', the answer is '72'; row left out" in caplog.text
+    assert f"{path}:2: steps is no list" in caplog.text
+    for line, entry in {4: "' '", 5: "None", 6: "True", 7: "24.5"}.items():
+        assert f"{path}:{line}: steps holds {entry}, which is neither text nor a whole number" in caplog.text
+    assert "7 of 8 rows left out" in caplog.text
+
+
+TWO_STEPS = Problem("Q?", "So it is\n\\boxed{5}", "rows:1", ("12+7=19", "19-14=5"), ("19", "5"))
+REPLIES = {"full": "So it is\n\\boxed{5}", "equations": "12+7=19\n19-14=5\n\\boxed{5}", "none": "\\boxed{5}"}
+
+
+def asked_and_replied(chat: ChatFormat, example: Example) -> tuple[str, str]:
+    """The system prompt and the reply of an example."""
+    prompt, reply = chat.decode(example.ids[: example.label_start]), chat.decode(example.ids[example.label_start :])
+    (system,) = [text for text in SYSTEM_PROMPTS.values() if text in prompt]
+    return system, reply
+
+
+def test_each_kind_of_reply_has_a_prompt_of_its_own(chat: ChatFormat) -> None:
+    examples = encode_problems([TWO_STEPS] * 2, chat, 1024, ("worked", "equations", "answer"))
+
+    expected = [(SYSTEM_PROMPTS[work], reply) for work, reply in REPLIES.items()]  # type: ignore[index]
+    assert [asked_and_replied(chat, example) for example in examples] == expected * 2
+    assert {example.source for example in examples} == {"rows:1"}
+    assert {example.step_replies for example in examples} == {()}
+    assert len(set(SYSTEM_PROMPTS.values())) == 3
+
+
+def test_a_problem_with_work_of_its_own_is_asked_so_once(chat: ChatFormat) -> None:
+    (mental,) = load_problems("synthetic:mental", split="train", seed=0, num_problems=1)
+    (example,) = encode_problems([mental], chat, 1024, ("worked", "equations"))
+
+    assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["none"], f"\\boxed{{{mental.answer}}}")
+
+
+def test_problems_without_equations_are_counted(chat: ChatFormat, caplog: pytest.LogCaptureFixture) -> None:
+    bare = Problem("Q?", "\\boxed{5}", "rows:2")
+    with caplog.at_level(logging.WARNING):
+        examples = encode_problems([TWO_STEPS, bare, bare], chat, 1024, ("equations", "answer"))
+
+    assert len(examples) == 1 + 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 problems have no equations, so no reply of equations alone"
+    ]
+    with pytest.raises(ConfigError, match=r"--replies equations: no problem has equations .*; add worked or answer"):
+        encode_problems([bare], chat, 1024, ("equations",))
+
+
+def test_only_answers_at_once_get_the_replies_of_intermediate_results(chat: ChatFormat) -> None:
+    examples = encode_problems([TWO_STEPS], chat, 1024, ("worked", "equations", "answer"), step_targets=True)
+
+    assert [[chat.decode(reply) for reply in example.step_replies] for example in examples] == [[], [], ["\\boxed{19}"]]
+    assert examples[2].step_replies[0][-1] == chat.end_id
+    assert examples[:2] == encode_problems([TWO_STEPS], chat, 1024, ("worked", "equations"))
+
+
+def test_problems_without_steps_are_counted_and_those_at_odds_named(
+    chat: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    at_odds = [Problem("Q?", "\\boxed{6}", f"rows:{n}", ("2+3=5",)) for n in range(11)]
+    rows = [TWO_STEPS, Problem("Q?", "\\boxed{5}", "rows:bare"), *at_odds]
+    with caplog.at_level(logging.WARNING):
+        encode_problems(rows, chat, 1024, ("answer",), step_targets=True)
+        encode_problems(rows, chat, 1024, ("worked",), step_targets=True)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "12 of 13 problems have no steps and learn the answer at every supervision step; the annotations of 11 end "
+        f"in another result than the answer: {', '.join(f'rows:{n}' for n in range(10))}, …"
+    ]
+
+
+def test_the_fingerprint_knows_the_targets_of_steps(chat: ChatFormat) -> None:
+    def of(step_targets: bool, *results: str) -> str:
+        problem = Problem("Q?", "\\boxed{5}", "", steps=results)
+        return fingerprint([encode_problem(problem, chat, "none", step_targets)])
+
+    assert of(False, "19", "5") == of(True, "5") == of(True)
+    assert len({of(True, "5"), of(True, "19", "5"), of(True, "18", "5"), of(True, "1", "9", "5")}) == 4
+
+
+def test_the_fingerprint_of_data_without_steps_is_what_it_was() -> None:
+    """Runs of before can be resumed, and their states on the disk found."""
+    assert fingerprint([Example((1, 2, 3), 1), Example((4, 5), 1)]) == "b148e1af8eb1d13b"

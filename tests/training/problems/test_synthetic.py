@@ -1,6 +1,7 @@
 """Generated problems: right answers, two splits that never meet, the same for the same seed."""
 
 import re
+import zlib
 from fractions import Fraction
 
 import pytest
@@ -39,19 +40,28 @@ def test_every_line_of_a_solution_is_true(family: str, split: synthetic.Split) -
         assert problem.question[0].isupper()
 
 
-def test_mental_problems_hide_the_steps_and_keep_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    results: list[int] = []
-    original = synthetic.Draw.calculate
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_problem_knows_its_equations_and_their_results(family: str) -> None:
+    for problem in problems([family], "heldout", seed=3, count=40):
+        assert problem.solution == "\n".join([*problem.equations, rf"\boxed{{{problem.answer}}}"])
+        assert problem.steps == tuple(equation.split("=")[1] for equation in problem.equations)
+        assert problem.steps[-1] == problem.answer
 
-    def calculate(draw: synthetic.Draw, a: int, operator: str, b: int) -> int:
-        results.append(original(draw, a, operator, b))
-        return results[-1]
 
-    monkeypatch.setattr(synthetic.Draw, "calculate", calculate)
-    for index in range(60):
-        problem = make_problem(["mental"], "heldout", 3, index)
-        assert problem.solution == rf"\boxed{{{results[-1]}}}"
-        assert problem.question.endswith(sentences.AT_ONCE.seen)
+def test_mental_problems_are_those_of_other_families_asked_for_the_answer_alone() -> None:
+    mental = list(problems(["mental"], "train", seed=3, count=400))
+
+    assert {problem.work for problem in mental} == {"none"}
+    assert {problem.source for problem in mental} == {"mental"}
+    assert {len(problem.steps) for problem in mental} >= {1, 2, 3, 4}
+    assert {problem.work for problem in problems(WRITTEN, "train", seed=3, count=100)} == {None}
+
+
+def test_problems_are_the_ones_they_were() -> None:
+    """Seeds name them in tests and in measurements that were made."""
+    drawn = repr([(p.question, p.solution, p.source) for p in problems(WRITTEN, "heldout", seed=3, count=500)])
+
+    assert zlib.crc32(drawn.encode()) == 3539689724
 
 
 def test_mental_problems_share_the_numbers_of_their_family(monkeypatch: pytest.MonkeyPatch) -> None:

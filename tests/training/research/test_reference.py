@@ -1,6 +1,7 @@
 """The fast trainer against the plain loop: equal losses, update after update."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,11 +11,19 @@ from training.config import TrainSettings
 from training.research.reference import random_order, train_plainly
 
 
-@pytest.mark.parametrize("kv_source", ["context", "state"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_source": "context"},
+        {"kv_source": "state"},
+        {"dataset": "synthetic:easy,mental", "replies": ["worked", "answer"], "step_targets": True, "num_problems": 12},
+    ],
+    ids=["context", "state", "step targets"],
+)
 def test_the_trainer_gives_the_losses_of_the_plain_loop(
-    settings: Callable[..., TrainSettings], tmp_path, kv_source: str
+    settings: Callable[..., TrainSettings], tmp_path, changes: dict[str, Any]
 ) -> None:
-    fast = make_trainer(settings(kv_source=kv_source, cache_states="memory", step_weights="linear", autocast="off"))
+    fast = make_trainer(settings(cache_states="memory", step_weights="linear", autocast="off", **changes))
     plain = make_trainer(fast.settings)
     fast.keep_states(tmp_path)
     order = [indices for group in range(6) for indices in fast.feed.batches_of(group)]
