@@ -24,13 +24,13 @@ from trm.model import TRMForCausalLM
 class Prepared:
     """A batch after the backbone: what the recursion needs, whatever the number of steps.
 
-    `context` (B, S, D) and its `rope` at every position. `x` (B, Q, D), `query_rope` and `mask`
+    `states` (B, S, C, D), the backbone's, and their `rope` at every position. `x` (B, Q, D), `query_rope` and `mask`
     (B, 1, Q, S) at the recursion's queries: Q = A, the answer positions only, for keys from the
     context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (T, M) their labels after each
     step, IGNORE_INDEX where a step's is shorter than the answer, and `settled` (T, M) says where halting may begin.
     """
 
-    context: Tensor
+    states: Tensor
     rope: Rope
     x: Tensor
     query_rope: Rope
@@ -49,12 +49,12 @@ class Prepared:
         from_context = model.config.kv_source == "context"
         key_values = Sequences(self.mask, keep=from_context)
         if from_context:
-            model.decoder.write_context(self.context, self.rope, key_values)
+            model.decoder.write_context(self.states, self.rope, key_values)
         return key_values
 
 
 def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
-    """The frozen backbone's states x (B, S, D) and the rope of their positions."""
+    """The frozen backbone's states (B, S, C, D) and the rope of their positions."""
     rope = model.backbone.rope(_positions(batch))
     mask = causal_mask(batch.attention_mask, batch.input_ids.shape[1])
     return model.encode(model.backbone.embed_tokens(batch.input_ids), rope, Sequences(mask)), rope
@@ -62,7 +62,7 @@ def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
 
 @torch.no_grad()
 def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -> Prepared:
-    """Choose the recursion's queries, on backbone states (B, S, D) that were kept, else computed now.
+    """Choose the recursion's queries, on backbone states (B, S, C, D) that were kept, else computed now.
 
     With keys from the context no query sees another query's state, so that prompt positions
     need no recursion.
@@ -71,14 +71,15 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     length = batch.input_ids.shape[1]
     mask = causal_mask(batch.attention_mask, length)
     if states is None:
-        x, rope = encode(model, batch)
+        states, rope = encode(model, batch)
     else:
-        x = states.to(mask.device, model.decoder.halt_head.weight.dtype)
+        states = states.to(mask.device, model.decoder.halt_head.weight.dtype)
         rope = model.backbone.rope(_positions(batch))
     targets = batch.labels[:, labelled]
     settled = settled_labels(targets, labelled.nonzero()[:, 0], len(labelled))
+    x = states[:, :, -1]
     if model.config.kv_source == "state":
-        return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets, settled)
+        return Prepared(states, rope, x, rope, mask, labelled.nonzero(), targets, settled)
     start, count = labelled.int().argmax(dim=1), labelled.sum(dim=1)
     offsets = torch.arange(batch.num_queries, device=x.device)
     queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
@@ -86,7 +87,7 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     cos, sin = (part[rows, queries] for part in rope)
     answers = (offsets < count[:, None]).nonzero()
     seen = mask[:, 0][rows, queries].unsqueeze(1)
-    return Prepared(x, rope, x[rows, queries], (cos, sin), seen, answers, targets, settled)
+    return Prepared(states, rope, x[rows, queries], (cos, sin), seen, answers, targets, settled)
 
 
 def settled_labels(targets: Tensor, rows: Tensor, num_rows: int) -> Tensor:

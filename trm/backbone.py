@@ -161,10 +161,16 @@ class Backbone(nn.Module):
 
     def forward(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Tensor:
         """The residual stream r (N, D) of embedded tokens (N, D), whose keys and values are stored on the way."""
+        *_, r = self.streams(embedded, rope, key_values)
+        return r
+
+    def streams(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Iterator[Tensor]:
+        """The same stream as it grows: (N, D) after no layer, after one, … after all."""
         r = embedded if embedded.dtype == torch.float64 else embedded.float()
+        yield r
         for index, layer in enumerate(self.layers):
             r = layer(r, rope, index, key_values)
-        return r
+            yield r
 
     @property
     def is_packed(self) -> bool:

@@ -23,7 +23,8 @@ class TRMConfig(PreTrainedConfig):
 
     n_latent, n_cycles, n_supervision: the paper's n, T and N_sup. n_layers: layers L of the
     shared block. expansion: SwiGLU width over 1.5 times the hidden size. kv_source: "context"
-    or "state". max_supervision: deepest effort that may be asked for, None for 4 * n_supervision
+    or "state". context_layers: the context is a learned mix of the backbone's states after so many of
+    its layers each, 0 for the embeddings; the last is all of them. None: only that. max_supervision: deepest effort that may be asked for, None for 4 * n_supervision
     but at least 16. own_lm_head: the head was trained and is stored with the decoder.
     normalize_text: prompts were normalised in training. backbone_source, backbone_revision,
     backbone_fingerprint: where the frozen weights come from, None where they lie in `backbone/`.
@@ -39,6 +40,7 @@ class TRMConfig(PreTrainedConfig):
     n_layers: int = 1
     expansion: float = 4.0
     kv_source: str = "context"
+    context_layers: list[int] | None = None
     max_supervision: int | None = None
     own_lm_head: bool = False
     normalize_text: bool = True
@@ -56,6 +58,8 @@ class TRMConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(architecture, **known)
         if self.backbone_config is None:
             self.backbone_config = AutoConfig.for_model("qwen2")
+        if self.context_layers is None:
+            self.context_layers = [self.backbone_config.num_hidden_layers]
         self._check()
         backbone = self.backbone_config
         self.vocab_size = backbone.vocab_size
@@ -93,6 +97,11 @@ class TRMConfig(PreTrainedConfig):
             raise ConfigError(f"expansion is {self.expansion}; it must be above 0")
         if self.kv_source not in KV_SOURCES:
             raise ConfigError(f"kv_source is {self.kv_source!r}; it must be one of {', '.join(KV_SOURCES)}")
+        layers, last = self.context_layers or [], backbone.num_hidden_layers
+        if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != last:
+            raise ConfigError(f"context_layers is {layers}; it must rise from at least 0 to {last}, the whole backbone")
+        if len(layers) > 1 and self.kv_source != "context":
+            raise ConfigError(f"context_layers is {layers}: with kv_source {self.kv_source!r} there is no context")
         if self.max_supervision is not None and self.max_supervision < self.n_supervision:
             raise ConfigError(f"max_supervision {self.max_supervision} is below n_supervision {self.n_supervision}")
 

@@ -1,6 +1,7 @@
 """The model: frozen backbone, recursion, heads. Knows no requests.
 
     r = backbone residual stream before its final norm     x = rms(r)     y = z = 0
+    keys and values of f: from c = x, or from a learned mix of such states after several layers of the backbone
     repeat n_supervision:  repeat n_cycles:  n_latent times z = f(x + y + z), then y = f(y + z)
     logits = lm_head(g * rms(y))                            halt = sigmoid(w_h . y + b_h)
 
@@ -89,25 +90,35 @@ class Decoder(nn.Module):
             for _ in range(config.n_layers)
         )
         self.halt_head = nn.Linear(config.hidden_size, 1)
+        num_states = len(config.context_layers)
+        self.context_mix = nn.Parameter(torch.empty(num_states, config.hidden_size)) if num_states > 1 else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as the identity: y stays proportional to x, and nothing halts."""
+        """Start as the identity: y stays proportional to x, and nothing halts. The context's states weigh the same."""
         for layer in self.layers:
             layer.reset_parameters()
         self.halt_head.weight.zero_()
         self.halt_head.bias.fill_(HALT_BIAS)
+        if self.context_mix is not None:
+            self.context_mix.fill_(1)
 
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are stored in."""
         return self.halt_head.weight.dtype
 
-    def write_context(self, x: Tensor, rope: Rope, key_values: KeyValues) -> None:
-        """Project keys and values of every layer from the context x (N, D) and store them, one entry a layer."""
+    def write_context(self, states: Tensor, rope: Rope, key_values: KeyValues) -> None:
+        """Project keys and values of every layer from the backbone's states (N, C, D); store them, one entry a layer."""
+        context = states[..., -1, :]
+        if self.context_mix is not None:  # one after the other: a sum in an order that no other row changes
+            context = self.context_mix[0] * states[..., 0, :]
+            for index in range(1, len(self.context_mix)):
+                context = context + self.context_mix[index] * states[..., index, :]
+            context = rms(context)
         for index, layer in enumerate(self.layers):
-            key_values.write(index, *layer.attention.keys_values(x, rope))
+            key_values.write(index, *layer.attention.keys_values(context, rope))
 
     def step(
         self, x: Tensor, y: Tensor, z: Tensor, rope: Rope, key_values: KeyValues, grad_cycles: int | None = None
@@ -271,7 +282,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         mask = causal_mask(attention_mask, length)
         rope = self.backbone.rope(position_ids)
         embedded = self.backbone.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = self.encode(embedded, rope, Sequences(mask, cache))
+        states = self.encode(embedded, rope, Sequences(mask, cache))
+        x = states[..., -1, :]
 
         first_entry = self.config.backbone_config.num_hidden_layers
         if cache is not None:
@@ -279,7 +291,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         kept = self._kept(logits_to_keep, length, x.device)
         key_values = Sequences(mask, cache, first_entry, keep=self.config.kv_source == "context")
         if self.config.kv_source == "context":
-            self.decoder.write_context(x, rope, key_values)
+            self.decoder.write_context(states, rope, key_values)
             x, rope = x[:, kept], (rope[0][:, kept], rope[1][:, kept])
             key_values = key_values.seen_by(mask[:, :, kept])
             kept = slice(None)
@@ -308,8 +320,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def encode(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Tensor:
-        """The context x = rms(r) (N, D) of embedded tokens (N, D): the backbone's residual stream before its norm."""
-        return rms(self.backbone(embedded, rope, key_values))
+        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `context_layers`,
+        scaled by rms. The last is x.
+        """
+        streams = enumerate(self.backbone.streams(embedded, rope, key_values))
+        return torch.stack([rms(r) for count, r in streams if count in self.config.context_layers], dim=-2)
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""

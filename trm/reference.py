@@ -132,10 +132,10 @@ def _halted(model: TRMForCausalLM, tokens: Tensor, params: SamplingParams) -> tu
     """The last position's logits (V,) at the step where it halts, that step, and by how little that was decided."""
     mask = causal_mask(torch.ones_like(tokens), tokens.shape[1])
     cos, sin = model.backbone.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-    x = model.encode(model.backbone.embed_tokens(tokens), (cos, sin), Sequences(mask))
+    states = model.encode(model.backbone.embed_tokens(tokens), (cos, sin), Sequences(mask))
     context = Sequences(mask, keep=True)
-    model.decoder.write_context(x, (cos, sin), context)
-    x, rope, context = x[:, -1:], (cos[:, -1:], sin[:, -1:]), context.seen_by(mask[:, :, -1:])
+    model.decoder.write_context(states, (cos, sin), context)
+    x, rope, context = states[:, -1:, -1], (cos[:, -1:], sin[:, -1:]), context.seen_by(mask[:, :, -1:])
     y, z, answer = torch.zeros_like(x), torch.zeros_like(x), x
     margin, steps = float("inf"), 0
     while steps < model.check_effort(params.n_supervision):

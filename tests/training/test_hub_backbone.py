@@ -138,7 +138,7 @@ def state(directory: Path) -> dict[str, Any]:
 def backbone_states(model: TRMForCausalLM) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
     rope = model.backbone.rope(torch.arange(IDS.shape[1])[None])
-    return model.encode(model.backbone.embed_tokens(IDS), rope, Sequences(mask)), rope
+    return model.encode(model.backbone.embed_tokens(IDS), rope, Sequences(mask))[..., -1, :], rope
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

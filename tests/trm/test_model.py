@@ -604,12 +604,13 @@ def test_gradient_of_the_last_cycles_stops_before_them(kv_source):
     one = make_model(kv_source=kv_source, n_cycles=1)
     one.decoder.load_state_dict(two.decoder.state_dict())
     mask, rope = torch.ones(1, 1, 6, 6).tril().bool(), two.backbone.rope(torch.arange(6)[None])
-    x = two.encode(two.backbone.embed_tokens(torch.tensor([some_prompt(6)])), rope, Sequences(mask))
+    states = two.encode(two.backbone.embed_tokens(torch.tensor([some_prompt(6)])), rope, Sequences(mask))
+    x = states[..., -1, :]
 
     def key_values(model: TRMForCausalLM) -> Sequences:
         seen = Sequences(mask, keep=kv_source == "context")
         if kv_source == "context":
-            model.decoder.write_context(x, rope, seen)
+            model.decoder.write_context(states, rope, seen)
         return seen
 
     def gradients(model: TRMForCausalLM, y: Tensor) -> list[Tensor]:

@@ -70,11 +70,12 @@ def _steps(model: TRMForCausalLM, batch: Batch, labelled: Tensor, targets: Tenso
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     rope = model.backbone.rope(positions)
     with torch.no_grad():
-        x = model.encode(model.backbone.embed_tokens(batch.input_ids), rope, Sequences(mask))
+        states = model.encode(model.backbone.embed_tokens(batch.input_ids), rope, Sequences(mask))
     key_values = Sequences(mask, keep=model.config.kv_source == "context")
     if model.config.kv_source == "context":
-        model.decoder.write_context(x, rope, key_values)
+        model.decoder.write_context(states, rope, key_values)
 
+    x = states[..., -1, :]
     y = z = torch.zeros_like(x)
     losses, hits, scores = [], [], []
     for wanted in targets:

@@ -37,10 +37,10 @@ def agreements(
         length, first = ids.shape[1], len(prompt) - 1
         mask = causal_mask(torch.ones_like(ids), length)
         cos, sin = model.backbone.rope(torch.arange(length, device=ids.device)[None])
-        x = model.encode(model.backbone.embed_tokens(ids), (cos, sin), Sequences(mask))
+        states = model.encode(model.backbone.embed_tokens(ids), (cos, sin), Sequences(mask))
         context = Sequences(mask, keep=True)
-        model.decoder.write_context(x, (cos, sin), context)
-        x, rope, context = x[:, first:], (cos[:, first:], sin[:, first:]), context.seen_by(mask[:, :, first:])
+        model.decoder.write_context(states, (cos, sin), context)
+        x, rope, context = states[:, first:, -1], (cos[:, first:], sin[:, first:]), context.seen_by(mask[:, :, first:])
         y = z = torch.zeros_like(x)
         answer, tokens, distances = x, [], []
         for _ in range(effort):

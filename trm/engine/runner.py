@@ -250,10 +250,10 @@ class Runner:
         """Backbone pass over token ids (N,); returns x (N, D), and with keys from the context stores them."""
         rope = self._rope(where)
         embedded = self.model.backbone.embed_tokens(ids)
-        x = self.model.encode(embedded, rope, SlotView(self.backbone_slots, where))
+        states = self.model.encode(embedded, rope, SlotView(self.backbone_slots, where))  # (N, C, D)
         if self.model.config.kv_source == "context":
-            self.model.decoder.write_context(x, rope, SlotView(self.slots, where))
-        return x
+            self.model.decoder.write_context(states, rope, SlotView(self.slots, where))
+        return states[:, -1]
 
     def _think(self, x: Tensor, where: Where, depth: int) -> None:
         """The recursion over parts of prompts, x (N, D): its keys and values of the first `depth` steps are stored."""
