@@ -313,8 +313,16 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""
-        head = self.lm_head if self.lm_head is not None else self.backbone.lm_head
-        return head(self.backbone.norm.weight * rms(y))  # type: ignore[no-any-return]
+        return self.head(self.normed(y))  # type: ignore[no-any-return]
+
+    def normed(self, y: Tensor) -> Tensor:
+        """What the head reads, (…, D): answer states y (…, D) through the backbone's final norm weight."""
+        return self.backbone.norm.weight * rms(y)
+
+    @property
+    def head(self) -> Any:
+        """The layer from normed states to logits: our own, or the backbone's."""
+        return self.backbone.lm_head if self.lm_head is None else self.lm_head
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         """How far the probabilities of two answer states (…, D) are apart: total variation (…), 0 to 1."""
