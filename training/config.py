@@ -76,7 +76,8 @@ class TrainSettings(Settings):
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of the frozen weights; auto: bfloat16 on cuda, else float32"
+        "auto",
+        description="type of the frozen weights; auto: bfloat16 on cuda, and for large ones on a CPU that has it",
     )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(

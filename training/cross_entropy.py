@@ -39,7 +39,7 @@ def cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """All targets are labels. Blocks lie side by side: the largest logit so far sets the scale, as in flash attention."""
+    """All targets are labels. As in flash attention, the largest logit so far sets the scale of what is added up."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,8 +77,9 @@ class _CrossEntropy(torch.autograd.Function):
                     pulled.mul_(shrink[:, None]).add_(weights.to(dtype) @ weight)
             margins[rows] = best + total.log() - own[rows]
             if pull is not None:
-                pull[rows] = pulled.div_(total[:, None]).sub_(head[label].to(dtype)).mul_(margins[rows].sigmoid()[:, None])
-        losses = F.softplus(margins)
+                wrong = margins[rows].sigmoid()  # the probability of all other tokens
+                pull[rows] = pulled.div_(total[:, None]).sub_(head[label].to(dtype)).mul_(wrong[:, None])
+        losses = F.softplus(margins, threshold=40)  # beyond it, the margin itself: 1e-17 less
         if with_gradient:
             trained = ctx.needs_input_grad[1]
             ctx.save_for_backward(pull, *((hidden, head, targets, losses + own) if trained else ()))

@@ -1,7 +1,7 @@
 """The chunked cross-entropy against the plain one, and that it makes no logits beyond a block."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,9 +22,8 @@ LABELS, HIDDEN, VOCABULARY = 40, 16, 101
 
 
 @pytest.fixture(params=[(512, 4096), (7, 13), (40, 50)], ids=["one block", "odd blocks", "a block of one column"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.cross_entropy, "BLOCKS", {"cpu": request.param})
-    yield
 
 
 def draw(dtype: torch.dtype = torch.float64, scale: float = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,7 +42,7 @@ def results(function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> 
     """Losses and hits, and gradients at the states and the head."""
     states, head, targets, weights = inputs
     losses, right = function(states, head, targets)
-    return [losses, right, *torch.autograd.grad((losses.float() * weights).sum(), (states, head))]
+    return [losses, right, *torch.autograd.grad((losses * weights).sum(), (states, head))]
 
 
 def plain(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,19 +53,12 @@ def plain(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 def test_losses_hits_and_gradients_are_those_of_whole_logits(dtype: torch.dtype, tolerance: float) -> None:
     inputs = draw(dtype)
 
     for ours, theirs in zip(results(cross_entropy, *inputs), results(plain, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.usefixtures("blocks")
-def test_gradients_are_those_of_finite_differences() -> None:
-    states, head, targets, _ = draw()
-
-    assert torch.autograd.gradcheck(lambda *x: cross_entropy(*x, targets)[0], (states, head))
 
 
 @pytest.mark.usefixtures("blocks")
