@@ -24,6 +24,7 @@ MODEL_SETTINGS = (
     "expansion",
     "max_supervision",
     "kv_source",
+    "context_layers",
     "normalize_text",
 )
 

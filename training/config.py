@@ -71,6 +71,7 @@ class TrainSettings(Settings):
             "expansion",
             "max_supervision",
             "kv_source",
+            "context_layers",
             "gradient",
             "train_lm_head",
         ),
@@ -84,7 +85,8 @@ class TrainSettings(Settings):
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of the frozen weights; auto: bfloat16 on cuda, else float32"
+        "auto",
+        description="type of the frozen weights; auto: bfloat16 on cuda, and for large ones on a CPU that has it",
     )
     output_dir: Path = Field(Path("runs/trm"), description="run directory; checkpoints go to checkpoint-STEP inside")
     resume: Path | None = Field(
@@ -136,6 +138,11 @@ class TrainSettings(Settings):
         "context",
         description="where keys and values come from: the backbone's states, or the recursion's own as in the paper",
     )
+    context_layers: Annotated[CliVariadicArg[list[int]], NoDecode] = Field(
+        [],
+        description="mix the backbone's states after each of these numbers of layers, by learned weights, into what "
+        "keys and values come from; 0: the embeddings, the last: all layers; default the last alone",
+    )
     gradient: Literal["full", "paper"] = Field(
         "full",
         description="full: through the whole recursion; paper: through the last cycle of each supervision step",
@@ -184,7 +191,7 @@ class TrainSettings(Settings):
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
-    @field_validator("replies", mode="before")
+    @field_validator("replies", "context_layers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return split_words(value)

@@ -30,7 +30,7 @@ Carry = list[tuple[Tensor, Tensor]]  # y and z of each batch, (B, Q, D)
 class Feed:
     """`fetch` a step, train on `prepared` from the states in `carry`, then `advance`.
 
-    A group is the `gradient_accumulation` batches of an optimiser step. `states` are the backbone's, where kept.
+    A group is the `gradient_accumulation` batches of an optimiser step. `states` are the backbone's.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Feed:
     ) -> None:
         self.settings, self.model, self.examples = settings, model, examples
         self.pad_id, self.autocast = pad_id, autocast
-        self.states: States | None = None
+        self.states = States(model, examples, autocast)
         self.batches: list[list[int]] = []  # indices of their examples
         self.prepared: list[Prepared] = []
         self.carry: Carry = []
@@ -128,7 +128,8 @@ class Feed:
         device = self.model.device.type
         batch = collate([self.examples[i] for i in indices], self.pad_id).share().to(device)
         own = workers.share(torch.tensor(indices)).tolist()
-        states = self.states.padded(own, batch.input_ids.shape[1]) if self.states else None
+        self.states.fetch_together(indices)
+        states = self.states.padded(own, batch.input_ids.shape[1])
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             return prepare(self.model, batch, states)
 

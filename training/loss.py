@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from training.batches import IGNORE_INDEX, Batch
 from training.config import StepWeights
+from training.cross_entropy import cross_entropy
 from trm.cache import Sequences
 from trm.layers import Rope, causal_mask
 from trm.model import TRMForCausalLM
@@ -119,14 +120,19 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared, step: int) -> TokenLosses:
-    """Read the labels from y (B, Q, D) after a step (from 0). The halting head is a probe: it does not bend y."""
+    """Read the labels from y (B, Q, D) after a step (from 0). The halting head is a probe: it does not bend y.
+
+    Of what lies between y and the heads nothing is kept for the backward pass.
+    """
+
+    def heads(y: Tensor) -> tuple[Tensor, Tensor]:
+        answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
+        return model.normed(answer), model.decoder.halt_logits(answer.detach())
+
     targets, settled = prepared.step_targets(step)
-    answer = y[prepared.answers[:, 0], prepared.answers[:, 1]]
-    logits = model.readout(answer).float()
-    halt = model.decoder.halt_logits(answer.detach()).float()
-    cross_entropy = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
-    right = logits.argmax(-1) == targets  # last: a recomputation ends before it
-    return TokenLosses(cross_entropy, right, halt, settled)
+    normed, halt = recompute_in_backward(heads, y, use_reentrant=False, preserve_rng_state=False)
+    losses, right = cross_entropy(normed, model.head.weight, targets)
+    return TokenLosses(losses, right, halt.float(), settled)
 
 
 def halting_targets(cross_entropy: Tensor, right: Tensor, delta: float) -> Tensor:
@@ -149,18 +155,18 @@ def paper_step(
 def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterator[TokenLosses]:
     """`depth` supervision steps with gradient through all of them.
 
-    Activations and logits are recomputed in the backward pass: only the states and the losses of a step are kept.
+    Activations are recomputed in the backward pass: only the states, the losses and their gradient at the states
+    of a step are kept.
     """
     key_values = prepared.key_values(model)
 
-    def step(y: Tensor, z: Tensor, number: int) -> tuple[Tensor, Tensor, TokenLosses]:
-        y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
-        return y, z, token_losses(model, y, prepared, number)
+    def step(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
 
     y = z = torch.zeros_like(prepared.x)
     for number in range(depth):
-        y, z, losses = recompute_in_backward(step, y, z, number, use_reentrant=False)
-        yield losses
+        y, z = recompute_in_backward(step, y, z, use_reentrant=False, preserve_rng_state=False)
+        yield token_losses(model, y, prepared, number)
 
 
 class Objective(NamedTuple):

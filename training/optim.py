@@ -34,11 +34,11 @@ def make_optimizers(
     """Optimisers over the named parameters that require gradients.
 
     `muon` orthogonalises the updates of hidden matrices; whatever is no matrix, or maps to
-    or from the vocabulary or a single score, goes to AdamW at half the rate. Weight decay
+    or from the vocabulary or a single score, or weighs states, goes to AdamW at half the rate. Weight decay
     spares vectors.
     """
     trainable = [(n, p) for n, p in parameters if p.requires_grad]
-    matrices = [p for n, p in trainable if name == "muon" and p.ndim == 2 and not _is_head_or_embedding(n)]
+    matrices = [p for n, p in trainable if name == "muon" and p.ndim == 2 and not _is_no_hidden_matrix(n)]
     taken = {id(p) for p in matrices}
     rest = [p for _, p in trainable if id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = []
@@ -64,8 +64,8 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], scale: float)
             group["lr"] = group["peak_lr"] * scale
 
 
-def _is_head_or_embedding(name: str) -> bool:
-    return any(part in name for part in ("embed_tokens", "lm_head", "halt_head"))
+def _is_no_hidden_matrix(name: str) -> bool:
+    return any(part in name for part in ("embed_tokens", "lm_head", "halt_head", "context_mix"))
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from training.trainer import Trainer
 from trm import checkpoint, extra
 from trm.device import use_device
 from trm.errors import CheckpointError, ConfigError
+from trm.loading import best_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ def train(settings: TrainSettings) -> Path:
             f"--output-dir {run_dir}: holds a run already; go on with --resume {run_dir}, or choose another"
         )
     device = use_device(settings.device, settings.num_threads)
-    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
-        settings = settings.model_copy(update={"backbone_dtype": "bfloat16" if device == "cuda" else "float32"})
     workers.start(device)
     if workers.rank() > 0:
         return _train(settings, given, device)
@@ -55,6 +54,10 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     source, revision = backbone_source(settings)
     if settings.resume is not None:
         source, revision = resumed_backbone(settings, settings.resume, given, source, revision)
+    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
+        plain = device == "cpu" and settings.autocast == "off"
+        dtype = "float32" if plain else best_dtype(checkpoint.read_backbone_config(source, revision), device)
+        settings = settings.model_copy(update={"backbone_dtype": dtype})
     trainer = build_trainer(settings, source, revision, device)
     if workers.rank() == 0:
         checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)

@@ -6,6 +6,7 @@ every curve goes on without a gap, a repetition or a fork.
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 LOG_FILE = "log.jsonl"
 LOG_EVERY = 10  # optimiser steps between lines
 PER_STEP = {"losses": "loss", "halting_losses": "halting_loss", "token_accuracies": "token_accuracy"}
-REPORT_EVERY_S = 60  # where there is no terminal for a bar
+REPORT_EVERY_S = 60  # beside the lines of log.jsonl, for steps that take long
 
 
 class RunLog:
@@ -45,7 +46,8 @@ class RunLog:
             tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         )
         self._open.enter_context(logging_redirect_tqdm())
-        self._since = self._told = self._started = time.monotonic()
+        self._since = self._started = time.monotonic()
+        self._told = -math.inf  # the first step is told at once: how long all of them will take
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -55,20 +57,23 @@ class RunLog:
         """One optimiser step: what `Trainer.train_step` returned."""
         self._reports.append(report)
         self._bar.update()
-        if step % LOG_EVERY and not is_last:
-            return
         now = time.monotonic()
+        is_due, is_time = is_last or step % LOG_EVERY == 0, now - self._told > REPORT_EVERY_S
+        if not is_due and not is_time:
+            return
         line = summarise(self._reports, self.n_supervision) | {"step": step}
         line["tokens_per_s"] = round(line["tokens"] / max(now - self._since, 1e-9), 1)
+        self._bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['tokens_per_s']:,.0f} tokens/s")
+        if is_time:
+            self._tell(step, line, now)
+        if not is_due:
+            return
         self._write(line)
         curves = {"loss": line["loss"], "gradient_norm": line["grad_norm"], "learning_rate": line["lr"]}
         self._draw(step, {f"training/{name}": value for name, value in curves.items()})
         self._draw(step, {"training/tokens_per_s": line["tokens_per_s"]})
         for name, tag in PER_STEP.items():
             self._draw(step, _by_supervision_step(tag, line[name]))
-        self._bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['tokens_per_s']:,.0f} tokens/s")
-        if self._bar.disable and now - self._told > REPORT_EVERY_S:
-            self._tell(step, line, now)
         self._reports, self._since, self.last = [], now, line
 
     def validation(self, step: int, measured: Validation) -> None:
@@ -99,6 +104,10 @@ class RunLog:
             self._board.add_scalar(tag, value, step)
 
     def _tell(self, step: int, line: dict[str, Any], now: float) -> None:
+        """A line where there is no terminal for a bar."""
+        self._told = now
+        if not self._bar.disable:
+            return
         left = (now - self._started) / (step - self.step) * (self.total_steps - step)
         logger.info(
             "step %d of %d, loss %.4g, %.0f tokens/s, %s left",
@@ -108,7 +117,6 @@ class RunLog:
             line["tokens_per_s"],
             tqdm.format_interval(left),
         )
-        self._told = now
 
 
 def summarise(reports: list[dict[str, Any]], n_supervision: int) -> dict[str, Any]:

@@ -1,23 +1,24 @@
-"""Backbone states, computed once and kept: the backbone is frozen, so that x is the same in every epoch.
+"""Backbone states, computed when a batch first needs them, and kept: the backbone is frozen, so that x is the same in
+every epoch.
 
-A token's x is computed among examples of similar length, in chunks that depend on the data alone, never on
-the batches it is read back for. So a resumed run reads the bits that the uninterrupted one read.
+On a CPU each example passes the backbone alone. So its bits depend on nothing else, neither on its
+batch nor on where it is kept or by which process it was computed, and a resumed run reads the bits that the
+uninterrupted one read. On a GPU the missing examples of a batch pass it together.
 Raises ConfigError where the states do not fit where they were asked to lie.
 """
 
 import hashlib
-import logging
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from training import workers
 from training.batches import collate
@@ -27,41 +28,109 @@ from trm.chat import Example
 from trm.errors import ConfigError
 from trm.model import TRMForCausalLM
 
-logger = logging.getLogger(__name__)
-
-CHUNK_TOKENS = 8192  # padding included, of one pass of the backbone
+FORMAT = 2  # of the files: other numbers are other files
 RAM_SHARE = 0.25  # of what is available; beyond it "auto" goes to disk
 DISK_SHARE = 0.5  # of what is free; beyond it "auto" keeps nothing
 
 
 class States:
-    """x (T, D) of the T tokens of all examples, on the CPU or in a mapped file, shortest example first."""
+    """States (T, C, D) of the T tokens of all examples, as far as they were needed; without `store` nothing is kept.
 
-    def __init__(self, x: Tensor, examples: Sequence[Example]) -> None:
-        self.x = x
-        self.spans: dict[int, slice] = {}
-        at = 0
-        for index in by_length(examples):
-            self.spans[index] = slice(at, at + len(examples[index].ids))
-            at += len(examples[index].ids)
+    The store is `store_bytes` long: the states, and behind them a checksum of each example's, 0 where there are
+    none. In a file they may come from other runs, even from killed ones: what its checksum does not fit is missing.
+    """
+
+    def __init__(
+        self, model: TRMForCausalLM, examples: Sequence[Example], autocast: bool, store: np.ndarray | None = None
+    ) -> None:
+        self.model, self.examples, self.autocast = model, examples, autocast
+        self._known: set[int] = set()  # whose states are there for certain
+        ends = np.cumsum([len(example.ids) for example in examples])
+        self._spans = [slice(end - len(e.ids), end) for end, e in zip(ends.tolist(), examples, strict=True)]
+        self._x = None
+        if store is not None:
+            size = size_bytes(model, examples)
+            raw = torch.from_numpy(store[:size])
+            self._x = raw.view(model.backbone.dtype).view(-1, *_shape(model))
+            self._checksums = store[size:].view(np.uint32)
 
     def padded(self, indices: Sequence[int], width: int) -> Tensor:
-        """x (B, width, D) of the examples at `indices`, zero at padding."""
-        rows = torch.zeros(len(indices), width, self.x.shape[1], dtype=self.x.dtype)
+        """States (B, width, C, D) of the examples at `indices`, zero at padding, in the backbone's type."""
+        computed = self._compute([i for i in indices if not self._has(i)])
+        shape = len(indices), width, *_shape(self.model)
+        x = torch.zeros(shape, dtype=self.model.backbone.dtype, device=self._device)
         for row, index in enumerate(indices):
-            own = self.x[self.spans[index]]
-            rows[row, : len(own)] = own
-        return rows
+            own = computed[index] if index in computed else self._kept(index)
+            x[row, : len(own)] = own
+        return x
 
+    def fetch_together(self, indices: Sequence[int]) -> None:
+        """Compute what is missing of `indices`, which all processes name: they take turns, and each keeps all."""
+        if self._x is None or workers.count() == 1:
+            return
+        absent = torch.tensor([int(not self._has(i)) for i in indices], device=self._device)
+        missing = [i for i, number in zip(indices, workers.add(absent).tolist(), strict=True) if number]
+        computed = self._compute(missing[workers.rank() :: workers.count()])
+        for turn, index in enumerate(missing):
+            own = computed[index] if index in computed else self._kept(index).to(self._device)
+            raw = workers.from_rank(turn % workers.count(), own.contiguous().view(torch.uint8))
+            self._keep(index, raw.view(own.dtype))
 
-def by_length(examples: Sequence[Example]) -> list[int]:
-    """Indices of the examples, the shortest first."""
-    return sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def _compute(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        """States (S, C, D) of each example, on the device; kept, if anything is."""
+        together = len(indices) if self._device.type == "cuda" else 1
+        computed: dict[int, Tensor] = {}
+        for start in range(0, len(indices), together):
+            group = indices[start : start + together]
+            batch = collate([self.examples[i] for i in group], 0).to(self._device)
+            with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast):
+                x, _ = encode(self.model, batch)
+            computed |= {i: x[row, : len(self.examples[i].ids)] for row, i in enumerate(group)}
+        computed = {i: x.to(self.model.backbone.dtype) for i, x in computed.items()}
+        for index, x in computed.items():
+            self._keep(index, x)
+        return computed
+
+    def _keep(self, index: int, x: Tensor) -> None:
+        if self._x is None:
+            return
+        self._kept(index).copy_(x)
+        self._checksums[index] = self._checksum(index)
+        self._known.add(index)
+
+    def _kept(self, index: int) -> Tensor:
+        assert self._x is not None, "nothing is kept"
+        return self._x[self._spans[index]]
+
+    def _has(self, index: int) -> bool:
+        if self._x is not None and index not in self._known:
+            stored = int(self._checksums[index])
+            if stored and stored == self._checksum(index):
+                self._known.add(index)
+        return index in self._known
+
+    def _checksum(self, index: int) -> int:
+        return zlib.crc32(self._kept(index).view(torch.uint8).numpy().data)
 
 
 def size_bytes(model: TRMForCausalLM, examples: Sequence[Example]) -> int:
     """What the states of all examples take, in the backbone's type."""
-    return int(sum(len(e.ids) for e in examples) * model.config.hidden_size * model.backbone.dtype.itemsize)
+    return int(sum(len(e.ids) for e in examples) * math.prod(_shape(model)) * model.backbone.dtype.itemsize)
+
+
+def _shape(model: TRMForCausalLM) -> tuple[int, int]:
+    """Of the states of a token: C, D."""
+    return model.config.num_states, model.config.hidden_size
+
+
+def store_bytes(model: TRMForCausalLM, examples: Sequence[Example]) -> int:
+    """The same with a checksum for each example."""
+    return size_bytes(model, examples) + 4 * len(examples)
 
 
 def choose(wanted: CacheStates, needed: int, file: Path, epochs: float) -> CacheStates:
@@ -93,88 +162,33 @@ def keep(
     directory: Path,
     key: str,
     epochs: float,
-) -> tuple[CacheStates, States | None]:
-    """Compute the states of all examples now and keep them where `choose` says: the place, and the states unless "off".
+) -> tuple[CacheStates, States]:
+    """The place that `choose` says, and states that will be kept there unless it is "off".
 
     Files go to `directory`; `key` names data and backbone.
     """
-    needed, file = size_bytes(model, examples), file_in(directory, model, key, autocast)
+    needed = store_bytes(model, examples)
+    name = hashlib.sha256(
+        f"{FORMAT}/{key}/{model.config.context_layers}/{model.backbone.dtype}/{autocast}".encode()
+    ).hexdigest()[:16]
+    file = directory / f"{name}.states"
     place = workers.agree(choose(wanted, needed, file, epochs))
-    if place == "off":
-        return place, None
-    logger.info("keeping the backbone's states: %.2f GB, %s", needed / 1e9, place)
-    in_file = place == "disk"
-    return place, on_disk(model, examples, autocast, file) if in_file else in_memory(model, examples, autocast)
+    stores = {"memory": lambda: np.zeros(needed, np.uint8), "disk": lambda: _map(file, needed), "off": lambda: None}
+    return place, States(model, examples, autocast, stores[place]())
 
 
-def in_memory(model: TRMForCausalLM, examples: Sequence[Example], autocast: bool) -> States:
-    """Compute the states of all examples and keep them in memory."""
-    x = torch.empty(sum(len(e.ids) for e in examples), model.config.hidden_size, dtype=model.backbone.dtype)
-    at = 0
-    for chunk in _chunks(model, examples, autocast):
-        x[at : at + len(chunk)] = chunk
-        at += len(chunk)
-    return States(x, examples)
-
-
-def file_in(directory: Path, model: TRMForCausalLM, key: str, autocast: bool) -> Path:
-    """The file of the states in a cache directory; `key` names data and backbone."""
-    name = hashlib.sha256(f"{key}/{model.backbone.dtype}/{autocast}".encode()).hexdigest()[:16]
-    return directory / f"{name}.states"
-
-
-def on_disk(model: TRMForCausalLM, examples: Sequence[Example], autocast: bool, path: Path) -> States:
-    """Map the states of all examples from a file, computed first where it is missing; it is never half written.
-
-    Raises ConfigError where it cannot be written.
-    """
-    if workers.any_of(not path.exists(), model.device.type):
-        chunks = _chunks(model, examples, autocast)
-        if workers.is_first_here():
-            _write(chunks, path)
-        for _ in chunks:  # a process that does not write has its share to compute
-            pass
-        workers.wait()
-    raw = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
-    return States(raw.view(model.backbone.dtype).view(-1, model.config.hidden_size), examples)
-
-
-def _write(chunks: Iterable[Tensor], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{workers.rank()}.partial")
+def _map(path: Path, size: int) -> np.ndarray:
+    """A file of `size` bytes, in memory, shared with whoever else maps it; made, with its room, where it is missing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk.contiguous().view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with path.open("ab") as file:
+            if file.tell() < size:
+                if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         raise ConfigError(f"--cache-states disk: cannot write {path}: {error.strerror}") from error
-
-
-def _chunks(model: TRMForCausalLM, examples: Sequence[Example], autocast: bool) -> Iterator[Tensor]:
-    """x (tokens, D) of a few examples at a time, in the order of `by_length`, on the CPU. Processes take turns."""
-    order, chunks, start = by_length(examples), 0, 0
-    dtype, width, device = model.backbone.dtype, model.config.hidden_size, model.device
-    with tqdm(total=len(order), desc="backbone states", unit="problem", leave=False, disable=workers.rank() > 0) as bar:
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * len(examples[order[end]].ids) <= CHUNK_TOKENS:
-                end += 1
-            rows = [examples[i] for i in order[start:end]]
-            turn = chunks % workers.count()
-            if turn == workers.rank():
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    padded, _ = encode(model, collate(rows, 0).to(device))
-                x = torch.cat([padded[row, : len(e.ids)] for row, e in enumerate(rows)]).to(dtype)
-            else:
-                x = torch.empty(sum(len(e.ids) for e in rows), width, dtype=dtype, device=device)
-            yield workers.from_rank(turn, x).cpu()
-            bar.update(len(rows))
-            start, chunks = end, chunks + 1
+    return np.memmap(path, np.uint8, "r+", shape=(size,))
 
 
 def _existing(directory: Path) -> Path:

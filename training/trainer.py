@@ -76,7 +76,7 @@ class Trainer:
         return self.chat.tokenizer.pad_token_id or 0
 
     def keep_states(self, directory: Path) -> None:
-        """Compute the backbone's states now and keep them, if the settings want that; files go to `directory`.
+        """Have the backbone's states kept from now on, if the settings want that; files go to `directory`.
 
         What "auto" came to is part of the settings from here on, so that a resumed run does the same.
         """
@@ -94,7 +94,7 @@ class Trainer:
             epochs,
         )
         self.settings = self.settings.model_copy(update={"cache_states": place})
-        if feed.mixed and feed.states is None:
+        if feed.mixed and place == "off":
             raise ConfigError(
                 f"{mixing}: must keep the backbone's states, "
                 f"{states.size_bytes(self.model, feed.examples) / 1e9:.1f} GB; "
@@ -118,14 +118,15 @@ class Trainer:
                 try:
                     report = self.train_step()
                 except DeviceError as error:
-                    last = self._save_and_prune(run_dir, log, started)
+                    last = self._save_and_prune(run_dir, log, started, with_validation=False)
                     raise DeviceError(f"{error}; the state before that step is saved: {last}") from error
                 stopped = workers.any_of(stop is not None and stop.is_set(), self.device)
+                is_due = self.step == self.total_steps or self.step % self.settings.save_steps == 0
                 ends = stopped or self.step == self.total_steps
                 if log:
                     log.training(self.step, report, ends)
-                if ends or self.step % self.settings.save_steps == 0:
-                    last = self._save_and_prune(run_dir, log, started)
+                if ends or is_due:
+                    last = self._save_and_prune(run_dir, log, started, with_validation=is_due)
                 if ends:
                     return last
 
@@ -265,11 +266,14 @@ class Trainer:
         copied = sum(p.nbytes for p in self.model.backbone.parameters()) if is_copied else 0
         return self.weights.num_bytes() + self.feed.carry_bytes() + copied
 
-    def _save_and_prune(self, run_dir: Path, log: RunLog | None, started: float) -> Path:
-        """A checkpoint, with its validation loss, in the place of one that is no longer needed."""
+    def _save_and_prune(self, run_dir: Path, log: RunLog | None, started: float, with_validation: bool) -> Path:
+        """A checkpoint, with its validation loss, in the place of one that is no longer needed.
+
+        Who stops a run does not wait for a validation: of a large model it takes minutes.
+        """
         if log is None:
             return self.save(run_dir)
-        validation = self.validate()
+        validation = self.validate() if with_validation else None
         if validation is not None:
             log.validation(self.step, validation)
         log.flush()

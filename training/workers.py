@@ -45,11 +45,6 @@ def count_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if count() > 1 else 1
 
 
-def is_first_here() -> bool:
-    """Whether this process is the one that writes to its machine's own disk."""
-    return count() == 1 or _local_rank() == 0
-
-
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", rank()))
 
@@ -101,9 +96,3 @@ def agree(value: T) -> T:
 def any_of(value: bool, device: str) -> bool:
     """Whether it is so in any process."""
     return bool(add(torch.tensor(int(value), device=device)))
-
-
-def wait() -> None:
-    """Return when all processes are here."""
-    if count() > 1:
-        dist.barrier()

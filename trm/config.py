@@ -23,8 +23,9 @@ class TRMConfig(PreTrainedConfig):
 
     n_latent, n_cycles, n_supervision: the paper's n, T and N_sup. n_layers: layers L of the
     shared block. expansion: SwiGLU width over 1.5 times the hidden size. kv_source: "context"
-    or "state". context_layers: the context is a learned mix of the backbone's states after so many of
-    its layers each, 0 for the embeddings; the last is all of them. None: only that. max_supervision: deepest effort that may be asked for, None for 4 * n_supervision
+    or "state". context_layers: the context is a learned mix of the backbone's states after each of
+    these numbers of layers (0: the embeddings), of which the last is all; None: after all alone.
+    max_supervision: deepest effort that may be asked for, None for 4 * n_supervision
     but at least 16. own_lm_head: the head was trained and is stored with the decoder.
     normalize_text: prompts were normalised in training. backbone_source, backbone_revision,
     backbone_fingerprint: where the frozen weights come from, None where they lie in `backbone/`.
@@ -58,7 +59,7 @@ class TRMConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(architecture, **known)
         if self.backbone_config is None:
             self.backbone_config = AutoConfig.for_model("qwen2")
-        if self.context_layers is None:
+        if not self.context_layers:
             self.context_layers = [self.backbone_config.num_hidden_layers]
         self._check()
         backbone = self.backbone_config
@@ -115,6 +116,11 @@ class TRMConfig(PreTrainedConfig):
     def intermediate_size(self) -> int:
         """SwiGLU width: expansion * D * 2/3, rounded up to a multiple of 64."""
         return -(-int(self.expansion * self.hidden_size * 2 / 3) // 64) * 64
+
+    @property
+    def num_states(self) -> int:
+        """States of a token that the context is mixed from."""
+        return len(self.context_layers or ())
 
     @property
     def calls_per_step(self) -> int:

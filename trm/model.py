@@ -90,8 +90,8 @@ class Decoder(nn.Module):
             for _ in range(config.n_layers)
         )
         self.halt_head = nn.Linear(config.hidden_size, 1)
-        num_states = len(config.context_layers)
-        self.context_mix = nn.Parameter(torch.empty(num_states, config.hidden_size)) if num_states > 1 else None
+        sizes = config.num_states, config.hidden_size
+        self.context_mix = nn.Parameter(torch.empty(sizes)) if config.num_states > 1 else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         return self.halt_head.weight.dtype
 
     def write_context(self, states: Tensor, rope: Rope, key_values: KeyValues) -> None:
-        """Project keys and values of every layer from the backbone's states (N, C, D); store them, one entry a layer."""
+        """Project keys and values from the backbone's states (N, C, D) and store them, one entry for each layer."""
         context = states[..., -1, :]
         if self.context_mix is not None:  # one after the other: a sum in an order that no other row changes
             context = self.context_mix[0] * states[..., 0, :]
@@ -328,8 +328,16 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""
-        head = self.lm_head if self.lm_head is not None else self.backbone.lm_head
-        return head(self.backbone.norm.weight * rms(y))  # type: ignore[no-any-return]
+        return self.head(self.normed(y))  # type: ignore[no-any-return]
+
+    def normed(self, y: Tensor) -> Tensor:
+        """What the head reads, (…, D): answer states y (…, D) through the backbone's final norm weight."""
+        return self.backbone.norm.weight * rms(y)
+
+    @property
+    def head(self) -> Any:
+        """The layer from normed states to logits: our own, or the backbone's."""
+        return self.backbone.lm_head if self.lm_head is None else self.lm_head
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         """How far the probabilities of two answer states (…, D) are apart: total variation (…), 0 to 1."""

@@ -63,8 +63,9 @@ def batch_sizes(examples: Sequence[Example], batch_size: int, seed: int, kv_sour
 def operations(config: TRMConfig, sizes: BatchSizes, gradient: str, train_lm_head: bool) -> Operations:
     """One batch through all its supervision steps, forward and backward.
 
-    With full gradient everything in a step is computed forward twice, and backward at twice the forward's price.
+    With full gradient a step's recursion is computed forward twice, and backward at twice the forward's price.
     With the paper's, one cycle of each step is computed forward and backward, the others forward.
+    The readout takes two products of the head's size, see `training.cross_entropy`; four if it is trained.
     """
     backbone, d = config.backbone_config, config.hidden_size
     heads, kv_heads = (n * config.head_dim for n in (backbone.num_attention_heads, backbone.num_key_value_heads))
@@ -75,14 +76,14 @@ def operations(config: TRMConfig, sizes: BatchSizes, gradient: str, train_lm_hea
     inside = key_value if config.kv_source == "state" else 0
     call = queries * config.n_layers * (2 * (2 * d * heads + 3 * d * config.intermediate_size) + inside + attention)
     context = 0 if config.kv_source == "state" else tokens * config.n_layers * key_value
-    steps, head_backward = config.n_supervision, 2 if train_lm_head else 1
-    readout = 2 * sizes.labels * d * config.vocab_size
+    steps, head_products = config.n_supervision, 4 if train_lm_head else 2
+    readout = 2 * sizes.labels * d * config.vocab_size * steps * head_products
     if gradient == "full":
         recursion = 4 * steps * config.calls_per_step * call + 2 * context
-        return Operations(tokens * backbone.num_hidden_layers * layer, recursion, (2 + head_backward) * steps * readout)
-    one_cycle = config.calls_per_step // config.n_cycles
-    recursion = steps * ((config.calls_per_step + 2 * one_cycle) * call + 2 * context)
-    return Operations(tokens * backbone.num_hidden_layers * layer, recursion, (1 + head_backward) * steps * readout)
+    else:
+        one_cycle = config.calls_per_step // config.n_cycles
+        recursion = steps * ((config.calls_per_step + 2 * one_cycle) * call + 2 * context)
+    return Operations(tokens * backbone.num_hidden_layers * layer, recursion, readout)
 
 
 def weights(config: TRMConfig) -> tuple[int, int]:

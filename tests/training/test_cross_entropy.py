@@ -1,0 +1,142 @@
+"""The chunked cross-entropy against the plain one, and that it makes no logits beyond a block."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import training.cross_entropy
+from tests.training.test_trainer import make_trainer
+from training.batches import IGNORE_INDEX, num_labels
+from training.config import TrainSettings
+from training.cross_entropy import cross_entropy
+from training.validation import measure
+
+LABELS, HIDDEN, VOCABULARY = 40, 16, 101
+
+
+@pytest.fixture(params=[(512, 4096), (7, 13), (40, 50)], ids=["one block", "odd blocks", "a block of one column"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.cross_entropy, "BLOCKS", {"cpu": request.param})
+
+
+def draw(dtype: torch.dtype = torch.float64, scale: float = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States, head, targets of which two are ignored, and the weights of the losses."""
+    generator = torch.Generator().manual_seed(0)
+    states, head = (
+        (torch.randn(rows, HIDDEN, generator=generator) * scale).to(dtype).requires_grad_()
+        for rows in (LABELS, VOCABULARY)
+    )
+    targets = torch.randint(VOCABULARY, (LABELS,), generator=generator)
+    targets[3] = targets[9] = IGNORE_INDEX
+    return states, head, targets, torch.rand(LABELS, generator=generator).to(dtype)
+
+
+def results(function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> list[Tensor]:
+    """Losses and hits, and gradients at the states and the head."""
+    states, head, targets, weights = inputs
+    losses, right = function(states, head, targets)
+    return [losses, right, *torch.autograd.grad((losses * weights).sum(), (states, head))]
+
+
+def plain(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(states, head)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX)
+    return losses, logits.argmax(1) == targets
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_losses_hits_and_gradients_are_those_of_whole_logits(dtype: torch.dtype, tolerance: float) -> None:
+    inputs = draw(dtype)
+
+    for ours, theirs in zip(results(cross_entropy, *inputs), results(plain, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_products_are_in_bfloat16_under_autocast() -> None:
+    inputs = draw(torch.float32)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = results(cross_entropy, *inputs), results(plain, *inputs)
+
+    assert ours[0].dtype == ours[2].dtype == ours[3].dtype == torch.float32
+    assert torch.equal(ours[1], theirs[1])
+    for index in (0, 2, 3):
+        torch.testing.assert_close(ours[index], theirs[index], atol=2e-2, rtol=2e-2)
+    assert not torch.allclose(ours[0], results(cross_entropy, *inputs)[0], atol=1e-4), "autocast changes something"
+
+
+@pytest.mark.usefixtures("blocks")
+def test_of_equal_logits_the_first_is_the_largest() -> None:
+    logits = torch.randint(3, (500, VOCABULARY), generator=torch.Generator().manual_seed(0)).double()
+    targets = logits.argmax(1) + torch.arange(500) % 2 * 3
+
+    _, right = cross_entropy(logits, torch.eye(VOCABULARY).double(), targets.clamp(max=VOCABULARY - 1))
+
+    assert right.tolist() == [n % 2 == 0 for n in range(500)]
+
+
+def test_the_gradient_of_an_all_but_certain_label_is_no_rounding_error() -> None:
+    states, head = torch.tensor([[1.0, 1.0]]), torch.tensor([[20.0, 0.1], [0.0, 0.0], [0.0, 0.3]])
+    targets = torch.tensor([0])
+
+    def gradient(function: Any, dtype: torch.dtype) -> Tensor:
+        own = states.to(dtype).requires_grad_()
+        return torch.autograd.grad(function(own, head.to(dtype), targets)[0].sum(), own)[0]
+
+    exact = gradient(plain, torch.float64).float()
+    assert float(exact.norm()) == pytest.approx(20 * 2.3 * math.exp(-20.1), rel=0.1)
+    torch.testing.assert_close(gradient(cross_entropy, torch.float32), exact, rtol=1e-5, atol=0)
+    assert not torch.allclose(gradient(plain, torch.float32), exact, rtol=1e-3, atol=0)
+
+
+def test_no_labels_no_losses() -> None:
+    states, head, targets, _ = draw()
+
+    losses, right = cross_entropy(states[:0], head, targets[:0])
+
+    assert losses.shape == right.shape == (0,)
+    assert not torch.autograd.grad(losses.sum(), head)[0].any()
+
+
+class Largest(TorchDispatchMode):
+    """Counts the elements of the largest tensor that anything makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(t.numel() for t in tree_leaves(made) if isinstance(t, Tensor)), 0)
+        return made
+
+
+@pytest.mark.parametrize("train_lm_head", [False, True], ids=["frozen head", "own head"])
+@pytest.mark.parametrize("gradient", ["full", "paper"])
+def test_logits_are_never_whole(
+    settings: Callable[..., TrainSettings], monkeypatch: pytest.MonkeyPatch, gradient: str, train_lm_head: bool
+) -> None:
+    # With a vocabulary of 151,936 they would be by far the largest tensors.
+    monkeypatch.setattr(training.cross_entropy, "BLOCKS", {"cpu": (16, 128)})
+    trainer = make_trainer(settings(gradient=gradient, train_lm_head=train_lm_head))
+    trainer.train_step()
+    head = trainer.model.head.weight
+    examples = trainer.feed.examples[:4]
+
+    with Largest() as in_training:
+        trainer.train_step()
+    with Largest() as in_validation:
+        measure(trainer.model, examples, 4, 0)
+
+    labels = trainer.feed.num_labels()
+    assert labels > head.shape[1]
+    assert sum(map(num_labels, examples)) > head.shape[1]
+    assert max(in_training.numel, in_validation.numel) <= head.numel() < labels * len(head)
