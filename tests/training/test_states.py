@@ -19,11 +19,15 @@ from trm.errors import ConfigError
 Settings = Callable[..., TrainSettings]
 
 
-@pytest.mark.parametrize("kv_source", ["context", "state"])
-def test_where_states_are_kept_changes_no_bit(settings: Settings, tmp_path: Path, kv_source: str) -> None:
+@pytest.mark.parametrize(("kv_source", "context_layers"), [("context", []), ("context", [0, 2]), ("state", [])])
+def test_where_states_are_kept_changes_no_bit(
+    settings: Settings, tmp_path: Path, kv_source: str, context_layers: list[int]
+) -> None:
     reports = []
     for place in ("off", "memory", "disk"):
-        trainer = make_trainer(settings(kv_source=kv_source, cache_states=place, epochs=2))
+        trainer = make_trainer(
+            settings(kv_source=kv_source, context_layers=context_layers, cache_states=place, epochs=2)
+        )
         trainer.keep_states(tmp_path)
         reports.append([trainer.train_step() for _ in range(trainer.total_steps)])
 
@@ -96,7 +100,7 @@ def test_what_a_killed_run_has_half_written_is_computed_again(settings: Settings
 
 
 def test_a_run_resumed_on_kept_states_ends_in_the_same_bits(settings: Settings, tmp_path: Path) -> None:
-    straight = train(settings(epochs=2, max_steps=8, save_steps=4))
+    straight = train(settings(epochs=2, max_steps=8, save_steps=4, context_layers=[0, 2]))
     assert not (straight.parent / "cache").exists()
 
     resumed = train(

@@ -35,7 +35,7 @@ def make_trainer(settings: TrainSettings) -> Trainer:
     problems = load_problems(str(settings.dataset), split="train", seed=0, num_problems=settings.num_problems)
     backbone = checkpoint.read_backbone(str(settings.backbone))
     torch.manual_seed(settings.seed)
-    names = ("n_latent", "n_cycles", "n_supervision", "n_layers", "kv_source")
+    names = ("n_latent", "n_cycles", "n_supervision", "n_layers", "kv_source", "context_layers")
     depth = {name: getattr(settings, name) for name in names}
     model = TRMForCausalLM.from_backbone(backbone, own_lm_head=settings.train_lm_head, **depth)
     examples = encode_problems(problems, chat, settings.max_length, settings.replies, settings.step_targets)

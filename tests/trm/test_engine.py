@@ -206,6 +206,18 @@ def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
     assert engine.stats().cached_tokens > 0
 
 
+@pytest.mark.parametrize("context_layers", [[0, 2], [0, 1, 2]], ids=str)
+def test_a_mixed_context_equals_the_reference(context_layers, chat):
+    model = make_model(scale=1.0, context_layers=context_layers).double()
+    engine = Engine(model, chat, EngineConfig(max_rows=2, max_model_len=64, prefill_chunk=5))
+    requests = [
+        Request(tuple(some_prompt(n)), SamplingParams(max_tokens=6, n_supervision=n % 4)) for n in (3, 14, 1, 6)
+    ]
+
+    for one, reply in zip(requests, engine.generate(requests), strict=True):
+        assert reply.token_ids == reference.decode(model, one.prompt_ids, one.params, END).token_ids
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize("n_layers", [1, 2], ids=["L1", "L2"])
 def test_layers_and_families_equal_the_reference(family, n_layers, chat, kv_source):

@@ -33,7 +33,9 @@ def packed_model(kv_source: str, quantize: str | None) -> TRMForCausalLM:
     """A small model whose replies wander."""
     if quantize is not None and not has_int8():
         pytest.skip("this processor has no fast int8 products")
-    model = make_model(kv_source=kv_source, scale=1.0, sizes=SIZES, n_latent=1, n_cycles=2, n_supervision=2)
+    depth: dict[str, Any] = {"n_latent": 1, "n_cycles": 2, "n_supervision": 2}
+    mixed = [0, 1, 2] if kv_source == "context" else None
+    model = make_model(kv_source=kv_source, context_layers=mixed, scale=1.0, sizes=SIZES, **depth)
     return prepare_for_decoding(model.to(torch.bfloat16), quantize)
 
 

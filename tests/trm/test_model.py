@@ -809,6 +809,13 @@ def test_backbones_that_cannot_be_exact_are_refused_by_name(make_config, message
     ("settings", "message"),
     [
         ({"n_latent": 0}, "n_latent is 0"),
+        (
+            {"context_layers": [2, 0]},
+            r"context_layers is \[2, 0\]; it must rise from at least 0 to 32, the whole backbone",
+        ),
+        ({"context_layers": [0, 1]}, r"\[0, 1\]"),
+        ({"context_layers": [-1, 32]}, "from at least 0"),
+        ({"context_layers": [0, 32], "kv_source": "state"}, "there is no context"),
         ({"n_cycles": -1}, "n_cycles is -1"),
         ({"n_supervision": 0}, "n_supervision is 0"),
         ({"n_layers": 0}, "n_layers is 0"),
@@ -893,3 +900,37 @@ def test_chat_prompts_of_the_real_tokenizer_equal_solo_runs(qwen2_tokenizer, tie
 
     for prompt, row in zip(prompts, rows, strict=True):
         assert_same_tokens(row, alone(model, prompt, 6), NEAR_TIE)
+
+
+def test_a_context_of_one_state_is_the_last_and_has_no_weights():
+    plain, named = make_model(), make_model(context_layers=[2])
+    ids = torch.tensor([some_prompt(9)])
+
+    assert torch.equal(plain(ids).logits, named(ids).logits)
+    assert set(plain.trained_state()) == set(named.trained_state())
+    assert plain.config.context_layers == [2]
+
+
+def test_a_mixed_context_is_the_weighted_states_scaled_by_rms():
+    """With the weight of the last state alone it is the plain context."""
+    plain, mixed = make_model(), make_model(context_layers=[0, 1, 2])
+    mixed.decoder.load_state_dict({**mixed.decoder.state_dict(), **plain.decoder.state_dict()})
+    ids = torch.tensor([some_prompt(9)])
+    different = mixed(ids).logits
+
+    with torch.no_grad():
+        mixed.decoder.context_mix.copy_(torch.tensor([[0.0], [0.0], [3.0]]).expand(3, 32))
+
+    torch.testing.assert_close(mixed(ids).logits, plain(ids).logits)
+    assert (different - plain(ids).logits).abs().max() > 0.01
+
+
+def test_a_mixed_context_is_saved_and_loaded(tmp_path, tokenizer):
+    model = make_model(context_layers=[0, 2])
+    model.save_pretrained(tmp_path / "model", tokenizer)
+
+    again = TRMForCausalLM.from_pretrained(tmp_path / "model")
+
+    ids = torch.tensor([some_prompt(9)])
+    assert again.config.context_layers == [0, 2]
+    assert torch.equal(again(ids).logits, model(ids).logits)
