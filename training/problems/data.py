@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,14 @@ def encode_problem(problem: Problem, chat: ChatFormat, work: Work, step_targets:
     """
     example = chat.encode_example(problem.question, problem.reply(work), work)
     results = problem.steps[:-1] if step_targets and work == "none" else ()
-    others = [chat.encode_example(problem.question, boxed(result), work) for result in results]
-    step_replies = tuple(other.ids[other.label_start :] for other in others)
-    return replace(example, source=problem.source, step_replies=step_replies)
+    return replace(example, source=problem.source, step_replies=tuple(_at_once(result, chat) for result in results))
+
+
+@lru_cache(maxsize=100_000)
+def _at_once(result: str, chat: ChatFormat) -> tuple[int, ...]:
+    """The reply that says a result at once, whatever was asked, its end token included."""
+    example = chat.encode_example("?", boxed(result), "none")
+    return example.ids[example.label_start :]
 
 
 def encode_problems(

@@ -260,7 +260,8 @@ def test_only_answers_at_once_get_the_replies_of_intermediate_results(chat: Chat
     examples = encode_problems([TWO_STEPS], chat, 1024, ("worked", "equations", "answer"), step_targets=True)
 
     assert [[chat.decode(reply) for reply in example.step_replies] for example in examples] == [[], [], ["\\boxed{19}"]]
-    assert examples[2].step_replies[0][-1] == chat.end_id
+    other = chat.encode_example(TWO_STEPS.question, "\\boxed{19}", "none")
+    assert examples[2].step_replies == (other.ids[other.label_start :],)
     assert examples[:2] == encode_problems([TWO_STEPS], chat, 1024, ("worked", "equations"))
 
 
