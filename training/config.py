@@ -20,7 +20,7 @@ StepWeights = Literal["uniform", "linear", "last"]
 MixDepths = Literal["off", "steps", "halting"]
 CacheStates = Literal["auto", "memory", "disk", "off"]
 Replies = Literal["worked", "equations", "answer"]
-DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY,…] or a JSON-lines file"
+DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY[*WEIGHT],…] or a JSON-lines file"
 
 
 def split_words(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a run that goes on takes from its checkpoint: settings, backbone, and files that must still be there."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,7 +18,7 @@ MOVABLE = ("dataset", "validation", "backbone")  # settings that may name a file
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Data and backbone named so that a resumed run finds them from any directory."""
     given = {name: getattr(settings, name) for name in MOVABLE}
-    absolute = {name: str(Path(value).resolve()) for name, value in given.items() if value and Path(value).exists()}
+    absolute = {name: os.path.realpath(value) for name, value in given.items() if value and os.path.exists(value)}
     return settings.model_copy(update=absolute)
 
 

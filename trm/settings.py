@@ -7,6 +7,7 @@ command with one line and status 2.
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -118,7 +119,10 @@ def _describe(cls: type[Settings], problem: Any) -> str:
 
 
 def run_command(main: Callable[[], None], command: str) -> None:
-    """Run a command's body: a TRMError becomes one line on standard error, and status 1, or 2 for a wrong setting."""
+    """Run a command's body: a TRMError becomes one line on standard error, and status 1, or 2 for a wrong setting.
+
+    A setting that names a file by a name that no file can have is a wrong one, whoever looks for that file.
+    """
     try:
         main()
     except ConfigError as error:
@@ -127,5 +131,10 @@ def run_command(main: Callable[[], None], command: str) -> None:
     except TRMError as error:
         sys.stderr.write(f"{command}: {error}\n")
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.stderr.write(f"{command}: no file can be called {str(error.filename)[:100]}…: the name is too long\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

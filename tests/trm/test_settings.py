@@ -242,6 +242,14 @@ def test_other_errors_of_ours_are_one_line_and_a_failure(capsys):
     assert printed.strip().splitlines() == ["trm-example: model: no such directory"]
 
 
+def test_a_name_that_no_file_can_have_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: print(Path("a" * 5000).is_dir()), "trm-example")
+
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"trm-example: no file can be called {'a' * 100}…: the name is too long\n"
+
+
 def test_bugs_keep_their_traceback():
     def main() -> None:
         raise ZeroDivisionError("a bug")

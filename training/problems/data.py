@@ -9,6 +9,7 @@ with no good row raises ConfigError.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -153,7 +154,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, not an error, for a name that no file can have
         known = ", ".join((*HUB_DATASETS, "synthetic"))
         raise ConfigError(f"{flag} {path}: no such file, and not one of {known}")
     try:

@@ -30,6 +30,7 @@ from trm.errors import ConfigError
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 8  # one number combination in this many belongs to the held-out split
 MAX_NUMBER = 100  # the largest operand of a sum in a question
+MAX_TIMES = 1000  # more weight than this no family needs
 
 
 # --- dice ----------------------------------------------------------------------------------
@@ -399,14 +400,17 @@ GROUPS_OF_FAMILIES = {"easy": tuple(EASY), "all": WRITTEN}
 def parse_families(names: str) -> tuple[str, ...]:
     """Families from a comma-separated list of families and groups ("easy", "all"); empty means all.
 
-    What is named twice comes twice as often.
+    What is named twice, or followed by `*2`, comes twice as often. Raises ConfigError for anything else.
     """
     families: list[str] = []
-    for name in names.split(",") if names else ["all"]:
+    for part in names.split(",") if names else ["all"]:
+        name, star, times = part.partition("*")
         if name not in GROUPS_OF_FAMILIES and name not in FAMILIES:
             known = ", ".join((*GROUPS_OF_FAMILIES, *FAMILIES))
             raise ConfigError(f"unknown synthetic family {name!r}; there are {known}")
-        families.extend(GROUPS_OF_FAMILIES.get(name, (name,)))
+        if star and not (times.isdecimal() and 1 <= int(times) <= MAX_TIMES):
+            raise ConfigError(f"synthetic family {part!r}: how often must be a whole number from 1 to {MAX_TIMES}")
+        families.extend(GROUPS_OF_FAMILIES.get(name, (name,)) * int(times or 1))
     return tuple(families)
 
 

@@ -18,6 +18,7 @@ from training.problems.synthetic import (
     problems,
 )
 from trm.answers import is_correct
+from trm.errors import ConfigError
 
 EVERYTHING = tuple(FAMILIES)
 
@@ -141,6 +142,13 @@ def test_groups_of_families() -> None:
     assert parse_families("") == WRITTEN == GROUPS_OF_FAMILIES["all"]
     assert parse_families("easy") == GROUPS_OF_FAMILIES["easy"]
     assert parse_families("have,easy").count("have") == 2  # named twice, drawn twice as often
+    assert parse_families("easy*2,mental*3") == (*GROUPS_OF_FAMILIES["easy"] * 2, "mental", "mental", "mental")
     assert set(GROUPS_OF_FAMILIES["easy"]) == {"have", "buy", "give", "lose", "groups", "share", "price"}
     easy = [p.solution.count("\n") for p in problems(parse_families("easy"), "heldout", seed=0, count=500)]
     assert set(easy) == {1, 2}  # one or two steps
+
+
+@pytest.mark.parametrize("weight", ["", "0", "-1", "1.5", "two", "1001", "٣" * 5000])
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(ConfigError, match="a whole number from 1 to 1000"):
+        parse_families(f"easy,mental*{weight}")
