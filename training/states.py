@@ -58,7 +58,7 @@ class States:
         """States (B, width, C, D) of the examples at `indices`, zero at padding, in the backbone's type."""
         computed = self._compute([i for i in indices if not self._has(i)])
         shape = len(indices), width, *_shape(self.model)
-        x = torch.zeros(shape, dtype=self.model.backbone.dtype, device=self._device)
+        x = torch.zeros(shape, dtype=self.model.backbone.dtype, device=self.model.device)
         for row, index in enumerate(indices):
             own = computed[index] if index in computed else self._kept(index)
             x[row, : len(own)] = own
@@ -68,27 +68,22 @@ class States:
         """Compute what is missing of `indices`, which all processes name: they take turns, and each keeps all."""
         if self._x is None or workers.count() == 1:
             return
-        absent = torch.tensor([int(not self._has(i)) for i in indices], device=self._device)
+        absent = torch.tensor([int(not self._has(i)) for i in indices], device=self.model.device)
         missing = [i for i, number in zip(indices, workers.add(absent).tolist(), strict=True) if number]
         computed = self._compute(missing[workers.rank() :: workers.count()])
         for turn, index in enumerate(missing):
-            own = computed[index] if index in computed else self._kept(index).to(self._device)
+            own = computed[index] if index in computed else self._kept(index).to(self.model.device)
             raw = workers.from_rank(turn % workers.count(), own.contiguous().view(torch.uint8))
             self._keep(index, raw.view(own.dtype))
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
-
     def _compute(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """States (S, C, D) of each example, on the device; kept, if anything is."""
-        together = len(indices) if self._device.type == "cuda" else 1
+        together = len(indices) if self.model.device.type == "cuda" else 1
         computed: dict[int, Tensor] = {}
         for start in range(0, len(indices), together):
             group = indices[start : start + together]
-            batch = collate([self.examples[i] for i in group], 0).to(self._device)
-            with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast):
+            batch = collate([self.examples[i] for i in group], 0).to(self.model.device)
+            with torch.no_grad(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
                 x, _ = encode(self.model, batch)
             computed |= {i: x[row, : len(self.examples[i].ids)] for row, i in enumerate(group)}
         computed = {i: x.to(self.model.backbone.dtype) for i, x in computed.items()}

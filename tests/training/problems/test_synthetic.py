@@ -148,7 +148,7 @@ def test_groups_of_families() -> None:
     assert set(easy) == {1, 2}  # one or two steps
 
 
-@pytest.mark.parametrize("weight", ["", "0", "-1", "1.5", "two", "1001", "٣" * 5000])
+@pytest.mark.parametrize("weight", ["", "0", "-1", "1.5", "two", "1000", "٣" * 5000])
 def test_a_weight_that_is_none_is_refused(weight):
-    with pytest.raises(ConfigError, match="a whole number from 1 to 1000"):
+    with pytest.raises(ConfigError, match="a whole number from 1 to 999"):
         parse_families(f"easy,mental*{weight}")
