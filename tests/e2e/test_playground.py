@@ -412,22 +412,23 @@ def saying(*tokens: bytes, error: DeviceError | None = None) -> Callable[[Any], 
     return script
 
 
-def stepping(answer: str, *steps: str) -> Callable[[Any], Iterator[Event]]:
+def stepping(*steps: str) -> Callable[[Any], Iterator[Event]]:
     """A script of the fake engine, which answers at once; in each place step t says what `steps[t]` has there."""
-    reply, *said = [rf"\boxed{{{text}}}".encode() for text in (answer, *steps, answer)]
+    said = [rf"\boxed{{{text}}}".encode() for text in steps]
+    reply = said[-1]
 
     def script(request: Any) -> Iterator[Event]:
         for place, byte in enumerate(reply):
             ids = [text[place] + 1 if place < len(text) else END_ID for text in said]
             trace = tuple(((id_, -0.1), (byte + 1, -3.0)) for id_ in ids)
             yield Event((byte + 1,), chr(byte), traces=(trace,) if request.params.trace else ())
-        yield Event((), "", "stop", Usage(len(request.prompt_ids), len(reply), len(reply) * len(steps)))
+        yield Event((), "", "stop", Usage(len(request.prompt_ids), len(reply), len(reply) * (len(steps) - 1)))
 
     return script
 
 
 def test_it_opens_on_a_problem_answered_at_once_and_says_whether_each_step_is_right(page: Page) -> None:
-    engine = FakeEngine(stepping("14", "7", "19", "14", "14", "14"), max_model_len=1000)
+    engine = FakeEngine(stepping("7", "19", "14", "14", "14"), max_model_len=1000)
     with serving(create_app(engine, ServeSettings())) as server:
         page.open(server)
         page.wait(lambda: page["effort"].is_enabled())
@@ -451,9 +452,10 @@ def test_it_opens_on_a_problem_answered_at_once_and_says_whether_each_step_is_ri
         assert len(page.heat()[0]) == 6, "the tokens are there as ever"
         page.picture("at-once")
 
-        engine.script = stepping("15", "", "24", "14", "15")
+        engine.script = stepping("", "24", "14", "15")
         page["ask"].click()
-        page.wait(lambda: page["answer"].text == "15" and not page["stop"].is_displayed())
+        page.wait_for_answer()
+        assert page["answer"].text == "15"
         assert page.says() == [
             "backbone: –",
             "step 1: 24 ✗, wrong: 12+7=19",
@@ -465,7 +467,7 @@ def test_it_opens_on_a_problem_answered_at_once_and_says_whether_each_step_is_ri
 
 def test_a_step_that_says_more_than_the_answer_has_places_for_is_cut(page: Page) -> None:
     """Of 99 the first step shows both digits and not that they end there."""
-    engine = FakeEngine(stepping("2", "101", "99", *"5" * 14, "2"), max_model_len=1000)
+    engine = FakeEngine(stepping("101", "99", *"5" * 14, "2"), max_model_len=1000)
     page.resize(360, 740)
     with serving(create_app(engine, ServeSettings())) as server:
         page.open_ready(server, work="none")
@@ -481,25 +483,25 @@ def test_a_step_that_says_more_than_the_answer_has_places_for_is_cut(page: Page)
         assert page["says-cut"].is_displayed()
         assert page.overflow() == 0
 
-        engine.script = stepping("2", "7", "98", "2")
+        engine.script = stepping("7", "98", "2")
         page["ask"].click()
-        page.wait(lambda: len(page.says()) == 3 and not page["stop"].is_displayed())
+        page.wait_for_answer()
         assert page.says()[1] == "step 1: 98… ✗, wrong: 11*9=99"
 
 
 def test_of_a_question_of_ones_own_only_what_each_step_says_is_known(page: Page) -> None:
-    engine = FakeEngine(stepping("14", "14", "19", "14", "14", "14"), max_model_len=1000)
+    engine = FakeEngine(stepping("14", "19", "14", "14", "14"), max_model_len=1000)
     with serving(create_app(engine, ServeSettings())) as server:
         page.open_ready(server, work="none")
         page.ask(f"{TOM} And?")
         assert page.says() == ["backbone: 14", "step 1: 19", "step 2, the answer: 14", "steps 3 to 4: 14"]
         assert not page["says-right"].is_displayed()
 
-        engine.script = stepping("19", "7", "19")
+        engine.script = stepping("7", "19")
         page.ask(TOM)
         missing = "Step 1 is the first to say the answer. The problem takes 2 steps; it got 1."
         assert page["says-story"].text == missing
-        engine.script = stepping("7", "7")
+        engine.script = stepping("7")
         page.ask("?")
         assert page.says() == ["backbone, the answer: 7"]
         assert page["says-story"].text == "The backbone alone says the answer."
