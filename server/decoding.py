@@ -24,7 +24,7 @@ from server.schemas.common import (
 )
 from server.serving import Call, Serving
 from server.worker import Submission
-from trm.chat import SYSTEM_PROMPT, Message
+from trm.chat import SYSTEM_PROMPTS, Message, Work
 from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
@@ -84,13 +84,16 @@ def at_most(limit: int, flag: str, found: int, said: str, param: str) -> None:
         raise BadRequest(f"{said}; this server takes at most {limit} ({flag})", param=param)
 
 
-def conversation(messages: Sequence[ChatMessage], serving: Serving) -> list[Message]:
-    """The messages as the model sees them: the system prompt is explicit, never a template's default."""
+def conversation(messages: Sequence[ChatMessage], serving: Serving, work: Work | None) -> list[Message]:
+    """The messages as the model sees them: the system prompt is explicit, never a template's default.
+
+    Ours, that of `work`, stands in front where the caller brings none.
+    """
     said = f"there are {len(messages)} messages"
     at_most(serving.settings.max_messages, "--max-messages", len(messages), said, "messages")
     turns: list[Message] = [{"role": message.role, "content": message.text} for message in messages]
-    if turns[0]["role"] not in ("system", "developer"):
-        turns.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
+    if not messages[0].is_system:
+        turns.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[work or "full"]})
     return turns
 
 

@@ -2,24 +2,13 @@
 
 import { apiKey, chat, servedModel, ServerError, solve } from "./api.js";
 import { find, make, plural } from "./dom.js";
+import { EXAMPLES } from "./examples.js";
+import { showSteps } from "./steps.js";
 import { Thinking } from "./thinking.js";
 import { showVotes } from "./vote.js";
 
 const CANDIDATES = 5; // that the server reports for each step
 const STARTING_MS = 500; // between two questions whether it has loaded its model
-const EXAMPLES = {
-  Apples: "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?",
-  Stickers:
-    "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. " +
-    "How many stickers does he have altogether now?",
-  Stamps:
-    "Julia filled 7 cases. Each case held 7 stamps. On Monday, Julia broke 5 of the stamps. " +
-    "How many stamps does she have left?",
-  Cakes: "Carlos gets $101 from his neighbor. Then he buys 11 cakes for $9 each. How much does he still have?",
-  Shells:
-    "Mia had 45 shells. She shared them equally among 5 friends and kept none. Each friend found 2 more. " +
-    "How many shells does each friend have?",
-};
 
 const question = find("question");
 const effort = find("effort");
@@ -59,7 +48,11 @@ function showEffort() {
   find("effort-words").textContent = `${plural(steps, "step")} a token${note}`;
 }
 
-const chosenEffort = () => (model ? { supervision_steps: effort.valueAsNumber } : {});
+/** How much work to show, and how deep to think. */
+const chosen = () => ({
+  work: find("form").elements.work.value,
+  ...(model && { supervision_steps: effort.valueAsNumber }),
+});
 
 /** One request at a time: a new one stops the one before it, and waits until that has left the page. */
 function exclusively(request) {
@@ -93,27 +86,30 @@ function complain(error) {
 async function ask(signal) {
   const started = performance.now();
   const messages = [{ role: "user", content: question.value }];
+  const { equations } = EXAMPLES.find((example) => example.question === question.value.trim()) ?? { equations: [] };
   find("reply").hidden = false;
   find("poll").hidden = true;
   showAnswer("", "waiting");
   find("summary").textContent = "thinking";
+  find("says").hidden = true;
   thinking.begin(model?.n_supervision ?? Infinity);
   let end;
   try {
-    for await (const chunk of chat({ messages, trace: CANDIDATES, ...chosenEffort() }, signal)) {
+    for await (const chunk of chat({ messages, trace: CANDIDATES, ...chosen() }, signal)) {
       const [choice] = chunk.choices;
       if (choice.trace) thinking.add(choice.trace);
       if (choice.finish_reason) end = choice;
     }
   } finally {
     thinking.end();
-    find("reply").hidden = !end && !thinking.tokens;
+    showSteps(thinking.tokens, equations);
+    find("reply").hidden = !end && !thinking.tokens.length;
     if (end?.boxed_answer) showAnswer(end.boxed_answer);
     else showAnswer(end ? "none" : "?", "missing");
     const how = { stop: "", length: "cut off after " }[end?.finish_reason] ?? "stopped after ";
     const seconds = (performance.now() - started) / 1000;
     find("summary").textContent =
-      `${how}${plural(thinking.tokens, "token")}, ${thinking.meanSteps.toFixed(1)} steps each, ${seconds.toFixed(1)}\u00a0s`;
+      `${how}${plural(thinking.tokens.length, "token")}, ${thinking.meanSteps.toFixed(1)} steps each, ${seconds.toFixed(1)}\u00a0s`;
   }
 }
 
@@ -128,7 +124,7 @@ async function vote(signal) {
   find("verdict").ariaBusy = "true"; // to be read aloud when it stands
   showVotes({ answer: null, votes: {}, samples: 0 }, n);
   try {
-    for await (const event of solve({ question: question.value, n, ...chosenEffort() }, signal)) {
+    for await (const event of solve({ question: question.value, n, ...chosen() }, signal)) {
       showVotes(event.result ?? event, n);
     }
   } finally {
@@ -137,14 +133,15 @@ async function vote(signal) {
   }
 }
 
-for (const [name, text] of Object.entries(EXAMPLES)) {
-  const button = make("button", { type: "button", title: text }, name);
+for (const example of EXAMPLES) {
+  const button = make("button", { type: "button", title: example.question }, example.name);
   button.addEventListener("click", () => {
-    question.value = text;
+    question.value = example.question;
     exclusively(ask);
   });
   find("examples").append(make("li", {}, button));
 }
+question.value ||= EXAMPLES[0].question; // a browser may have kept another one
 find("form").addEventListener("submit", (event) => {
   event.preventDefault();
   exclusively(ask);

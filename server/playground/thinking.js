@@ -6,7 +6,7 @@ const ROWS = 5; // candidates in the table
 
 export class Thinking {
   #list = find("tokens");
-  #tokens = []; // as the server traced them
+  #tokens = [];
   #decoder;
   #trained;
   #selected;
@@ -32,12 +32,13 @@ export class Thinking {
     find("steps").hidden = true;
   }
 
+  /** The reply's tokens so far, as the server traced them. */
   get tokens() {
-    return this.#tokens.length;
+    return this.#tokens;
   }
 
   get meanSteps() {
-    return this.#tokens.reduce((sum, { steps }) => sum + steps.length - 1, 0) / Math.max(this.tokens, 1);
+    return this.#tokens.reduce((sum, { steps }) => sum + steps.length - 1, 0) / Math.max(this.#tokens.length, 1);
   }
 
   add(tokens) {
@@ -57,7 +58,7 @@ export class Thinking {
 
   /** The reply is over: count what changed, and show the first of it unless somebody is looking at something else. */
   end() {
-    const total = this.tokens;
+    const total = this.#tokens.length;
     if (!total) return;
     const changes = this.#changes();
     find("changes").textContent = changes.length

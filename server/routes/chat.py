@@ -30,7 +30,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         trace=body.trace,
     )
-    messages = conversation(body.messages, serving)
+    messages = conversation(body.messages, serving, body.work)
     submission = await submit(
         serving,
         call,

@@ -15,7 +15,9 @@ FILES: Mapping[str, str] = {  # name to media type
     PAGE: "text/html",
     "style.css": "text/css",
     "icon.svg": "image/svg+xml",
-    **dict.fromkeys(("main.js", "thinking.js", "vote.js", "api.js", "dom.js"), "text/javascript"),
+    **dict.fromkeys(
+        ("main.js", "examples.js", "steps.js", "thinking.js", "vote.js", "api.js", "dom.js"), "text/javascript"
+    ),
 }
 PATHS: Mapping[str, str] = {"/": PAGE, **{f"/playground/{name}": name for name in FILES if name != PAGE}}
 HEADERS: Mapping[str, str] = {

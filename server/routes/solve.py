@@ -36,7 +36,7 @@ async def solve(
         serving,
         call,
         len(questions),
-        lambda: [chat.encode(solve_messages(question)) for question in questions],
+        lambda: [chat.encode(solve_messages(question, work=body.work or "full")) for question in questions],
         params,
         n,
         param="question",

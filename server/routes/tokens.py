@@ -23,7 +23,8 @@ async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeRespon
     chat = serving.engine.chat
     encode: Callable[[], list[int]]
     if body.messages is not None:
-        encode = partial(chat.encode, conversation(body.messages, serving), body.add_generation_prompt is not False)
+        messages = conversation(body.messages, serving, body.work)
+        encode = partial(chat.encode, messages, body.add_generation_prompt is not False)
     else:
         encode = partial(chat.encode_prompt, body.prompt or "")
 

@@ -7,9 +7,11 @@ from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Body, Generation, Integer, UsageBody
 from server.schemas.rules import Rule, at_most_one, needs_true
+from trm.chat import ROLES, Work
 from trm.engine.request import MAX_TOP_LOGPROBS, MAX_TRACE, FinishReason
 
 Role = Literal["system", "developer", "user", "assistant"]
+SYSTEM_ROLES = {role for role, rendered in ROLES.items() if rendered == "system"}
 
 
 class TextPart(Body):
@@ -41,9 +43,28 @@ class ChatMessage(Body):
     def text(self) -> str:
         return "\n".join(part.text for part in self.content)
 
+    @property
+    def is_system(self) -> bool:
+        return self.role in SYSTEM_ROLES
+
+
+WORK_IS_THE_SYSTEM_PROMPT = Rule(
+    "work",
+    "work puts its own system prompt in front of the messages; leave it out, or leave your system message out",
+    lambda body: body.work is None or not any(message.is_system for message in body.messages or ()),
+    {
+        "anyOf": [
+            {"properties": {"work": {"type": "null"}}},
+            {"properties": {"messages": {"items": {"properties": {"role": {"not": {"enum": sorted(SYSTEM_ROLES)}}}}}}},
+        ]
+    },
+)
+
 
 class ChatRequest(Generation):
-    """logprobs: return each token's log probability. top_logprobs, which needs it: and those of this many of the
+    """work: what the reply shows before its answer; this puts a system prompt in front.
+
+    logprobs: return each token's log probability. top_logprobs, which needs it: and those of this many of the
     likeliest tokens. trace: return this many of the likeliest tokens after every supervision step behind each token.
     """
 
@@ -51,9 +72,11 @@ class ChatRequest(Generation):
         *Generation.rules,
         at_most_one("max_tokens", "max_completion_tokens", param="max_tokens"),
         needs_true("top_logprobs", "logprobs"),
+        WORK_IS_THE_SYSTEM_PROMPT,
     )
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    work: Work | None = None
     max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from server.schemas.common import Decoding, UsageBody
 from server.schemas.rules import Rule
+from trm.chat import Work
 from trm.engine.request import FinishReason
 
 Outcome = Literal["boxed", "truncated", "missing"]
@@ -41,6 +42,7 @@ _VARIED = Rule(
 class SolveRequest(Decoding):
     """Body of POST /solve.
 
+    work: what each solution shows before its answer; "full" by default.
     early_stop: cancel the samples of a question that can no longer change its answer. Which ones those are
     depends on what else the server is doing; the answer does not, but votes and solution may.
     """
@@ -48,6 +50,7 @@ class SolveRequest(Decoding):
     rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)
 
     question: Annotated[str | list[str], BeforeValidator(_questions, json_schema_input_type=Question | Questions)]
+    work: Work | None = None
     stream: bool | None = None
     early_stop: bool | None = None
 

@@ -4,13 +4,14 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field
 
-from server.schemas.chat import ChatMessage
+from server.schemas.chat import WORK_IS_THE_SYSTEM_PROMPT, ChatMessage
 from server.schemas.common import Body, Integer
 from server.schemas.rules import Rule, at_least_one, at_most_one, needs
+from trm.chat import Work
 
 
 class TokenizeRequest(Body):
-    """Either a prompt, as /v1/completions takes it, or messages, as /v1/chat/completions does.
+    """Either a prompt, as /v1/completions takes it, or messages, with their `work`, as /v1/chat/completions does.
 
     add_generation_prompt: whether to add the beginning of the reply after the messages; true by default.
     add_special_tokens: only false is accepted, since there are none. return_token_strs: return every token's text, too.
@@ -20,6 +21,8 @@ class TokenizeRequest(Body):
         at_most_one("prompt", "messages", param="prompt"),
         at_least_one("prompt", "messages"),
         needs("add_generation_prompt", "messages"),
+        needs("work", "messages"),
+        WORK_IS_THE_SYSTEM_PROMPT,
         Rule(
             "add_special_tokens",
             "add_special_tokens: this model has none to add; leave it out",
@@ -31,6 +34,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    work: Work | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

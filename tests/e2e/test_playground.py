@@ -25,7 +25,8 @@ from server.app import attach, create_app
 from server.cli import listen
 from server.settings import ServeSettings
 from tests.e2e.conftest import ServerProcess
-from tests.server.conftest import FakeEngine
+from tests.server.conftest import END_ID, FakeEngine
+from trm.chat import solve_messages
 from trm.engine.request import Event, Usage
 from trm.errors import DeviceError
 
@@ -33,6 +34,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WAIT_S = 120
 STICKERS = "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. "
 STICKERS += "How many stickers does he have altogether now?"  # the bundled backbone divides, its decoder multiplies
+TOM = "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?"
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,10 +56,15 @@ class Page:
         self.driver.refresh()
         return self
 
-    def open_ready(self, server: ServerProcess | SimpleNamespace) -> "Page":
+    def open_ready(self, server: ServerProcess | SimpleNamespace, work: str = "full") -> "Page":
+        """With the choice that today's bundled model was trained for."""
         self.open(server)
         self.wait(lambda: self["effort"].is_enabled())
+        self.work(work).click()
         return self
+
+    def work(self, choice: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, f"#work [value={choice}]")
 
     def __getitem__(self, id_: str) -> WebElement:
         return self.driver.find_element(By.ID, id_)
@@ -68,9 +75,12 @@ class Page:
     def wait(self, condition: Callable[[], Any]) -> None:
         WebDriverWait(self.driver, WAIT_S, poll_frequency=0.05).until(lambda _: condition())
 
-    def ask(self, question: str) -> None:
+    def write(self, question: str, *keys: str) -> None:
         self["question"].clear()
-        self["question"].send_keys(question, Keys.ENTER)
+        self["question"].send_keys(question, *keys)
+
+    def ask(self, question: str) -> None:
+        self.write(question, Keys.ENTER)
         self.wait_for_answer()
 
     def wait_for_answer(self) -> None:
@@ -89,6 +99,10 @@ class Page:
 
     def tokens(self) -> list[WebElement]:
         return self.all("#tokens [role=option]")
+
+    def says(self) -> list[str]:
+        """What each step says, as it is read aloud or seen."""
+        return [card.get_attribute("textContent") or "" for card in self.all("#says-steps li")]
 
     def heat(self) -> list[list[str]]:
         """The table under the reply, row by row."""
@@ -227,13 +241,13 @@ def test_an_example_is_a_click(page: Page, server: ServerProcess) -> None:
     page.all("#examples button")[0].click()
     page.wait_for_answer()
 
-    assert page["question"].get_attribute("value").startswith("Tom has 12 apples.")
+    assert page["question"].get_attribute("value") == TOM
     assert page["answer"].text == "14"
 
 
 def test_a_vote_is_bars(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
-    page["question"].send_keys(STICKERS)
+    page.write(STICKERS)
     page["samples"].clear()
     page["samples"].send_keys("12")
 
@@ -258,7 +272,7 @@ def test_a_reply_can_be_stopped(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        page["question"].send_keys(STICKERS, Keys.ENTER)
+        page.write(STICKERS, Keys.ENTER)
         page.wait(lambda: page["stop"].is_displayed())
         page.press(Keys.ESCAPE)
         page.wait(lambda: not page["stop"].is_displayed())
@@ -299,6 +313,7 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_only(page: Page, locked: Serve
     page["key"].send_keys("sesame", Keys.ENTER)
     page.wait(lambda: page["effort"].is_enabled())
     assert not page["problem"].is_displayed()
+    page.work("full").click()
     page.ask(STICKERS)
 
     assert page["answer"].text == "77"
@@ -320,8 +335,7 @@ def test_errors_are_said_in_words(page: Page, server: ServerProcess) -> None:
     offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
     page.emulate("Network.enable")
     page.emulate("Network.emulateNetworkConditions", offline=True, **offline)
-    page["question"].clear()
-    page["question"].send_keys(STICKERS, Keys.ENTER)
+    page.write(STICKERS, Keys.ENTER)
     page.wait(lambda: page["problem"].text == "The server cannot be reached. Is it still running?")
     page.picture("error")
     page.emulate("Network.emulateNetworkConditions", offline=False, **(offline | dict.fromkeys(list(offline)[1:], -1)))
@@ -398,6 +412,120 @@ def saying(*tokens: bytes, error: DeviceError | None = None) -> Callable[[Any], 
     return script
 
 
+def stepping(*steps: str) -> Callable[[Any], Iterator[Event]]:
+    """A script of the fake engine, which answers at once; in each place step t says what `steps[t]` has there."""
+    said = [rf"\boxed{{{text}}}".encode() for text in steps]
+    reply = said[-1]
+
+    def script(request: Any) -> Iterator[Event]:
+        for place, byte in enumerate(reply):
+            ids = [text[place] + 1 if place < len(text) else END_ID for text in said]
+            trace = tuple(((id_, -0.1), (byte + 1, -3.0)) for id_ in ids)
+            yield Event((byte + 1,), chr(byte), traces=(trace,) if request.params.trace else ())
+        yield Event((), "", "stop", Usage(len(request.prompt_ids), len(reply), len(reply) * (len(steps) - 1)))
+
+    return script
+
+
+def test_it_opens_on_a_problem_answered_at_once_and_says_whether_each_step_is_right(page: Page) -> None:
+    engine = FakeEngine(stepping("7", "19", "14", "14", "14"), max_model_len=1000)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open(server)
+        page.wait(lambda: page["effort"].is_enabled())
+        assert page["question"].get_attribute("value") == TOM
+        assert page.work("none").is_selected()
+        assert not engine.requests
+        page["ask"].click()
+        page.wait_for_answer()
+
+        assert engine.chat.conversations == [solve_messages(TOM, work="none")]
+        assert page["answer"].text == "14"
+        assert page.says() == [
+            "backbone: 7",
+            "step 1: 19 ✓, right: 12+7=19",
+            "step 2, the answer: 14 ✓, right: 19-5=14",
+            "steps 3 to 4: 14 ✓, right: still 14",
+        ]
+        assert page["says-story"].text == "Step 2 is the first to say the answer, and it stays."
+        assert page["says-right"].is_displayed()
+        assert not page["says-cut"].is_displayed()
+        assert len(page.heat()[0]) == 6, "the tokens are there as ever"
+        page.picture("at-once")
+
+        engine.script = stepping("", "24", "14", "15")
+        page["ask"].click()
+        page.wait_for_answer()
+        assert page["answer"].text == "15"
+        assert page.says() == [
+            "backbone: –",
+            "step 1: 24 ✗, wrong: 12+7=19",
+            "step 2: 14 ✓, right: 19-5=14",
+            "step 3, the answer: 15 ✗, wrong: still 14",
+        ]
+        assert page["says-story"].text == "Step 3 is the first to say the answer."
+
+
+def test_a_step_that_says_more_than_the_answer_has_places_for_is_cut(page: Page) -> None:
+    """Of 99 the first step shows both digits and not that they end there."""
+    engine = FakeEngine(stepping("101", "99", *"5" * 14, "2"), max_model_len=1000)
+    page.resize(360, 740)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server, work="none")
+        page.all("#examples button")[3].click()
+        page.wait_for_answer()
+
+        assert page.says()[:3] == [
+            "backbone: 10…",
+            "step 1: 99… ✓, right: 11*9=99",
+            "step 2: 5 ✗, wrong: 101-99=2",
+        ]
+        assert page.says()[-1] == "step 16, the answer: 2 ✓, right: still 2"
+        assert page["says-cut"].is_displayed()
+        assert page.overflow() == 0
+
+        engine.script = stepping("7", "98", "2")
+        page["ask"].click()
+        page.wait_for_answer()
+        assert page.says()[1] == "step 1: 98… ✗, wrong: 11*9=99"
+
+
+def test_of_a_question_of_ones_own_only_what_each_step_says_is_known(page: Page) -> None:
+    engine = FakeEngine(stepping("14", "19", "14", "14", "14"), max_model_len=1000)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server, work="none")
+        page.ask(f"{TOM} And?")
+        assert page.says() == ["backbone: 14", "step 1: 19", "step 2, the answer: 14", "steps 3 to 4: 14"]
+        assert not page["says-right"].is_displayed()
+
+        engine.script = stepping("7", "19")
+        page.ask(TOM)
+        missing = "Step 1 is the first to say the answer. The problem takes 2 steps; it got 1."
+        assert page["says-story"].text == missing
+        engine.script = stepping("7")
+        page.ask("?")
+        assert page.says() == ["backbone, the answer: 7"]
+        assert page["says-story"].text == "The backbone alone says the answer."
+        engine.script = saying(b"7 and ", rb"\boxed{7}")
+        page.ask("?")
+        assert not page["says"].is_displayed(), "of a reply with its work one place is no answer"
+
+
+def test_how_much_work_to_show_is_chosen_by_keyboard(page: Page) -> None:
+    engine = FakeEngine(max_model_len=1000, max_queue=16)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server, work="none")
+        while page.driver.switch_to.active_element.get_attribute("name") != "work":
+            page.press(Keys.TAB)
+        page.press(Keys.ARROW_LEFT)
+        assert page.work("equations").is_selected()
+        page["ask"].click()
+        page.wait_for_answer()
+        page["vote"].click()
+        page.wait(lambda: page.all("#bars li") and not page["stop"].is_displayed())
+
+        assert engine.chat.conversations == [solve_messages(TOM, work="equations")] * 2
+
+
 def test_it_waits_for_a_server_that_is_starting(page: Page) -> None:
     page.expected_errors = "503"
     app = create_app(None, ServeSettings())
@@ -419,6 +547,7 @@ def test_what_a_model_says_is_text_never_markup(page: Page) -> None:
         page.ask("?")
 
         assert page["answer"].text == "<img src=x onerror=alert(1)>"
+        assert page.says()[-1] == "backbone, the answer: <img src=x onerror=alert(1)>"
         assert page["tokens"].text == r"\boxed{<img src=x onerror=alert(1)>}<b>◌é"
         page.press(Keys.TAB)
         page.tokens()[-2].click()
@@ -442,7 +571,7 @@ def test_a_vote_is_counted_while_it_goes_on(page: Page) -> None:
     engine.script = script
     with serving(create_app(engine, ServeSettings())) as server:
         page.open_ready(server)
-        page["question"].send_keys("?")
+        page.write("?")
         page["samples"].clear()
         page["samples"].send_keys("8")
         page["vote"].click()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.server.conftest import byte_ids, read_stream, score, scored
-from trm.chat import SYSTEM_PROMPT
+from trm.chat import SYSTEM_PROMPT, SYSTEM_PROMPTS, solve_messages
 from trm.engine.request import Event, TokenLogprobs, Usage
 from trm.errors import DeviceError, Overloaded
 
@@ -156,6 +156,40 @@ async def test_a_system_prompt_of_the_callers_replaces_ours(client, engine, role
     await client.post(URL, json={"messages": messages})
 
     assert engine.chat.conversations == [messages]
+
+
+@pytest.mark.parametrize("work", SYSTEM_PROMPTS)
+async def test_work_asks_as_training_does(client, engine, chat_body, work):
+    body = chat_body("How many?", work=work)
+    assert (await client.post(URL, json=body)).status_code == 200
+    await stream(client, body)
+
+    asked = [{"role": "system", "content": SYSTEM_PROMPTS[work]}, {"role": "user", "content": "How many?"}]
+    assert engine.chat.conversations == [asked, asked]
+    expected = tuple(engine.chat.encode(solve_messages("How many?", work=work)))
+    assert [request.prompt_ids for request in engine.requests] == [expected, expected]
+
+
+async def test_work_stands_in_front_of_a_history(client, engine):
+    history = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    await client.post(URL, json={"messages": history, "work": "none"})
+
+    assert engine.chat.conversations == [[{"role": "system", "content": SYSTEM_PROMPTS["none"]}, *history]]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("role", ["system", "developer"])
+async def test_work_and_a_system_prompt_of_the_callers_are_two(client, engine, chat_body, role, place):
+    body = chat_body(work=None)
+    body["messages"].insert(place, {"role": role, "content": "be brief"})
+    assert (await client.post(URL, json=body)).status_code == 200
+
+    refused = await client.post(URL, json=body | {"work": "full"})
+
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "work")
+    assert "system message" in error["message"]
+    assert len(engine.requests) == 1
 
 
 async def test_text_parts_are_lines_of_one_message(client, engine):

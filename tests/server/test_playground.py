@@ -1,5 +1,7 @@
 """GET /: which files there are, and what keeps them harmless. What they do is tested in a browser, in tests/e2e."""
 
+import json
+import operator
 import re
 
 import pytest
@@ -45,6 +47,25 @@ def test_what_a_file_refers_to_is_there(name):
     assert set(re.findall(r'(?:href|src)="playground/(.*?)"|from "[.]/(.*?)"', text)) <= {
         pair for file in FILES for pair in ((file, ""), ("", file))
     }
+
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+EXAMPLES = json.loads(re.search(r"EXAMPLES = (\[.*\]);", (FOLDER / "examples.js").read_text(), re.DOTALL)[1])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example["name"])
+def test_the_steps_of_an_example_are_right(example):
+    """Each equation holds; together they use every number of the question, and every result but the last, once."""
+    numbers = [int(number) for number in re.findall(r"\d+", example["question"])]
+    for equation in example["equations"]:
+        left, sign, right, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", equation).groups()
+        assert OPERATORS[sign](int(left), int(right)) == int(result)
+        numbers.remove(int(left))
+        numbers.remove(int(right))
+        numbers.append(int(result))
+
+    assert len(example["equations"]) > 1, "steps to watch"
+    assert len(numbers) == 1
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ CHAT_REFUSALS = [
     ),
     ({"reasoning_effort": "extreme"}, "reasoning_effort"),
     ({"reasoning_effort": "low", "supervision_steps": 2}, "supervision_steps"),
+    ({"work": "some"}, "work"),
+    ({"work": ["none"]}, "work"),
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"metadata": {"a": 1}}, "metadata.a"),
     ({"user": 5}, "user"),
@@ -183,6 +185,7 @@ COMPLETION_REFUSALS = [
     ({"echo": True}, "echo"),
     ({"echo": 0}, "echo"),
     ({"suffix": "a"}, "suffix"),
+    ({"work": "none"}, "work"),
     ({"best_of": 2}, "best_of"),
     ({"best_of": True}, "best_of"),
     ({"use_beam_search": False}, "use_beam_search"),
@@ -217,6 +220,8 @@ TOKENIZE_REFUSALS = [
     ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
     ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
     ("/tokenize", {"prompt": "a", "text": "a"}, "text"),
+    ("/tokenize", {"prompt": "a", "work": "full"}, "work"),
+    ("/tokenize", {"messages": [{"role": "system", "content": "a"}], "work": "full"}, "work"),
     ("/tokenize", {"messages": []}, "messages"),
     ("/tokenize", {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
     ("/detokenize", {}, "tokens"),
@@ -302,6 +307,7 @@ SOLVE_REFUSALS = [
     ({"question": "a", "stream": "yes"}, "stream"),
     ({"question": "a", "stream_options": {}}, "stream_options"),
     ({"question": "a", "early_stop": 1}, "early_stop"),
+    ({"question": "a", "work": "some"}, "work"),
     ({"question": "a", "reasoning_effort": "high", "supervision_steps": 4}, "supervision_steps"),
 ]
 

@@ -9,7 +9,7 @@ from server.metrics import Metrics
 from server.routes.solve import solved, solving
 from server.schemas.solve import SolveEnd, SolveVote
 from server.worker import Worker
-from trm.chat import solve_messages
+from trm.chat import SYSTEM_PROMPTS, solve_messages
 from trm.engine.request import Event, Reply, Request, SamplingParams, Usage
 from trm.errors import DeviceError, Overloaded
 
@@ -114,6 +114,25 @@ async def test_a_question(client, engine):
     assert engine.chat.conversations == [solve_messages("How many?")]
     params = engine.requests[0].params
     assert (params.temperature, params.n_supervision) == (0, None)
+
+
+@pytest.mark.parametrize("work", SYSTEM_PROMPTS)
+async def test_so_much_work_is_shown_by_every_sample_of_every_question(client, engine, work):
+    body = {"question": ["a", " b "], "n": 2, "work": work}
+    assert (await client.post("/solve", json=body)).status_code == 200
+    await stream(client, **body)
+
+    assert engine.chat.conversations == [solve_messages("a", work=work), solve_messages("b", work=work)] * 2
+    assert {request.prompt_ids for request in engine.requests} == {
+        tuple(engine.chat.encode(solve_messages(question, work=work))) for question in "ab"
+    }
+    assert len({SYSTEM_PROMPTS[work], *(turns[0]["content"] for turns in engine.chat.conversations)}) == 1
+
+
+async def test_without_a_wish_all_work_is_shown(client, engine):
+    await client.post("/solve", json={"question": "a", "work": None})
+
+    assert engine.chat.conversations == [solve_messages("a", work="full")]
 
 
 async def test_several_samples_are_drawn_at_0_7_from_one_fresh_seed(client, engine):

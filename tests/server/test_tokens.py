@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from tests.server.conftest import byte_ids
-from trm.chat import SYSTEM_PROMPT
+from trm.chat import SYSTEM_PROMPTS
 
 pytestmark = pytest.mark.anyio
 
@@ -18,13 +18,14 @@ async def test_a_prompt_is_what_completions_would_decode(client, engine):
     assert answer["tokens"] == list(engine.requests[0].prompt_ids)
 
 
-async def test_messages_are_what_chat_would_decode(client, engine, chat_body):
-    answer = (await client.post("/tokenize", json=chat_body())).json()
-    await client.post("/v1/chat/completions", json=chat_body())
+@pytest.mark.parametrize("work", [None, *SYSTEM_PROMPTS])
+async def test_messages_are_what_chat_would_decode(client, engine, chat_body, work):
+    answer = (await client.post("/tokenize", json=chat_body(work=work))).json()
+    await client.post("/v1/chat/completions", json=chat_body(work=work))
 
     assert answer["tokens"] == list(engine.requests[0].prompt_ids)
     assert answer["count"] == len(answer["tokens"])
-    assert engine.chat.conversations[0][0] == {"role": "system", "content": SYSTEM_PROMPT}
+    assert engine.chat.conversations[0][0] == {"role": "system", "content": SYSTEM_PROMPTS[work or "full"]}
 
 
 @pytest.mark.parametrize(("given", "opened"), [(None, True), (True, True), (False, False)])
