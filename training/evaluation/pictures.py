@@ -11,12 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # told apart by colour-blind people too
 CONTROL_COLOURS = (ORANGE, GREEN, "#CC79A7", "#E69F00")
+GROUP_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", GREY)
 
 
 def draw(directory: Path, report: dict[str, Any]) -> list[Path]:
     """Write the pictures of a report into its directory; returns their paths."""
     solutions = report.get("teacher_forced", {})
     figures = {"accuracy": _accuracy(report)}
+    if "operations" in report:
+        figures["operations"] = _operations(report)
     if solutions:
         figures["loss"] = _loss(report, solutions["loss_per_step"])
         figures["calibration"] = _calibration(report, solutions["calibration"])
@@ -44,6 +47,21 @@ def _accuracy(report: dict[str, Any]) -> Figure:
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
     axes.set_xticks(efforts, [str(effort) for effort in efforts])
     axes.minorticks_off()
+    _percent(axes)
+    return _finish(figure)
+
+
+def _operations(report: dict[str, Any]) -> Figure:
+    figure = _figure("How many operations which effort can do", report)
+    axes = figure.add_subplot(xlabel="effort (supervision steps per token)", ylabel="problems right")
+    for group, colour in zip(report["operations"], cycle(GROUP_COLOURS), strict=False):
+        efforts = [row["effort"] for row in group["efforts"]]
+        number = group["operations"]
+        label = f"{number} operation{'s' * (number != 1)} ({group['n']} problems)"
+        _points(axes, efforts, group["efforts"], "accuracy", color=colour, label=label)
+    _trained(axes, report)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(-0.02, 1.02)
     _percent(axes)
     return _finish(figure)
 

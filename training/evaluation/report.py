@@ -20,15 +20,16 @@ SAME = {"wins": 0, "losses": 0, "mcnemar_p": 1.0}  # the baseline next to itself
 
 
 def build_report(
-    candidates: Sequence[Candidate], answers: Mapping[Key, Answer], num_problems: int, trained: int
+    candidates: Sequence[Candidate], answers: Mapping[Key, Answer], operations: Sequence[int], trained: int
 ) -> dict[str, Any]:
     """Accuracy per effort against the baseline, and of the trained effort against the controls.
 
-    `wins` and `losses` are problems that only the decoder, or only what it is compared with, got right; p values are
-    corrected for the number of efforts compared, and for that of controls.
+    `operations` holds for each problem how many it takes, 0 where that is not known. `wins` and `losses` are problems
+    that only the decoder, or only what it is compared with, got right; p values are corrected for the number of
+    efforts compared, and for that of controls.
     """
     by_run = {
-        run: [answers[key] for key in keys(run, num_problems)] for candidate in candidates for run in candidate.runs
+        run: [answers[key] for key in keys(run, len(operations))] for candidate in candidates for run in candidate.runs
     }
     model = candidates[0]
     efforts = [run for run in model.runs if not run.samples]
@@ -50,6 +51,11 @@ def build_report(
             for control, replies, test in zip(controls, theirs, _test([(ours, t) for t in theirs]), strict=True)
         ]
         report["control"] = report["controls"][0]
+    if len(set(operations)) > 1:
+        others = [control.runs[0] for control in controls]
+        report["operations"] = [
+            by_operations(number, operations, by_run, efforts, others) for number in sorted(set(operations) - {0})
+        ]
     for run in model.runs:
         if run.samples:
             report["votes"] = summarize_votes(by_run[run], run)
@@ -60,6 +66,27 @@ def summarize(replies: Sequence[Answer]) -> dict[str, Any]:
     """Accuracy with its interval, and what the replies took."""
     right = [reply.right for reply in replies]
     return _accuracy(right) | {"correct": sum(right)} | _took(replies, len(replies))
+
+
+def by_operations(
+    number: int,
+    operations: Sequence[int],
+    by_run: Mapping[Run, Sequence[Answer]],
+    efforts: Sequence[Run],
+    controls: Sequence[Run],
+) -> dict[str, Any]:
+    """Accuracy on the problems that take so many operations, of every effort and every control."""
+    chosen = [index for index, count in enumerate(operations) if count == number]
+
+    def accuracy(run: Run) -> dict[str, Any]:
+        return _accuracy([by_run[run][index].right for index in chosen])
+
+    return {
+        "operations": number,
+        "n": len(chosen),
+        "efforts": [{"effort": run.effort} | accuracy(run) for run in efforts],
+        "controls": [{"name": run.candidate} | accuracy(run) for run in controls],
+    }
 
 
 def summarize_votes(replies: Sequence[Answer], run: Run) -> dict[str, Any]:
@@ -109,9 +136,7 @@ def as_table(report: dict[str, Any]) -> str:
     rows += [_cells(f"control: {control['name']}", control) for control in report.get("controls", [])]
     if votes:
         rows.append(_cells(f"effort {votes['effort']}, {votes['samples']} votes", votes))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    aligned = [[cell.rjust(width) for cell, width in zip(cells, widths, strict=True)] for cells in (header, *rows)]
-    lines = ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in aligned]
+    lines = _aligned(header, rows)
     lines.insert(0, f"{report['dataset']}, seed {report['seed']}, {report['n']} problems, trained effort {trained}\n")
     if baseline:
         lines.append("\nwon, lost: problems that only the effort, or only the baseline, got right")
@@ -119,7 +144,24 @@ def as_table(report: dict[str, Any]) -> str:
         lines.append(f"won, lost of a control: problems that only effort {trained}, or only the control, got right")
     if baseline or "controls" in report:
         lines.append("p: exact McNemar test, corrected for the number of comparisons (Holm)")
+    if "operations" in report:
+        first = report["operations"][0]
+        header = ["right, by operations"]
+        header += [f"effort {row['effort']}" for row in first["efforts"]] + [row["name"] for row in first["controls"]]
+        rows = [
+            [f"{group['operations']} ({group['n']} problems)"]
+            + [f"{row['accuracy']:.1%}" for row in (*group["efforts"], *group["controls"])]
+            for group in report["operations"]
+        ]
+        lines += ["", *_aligned(header, rows)]
     return "\n".join(lines)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    aligned = [[cell.rjust(width) for cell, width in zip(cells, widths, strict=True)] for cells in (header, *rows)]
+    return ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in aligned]
 
 
 def _cells(label: str, row: dict[str, Any]) -> list[str]:

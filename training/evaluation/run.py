@@ -78,6 +78,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
                 kept = f"they are kept in {settings.report}, and the same command goes on from there"
             logger.warning("interrupted after %d of %d answers; %s", len(answers.by_key), len(wanted), kept)
             raise
+    operations = [len(problem.steps) for problem in problems]
     about = {
         "model": settings.model or "bundled",
         "dataset": settings.dataset,
@@ -85,7 +86,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
         "n": len(problems),
         "trained_effort": config.n_supervision,
     }
-    report = about | build_report(candidates, answers.by_key, len(problems), config.n_supervision) | (solutions or {})
+    report = about | build_report(candidates, answers.by_key, operations, config.n_supervision) | (solutions or {})
     if settings.report is not None:
         from training.evaluation.pictures import draw  # with matplotlib, of the extra `train`
 

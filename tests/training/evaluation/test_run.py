@@ -24,7 +24,7 @@ from trm.chat import SYSTEM_PROMPTS
 from trm.engine import Request
 from trm.errors import ConfigError
 
-PICTURES = ("accuracy", "loss", "calibration", "halting", "votes")
+PICTURES = ("accuracy", "operations", "loss", "calibration", "halting", "votes")
 TIMINGS = ("seconds_per_answer", "elapsed_s")
 
 
@@ -87,6 +87,15 @@ def test_report_with_baseline_control_and_votes(
     assert min(row["mcnemar_p"] for row in report["efforts"][1:]) == min(1, 3 * smallest)
     assert sum(row["problems"] for row in report["votes"]["bins"]) == 9
 
+    groups = report["operations"]
+    assert [group["operations"] for group in groups] == [1, 2]
+    assert sum(group["n"] for group in groups) == 9
+    for index, row in enumerate(report["efforts"]):
+        of_groups = [round(group["efforts"][index]["accuracy"] * group["n"]) for group in groups]
+        assert sum(of_groups) == row["correct"]
+    assert {group["controls"][0]["name"] for group in groups} == {"longer"}
+    assert groups[0]["controls"][0]["accuracy"] == groups[0]["efforts"][0]["accuracy"]  # it is the backbone
+
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 9 * (4 + 1 + 2)
     assert {"source", "question", "expected", "reply", "right"} <= answers[0].keys()
@@ -97,6 +106,9 @@ def test_report_with_baseline_control_and_votes(
     table = as_table(report).splitlines()
     assert [line.split("  ")[0] for line in table[3:9]] == [
         "effort 0 (baseline)", "effort 1", "effort 2", "effort 3", "control: longer", "effort 3, 2 votes",
+    ]  # fmt: skip
+    assert [line.split("  ")[0] for line in table[-3:]] == [
+        "right, by operations", *(f"{group['operations']} ({group['n']} problems)" for group in groups),
     ]  # fmt: skip
 
 
