@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from training.config import TrainSettings
-from training.problems.data import encode_problems, load_problems
+from training.problems.data import asked_work, encode_problems, load_problems
 from training.trainer import Trainer
 from training.validation import split_problems
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
@@ -48,7 +48,8 @@ def build_trainer(settings: TrainSettings, source: str, revision: str | None, de
     backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)
-    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **model_settings(settings), **record)
+    about = model_settings(settings) | record | {"work": asked_work(problems, settings.replies)}
+    model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **about)
     return Trainer(settings, model, chat, examples, device, validation)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from trm.chat import SYSTEM_PROMPTS
 from trm.errors import ConfigError
 
 BACKBONES = ("qwen2", "qwen3", "llama")  # what `trm.backbone` computes
@@ -27,6 +28,7 @@ class TRMConfig(PreTrainedConfig):
     these numbers of layers (0: the embeddings), of which the last is all; None: after all alone.
     max_supervision: deepest effort that may be asked for, None for 4 * n_supervision
     but at least 16. own_lm_head: the head was trained and is stored with the decoder.
+    work: how much replies showed before their answers in training, see `trm.chat.Work`; None: all of it.
     normalize_text: prompts were normalised in training. backbone_source, backbone_revision,
     backbone_fingerprint: where the frozen weights come from, None where they lie in `backbone/`.
     """
@@ -44,6 +46,7 @@ class TRMConfig(PreTrainedConfig):
     context_layers: list[int] | None = None
     max_supervision: int | None = None
     own_lm_head: bool = False
+    work: list[str] | None = None
     normalize_text: bool = True
     backbone_source: str | None = None
     backbone_revision: str | None = None
@@ -61,6 +64,8 @@ class TRMConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model("qwen2")
         if not self.context_layers:
             self.context_layers = [self.backbone_config.num_hidden_layers]
+        if not self.work:
+            self.work = ["full"]
         self._check()
         backbone = self.backbone_config
         self.vocab_size = backbone.vocab_size
@@ -98,6 +103,8 @@ class TRMConfig(PreTrainedConfig):
             raise ConfigError(f"expansion is {self.expansion}; it must be above 0")
         if self.kv_source not in KV_SOURCES:
             raise ConfigError(f"kv_source is {self.kv_source!r}; it must be one of {', '.join(KV_SOURCES)}")
+        if unknown := [work for work in self.work or () if work not in SYSTEM_PROMPTS]:
+            raise ConfigError(f"work holds {unknown[0]!r}; it may hold {', '.join(SYSTEM_PROMPTS)}")
         layers, last = self.context_layers or [], backbone.num_hidden_layers
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != last:
             raise ConfigError(f"context_layers is {layers}; it must rise from at least 0 to {last}, the whole backbone")

@@ -38,7 +38,15 @@ async function loadModel() {
   find("trained").textContent = `trained ${trained}`;
   find("deepest").textContent = deepest > trained ? deepest : "";
   find("problem").hidden = true;
+  if (!model.work.includes(work().value)) work().value = model.work[0];
+  showWork();
   showEffort();
+}
+
+const work = () => find("form").elements.work; // its radio buttons
+
+function showWork() {
+  find("work-words").textContent = !model || model.work.includes(work().value) ? "" : "this model has not learned it";
 }
 
 function showEffort() {
@@ -50,7 +58,7 @@ function showEffort() {
 
 /** How much work to show, and how deep to think. */
 const chosen = () => ({
-  work: find("form").elements.work.value,
+  work: work().value,
   ...(model && { supervision_steps: effort.valueAsNumber }),
 });
 
@@ -160,6 +168,7 @@ find("vote").addEventListener("click", () => {
 });
 find("stop").addEventListener("click", () => controller?.abort());
 effort.addEventListener("input", showEffort);
+find("work").addEventListener("change", showWork);
 find("key").value = apiKey.get();
 find("key").addEventListener("change", () => {
   apiKey.set(find("key").value.trim());

@@ -29,4 +29,5 @@ def _model(serving: Serving) -> ModelBody:
         max_model_len=engine.max_model_len,
         n_supervision=engine.model.config.n_supervision,
         max_supervision=engine.max_supervision,
+        work=engine.model.config.work,
     )

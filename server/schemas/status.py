@@ -4,9 +4,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from trm.chat import Work
+
 
 class ModelBody(BaseModel):
-    """n_supervision: the supervision steps that the model was trained with; max_supervision: the most that it takes."""
+    """n_supervision: the supervision steps that the model was trained with; max_supervision: the most that it takes.
+
+    work: how much its replies showed before their answers in training; it takes the others, too, untrained.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -15,6 +20,7 @@ class ModelBody(BaseModel):
     max_model_len: int
     n_supervision: int
     max_supervision: int
+    work: list[Work]
 
 
 class ModelList(BaseModel):

@@ -429,9 +429,11 @@ def stepping(*steps: str) -> Callable[[Any], Iterator[Event]]:
 
 def test_it_opens_on_a_problem_answered_at_once_and_says_whether_each_step_is_right(page: Page) -> None:
     engine = FakeEngine(stepping("7", "19", "14", "14", "14"), max_model_len=1000)
+    engine.model.config.work = ["full", "none"]
     with serving(create_app(engine, ServeSettings())) as server:
         page.open(server)
         page.wait(lambda: page["effort"].is_enabled())
+        assert page["work-words"].text == ""
         assert page["question"].get_attribute("value") == TOM
         assert page.work("none").is_selected()
         assert not engine.requests
@@ -508,6 +510,20 @@ def test_of_a_question_of_ones_own_only_what_each_step_says_is_known(page: Page)
         engine.script = saying(b"7 and ", rb"\boxed{7}")
         page.ask("?")
         assert not page["says"].is_displayed(), "of a reply with its work one place is no answer"
+
+
+def test_it_says_what_a_model_has_not_learned(page: Page) -> None:
+    """A model that was trained to show its work opens with that; the others can be tried."""
+    engine = FakeEngine(max_model_len=1000)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open(server)
+        page.wait(lambda: page["effort"].is_enabled())
+        assert page.work("full").is_selected()
+        assert page["work-words"].text == ""
+
+        page.work("none").click()
+        assert page["work-words"].text == "this model has not learned it"
+        page.picture("not-learned")
 
 
 def test_how_much_work_to_show_is_chosen_by_keyboard(page: Page) -> None:

@@ -76,6 +76,7 @@ async def test_models(client):
         "max_model_len": 400,
         "n_supervision": 4,
         "max_supervision": 16,
+        "work": ["full"],
     }
     for path in ("/v1/models/test/model", "/v1/models/test%2Fmodel"):
         assert (await client.get(path)).json()["id"] == "test/model"

@@ -446,3 +446,10 @@ def test_replies_may_be_several(given: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert TrainSettings.from_command_line([]).replies == ["worked", "answer"]
     with pytest.raises(ConfigError, match=r"--replies 'prose': Input should be 'worked', 'equations' or 'answer'"):
         TrainSettings.from_command_line(["--replies", "prose"])
+
+
+def test_a_checkpoint_says_how_much_work_its_replies_show(settings: Callable[..., TrainSettings]) -> None:
+    mixed = settings(dataset="synthetic:easy,mental", replies=["equations"], max_steps=1)
+
+    assert checkpoint.read_config(train(mixed)).work == ["equations", "none"]
+    assert checkpoint.read_config(train(settings(output_dir=mixed.output_dir / "2", max_steps=1))).work == ["full"]

@@ -809,6 +809,7 @@ def test_backbones_that_cannot_be_exact_are_refused_by_name(make_config, message
     ("settings", "message"),
     [
         ({"n_latent": 0}, "n_latent is 0"),
+        ({"work": ["full", "some"]}, "work holds 'some'; it may hold full, equations, none"),
         (
             {"context_layers": [2, 0]},
             r"context_layers is \[2, 0\]; it must rise from at least 0 to 32, the whole backbone",

@@ -89,6 +89,12 @@ def _at_once(result: str, chat: ChatFormat) -> tuple[int, ...]:
     return example.ids[example.label_start :]
 
 
+def asked_work(rows: Sequence[Problem], replies: Sequence[Replies]) -> list[Work]:
+    """How much work is asked for of the problems, one way or another, most first."""
+    asked = {work for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])}
+    return [work for work in WORK.values() if work in asked]
+
+
 def encode_problems(
     rows: Sequence[Problem],
     chat: ChatFormat,
