@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror}; make room, and the same command goes on from there"
+            f"{path}: cannot be written: {error.strerror}; once it can, the same command goes on from there"
         ) from error
 
 

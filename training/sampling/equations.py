@@ -5,6 +5,7 @@ operators and brackets, at least one of which computes something. Words end it: 
 """
 
 import re
+from fractions import Fraction
 
 from trm.answers import canonical, normalize
 
@@ -36,9 +37,13 @@ def equations(text: str) -> tuple[str, ...]:
 
 
 def results(derivation: tuple[str, ...], answer: str) -> list[str] | None:
-    """What the equations of a derivation come to, one after the other; None unless the last comes to the answer."""
-    ends = [equation.rpartition("=")[2] for equation in derivation]
-    return ends if ends and normalize(ends[-1]) == normalize(answer) else None
+    """What the equations of a derivation come to, one after the other: numbers, of which the last is the answer.
+
+    None where that is not so.
+    """
+    ends = [canonical(equation.rpartition("=")[2]) for equation in derivation]
+    numbers = all(isinstance(normalize(end), Fraction) for end in ends)
+    return ends if ends and numbers and normalize(ends[-1]) == normalize(answer) else None
 
 
 def _plain(side: str) -> str:

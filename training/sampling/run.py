@@ -76,8 +76,9 @@ def _describe(directory: Path) -> tuple[int, Any]:
 
 def _place(settings: SampleSettings) -> Place:
     output = settings.output
-    decided, replies = (output.with_name(f"{output.name}.{ending}") for ending in ("json", "replies"))
-    return Place(settings.command, f"--output {output}", decided, replies, output)
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a directory; name a file in it")
+    return Place(settings.command, f"--output {output}", Path(f"{output}.json"), Path(f"{output}.replies"), output)
 
 
 def _share(tally: Tally) -> str:
