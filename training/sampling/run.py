@@ -52,6 +52,7 @@ def sample(settings: SampleSettings) -> str:
         Solutions(settings, model_id, problems, wanted) as solutions,
         tqdm(total=len(problems), initial=solutions.write(answers.by_key), unit="problem") as progress,
     ):
+        tally = solutions.tally
         if missing := [key for key in wanted if key not in answers.by_key]:
             candidate = Candidate("model", MODEL_NAME, directory, (run,))
             model, chat = load(directory, device, dtype, settings.quantize)
@@ -60,10 +61,9 @@ def sample(settings: SampleSettings) -> str:
                 for answer in decode(run, missing):
                     answers.add(answer)
                     if written := solutions.write(answers.by_key):
-                        tally = solutions.tally
                         progress.set_postfix(right=_share(tally), kept=tally.kept, refresh=False)
                         progress.update(written)
-    return _summary(settings, solutions.tally)
+    return _summary(settings, tally)
 
 
 def _describe(directory: Path) -> tuple[int, Any]:
@@ -88,8 +88,9 @@ def _share(tally: Tally) -> str:
 def _summary(settings: SampleSettings, tally: Tally) -> str:
     left_out = "" if settings.keep_solved else ", left out"
     always = "" if settings.samples == 1 else f", {tally.always} by every reply{left_out}"
+    cut = f", {tally.cut} cut off at --max-tokens {settings.max_tokens}" if tally.cut else ""
     return (
         f"{tally.problems} problems: {tally.solved} solved{always}\n"
-        f"{tally.replies} replies: {tally.right} right ({_share(tally)}), {tally.kept} kept in {settings.output}\n"
+        f"{tally.replies} replies: {tally.right} right ({_share(tally)}){cut}, {tally.kept} kept in {settings.output}\n"
         f"{tally.tokens} tokens, {tally.tokens / tally.seconds:.0f} a second"
     )

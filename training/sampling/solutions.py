@@ -15,13 +15,17 @@ from training.sampling.equations import equations, results
 
 @dataclass
 class Tally:
-    """Sums over the problems that are written. always: those that every one of several replies solves."""
+    """Sums over the problems that are written. always: those that every one of several replies solves.
+
+    right: replies; cut: those that were as long as replies may be.
+    """
 
     problems: int = 0
     solved: int = 0
     always: int = 0
     replies: int = 0
     right: int = 0
+    cut: int = 0
     kept: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -74,6 +78,7 @@ class Solutions:
         tally.always += right == len(found) > 1
         tally.replies += len(found)
         tally.right += right
+        tally.cut += sum(answer.finish_reason == "length" for answer in found)
         tally.kept += len(kept)
         tally.tokens += sum(answer.tokens for answer in found)
         tally.seconds += sum(answer.elapsed_s for answer in found)
