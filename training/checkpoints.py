@@ -5,7 +5,6 @@ its other files: nothing depends on a file beside it that a killed run may have 
 Only a directory that is a checkpoint of the same run is ever removed.
 """
 
-import errno
 import hashlib
 import logging
 import math
@@ -18,14 +17,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from training.directories import require_writable
+from training.directories import lock, require_writable
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -217,16 +211,7 @@ def claim(run_dir: Path) -> Iterator[None]:
     """
     require_writable(run_dir)
     with (run_dir / ".lock").open("w") as file:
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"--output-dir {run_dir}: another trm-train is at work there; wait for it, or choose another directory"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s); do not start a second run in it", run_dir, error.strerror)
+        lock(file, f"--output-dir {run_dir}", "trm-train")
         clear_leftovers(run_dir)
         yield
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from training.config import EvalSettings, PretrainSettings, TrainSettings
+from training.config import EvalSettings, PretrainSettings, SampleSettings, TrainSettings
 from trm.logs import configure_logging
 from trm.settings import run_command
 
@@ -16,6 +16,11 @@ def train() -> None:
 def evaluate() -> None:
     """Entry point of `trm-eval`."""
     run_command(_evaluate, EvalSettings.command)
+
+
+def sample() -> None:
+    """Entry point of `trm-sample`."""
+    run_command(_sample, SampleSettings.command)
 
 
 def pretrain() -> None:
@@ -38,11 +43,25 @@ def _train() -> None:
 def _evaluate() -> None:
     settings = EvalSettings.from_command_line()
     configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is finished is kept, as at Ctrl-C
+    _exit_on_sigterm()
     from training.evaluation.report import as_table
     from training.evaluation.run import evaluate_model
 
     print(as_table(evaluate_model(settings)))  # noqa: T201 - the command's result
+
+
+def _sample() -> None:
+    settings = SampleSettings.from_command_line()
+    configure_logging()
+    _exit_on_sigterm()
+    from training.sampling.run import sample as run
+
+    print(run(settings))  # noqa: T201 - the command's result
+
+
+def _exit_on_sigterm() -> None:
+    """End as at Ctrl-C, with what is finished kept."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _pretrain() -> None:

@@ -269,6 +269,52 @@ class EvalSettings(Settings):
         return [value] if isinstance(value, int) else split_words(value)
 
 
+class SampleSettings(Settings):
+    """Let a model solve training problems, several times each, and keep what is right as rows to train on.
+
+    trm-sample --model runs/mine/checkpoint-1000 --dataset my.jsonl --output own.jsonl    the same command goes on
+    trm-train --dataset own.jsonl --output-dir runs/own                                   trains on what was kept
+    """
+
+    command: ClassVar[str] = "trm-sample"
+
+    model: str | None = Field(
+        None,
+        description="checkpoint, or plain model of the Qwen2, Qwen3 or Llama family: directory or hub id; "
+        "default the bundled model",
+    )
+    dataset: str = Field("synthetic", description=DATASET_HELP)
+    output: Path = Field(
+        Path("runs/solutions.jsonl"),
+        description="JSON-lines file of the right replies; settings and all replies lie beside it",
+    )
+    limit: int | None = Field(None, ge=1, description="number of problems; default all, or 20000 synthetic ones")
+    samples: int = Field(4, ge=1, description="replies per problem")
+    temperature: float = Field(0.7, ge=0, le=2, description="of the replies; 0 is greedy, with --samples 1")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens that have this probability")
+    effort: int | None = Field(
+        None, ge=0, description="supervision steps; default the trained number, and 0 for a plain model"
+    )
+    keep: int = Field(4, ge=1, description="most replies to keep of a problem; no two have the same equations")
+    keep_solved: bool = Field(False, description="keep also problems that all of several replies solve")
+    max_tokens: int = Field(512, ge=1, description="longest reply; one that is cut off there is not kept")
+    max_rows: int = Field(32, ge=1, description="replies decoded together")
+    seed: int = Field(0, ge=0, description="seed of the synthetic problems and of samples")
+    device: Device = Field("auto", description="where to run")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision, as for trm-serve")
+    quantize: Literal["int8"] | None = Field(None, description="the backbone's linear layers in int8, on a CPU")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(
+                f"--samples {self.samples}: at --temperature 0 all are the same; "
+                "use --samples 1, or a temperature above 0"
+            )
+        return self
+
+
 class PretrainSettings(Settings):
     """Make the small tokenizer and backbone that the bundled model stands on."""
 

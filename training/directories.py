@@ -1,8 +1,22 @@
-"""Directories that a command writes to."""
+"""Places that a command writes to: that it can, that nobody else does, and what it says when the disk is full."""
 
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
-from trm.errors import ConfigError
+from trm.errors import CheckpointError, ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 
 def require_writable(directory: Path, flag: str = "--output-dir") -> None:
@@ -14,3 +28,51 @@ def require_writable(directory: Path, flag: str = "--output-dir") -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"{flag} {directory}: cannot write there: {error.strerror}") from error
+
+
+def lock(file: IO[Any], place: str, command: str) -> None:
+    """Keep other processes out of a place as long as `file` is open; it ends with the process, however that ends.
+
+    Raises ConfigError where another `command` is there.
+    """
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{place}: another {command} is at work there; wait for it, or choose another place"
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s); do not start a second %s there", place, error.strerror, command)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writing to a file that the same command goes on with. Raises CheckpointError where that is impossible."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror}; once it can, the same command goes on from there"
+        ) from error
+
+
+class JsonLines:
+    """A file of objects, one a line, that grows at its end; what is written is on its way to the disk at once."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self.path = path
+        with writing(path):
+            self.file: IO[str] = path.open(mode, encoding="utf-8")
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines. Raises CheckpointError, as opening it does."""
+        with writing(self.path):
+            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.file.flush()
+
+    def close(self) -> None:
+        """What could not be written has been complained of."""
+        with suppress(OSError):
+            self.file.close()

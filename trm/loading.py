@@ -1,5 +1,6 @@
 """Load a model for decoding: on its device, in its type, with its linear layers packed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,26 @@ def load_for_decoding(
     enough to gain by it. quantize: "int8" for the backbone's linear layers, on a CPU; the recursion stays in bfloat16.
     Raises CheckpointError, and ConfigError for what this device cannot do.
     """
-    if quantize not in (None, "int8") or dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype {dtype} --quantize {quantize}: there are auto, {', '.join(DTYPES)}, and int8")
     place = use_device(device, num_threads)
     source = source or bundled_model_path()
-    if quantize is not None and place != "cpu":
-        raise ConfigError(f"--quantize {quantize}: only on a CPU so far; leave it out on {place}")
+    chosen = choose_dtype(
+        dtype, quantize, place, lambda: checkpoint.read_config(checkpoint.locate(source)).backbone_config
+    )
+    model = TRMForCausalLM.from_pretrained(source, dtype=DTYPES[chosen], device_map=place)
+    return prepare_for_decoding(model, quantize)
+
+
+def choose_dtype(dtype: str, quantize: str | None, device: str, read_backbone_config: Callable[[], Any]) -> str:
+    """One of `DTYPES` for what was asked for; see `load_for_decoding`. The configuration is read for "auto" only."""
+    if quantize not in (None, "int8") or dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"--dtype {dtype} --quantize {quantize}: there are auto, {', '.join(DTYPES)}, and int8")
+    if quantize is not None and device != "cpu":
+        raise ConfigError(f"--quantize {quantize}: only on a CPU so far; leave it out on {device}")
     if quantize is not None and dtype == "float32":
         raise ConfigError(f"--quantize {quantize}: the rest is bfloat16 then; leave --dtype float32 out")
     if quantize is not None:
-        dtype = "bfloat16"
-    if dtype == "auto":
-        config = checkpoint.read_config(checkpoint.locate(source))
-        dtype = best_dtype(config.backbone_config, place)
-    model = TRMForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], device_map=place)
-    return prepare_for_decoding(model, quantize)
+        return "bfloat16"
+    return best_dtype(read_backbone_config(), device) if dtype == "auto" else dtype
 
 
 def best_dtype(backbone_config: Any, device: str) -> str:

@@ -95,7 +95,7 @@ def test_a_record_of_the_log_has_the_fields_that_are_shown(server: ServerProcess
     assert {name: type(value) for name, value in record.items()} == {k: type(v) for k, v in shown.items()}
 
 
-@pytest.mark.parametrize("command", ["trm-serve", "trm-train", "trm-eval", "trm-pretrain", "trm-bench"])
+@pytest.mark.parametrize("command", ["trm-serve", "trm-train", "trm-eval", "trm-sample", "trm-pretrain", "trm-bench"])
 def test_every_command_explains_itself(command: str) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).parent / command), "--help"], capture_output=True, text=True, timeout=60

@@ -71,6 +71,45 @@ def test_a_terminated_evaluation_keeps_its_answers(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_a_sampling_that_is_stopped_and_killed_ends_in_the_same_rows(tmp_path: Path) -> None:
+    """SIGTERM, Ctrl-C and SIGKILL, each while replies come in; then to the end."""
+    small = (
+        "--dataset",
+        "synthetic",
+        "--limit",
+        "200",
+        "--temperature",
+        "1.5",
+        "--max-tokens",
+        "64",
+        "--num-threads",
+        "1",
+    )
+    whole, rows, replies = (tmp_path / name for name in ("whole.jsonl", "rows.jsonl", "rows.jsonl.replies"))
+    straight = run_command("trm-sample", *small, "--output", str(whole))
+    assert straight.returncode == 0, straight.stderr
+    assert whole.stat().st_size
+
+    for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        before = replies.stat().st_size if replies.exists() else 0
+        process = start_command("trm-sample", *small, "--output", str(rows))
+        assert wait_until(lambda size=before: replies.exists() and replies.stat().st_size > size, process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == status, said
+        assert ("the same command goes on from there" in said) == (number != signal.SIGKILL)
+        assert "Traceback" not in said
+        assert whole.read_bytes().startswith(rows.read_bytes())
+    last = run_command("trm-sample", *small, "--output", str(rows), "--max-rows", "5")
+
+    assert last.returncode == 0, last.stderr
+    assert rows.read_bytes() == whole.read_bytes()
+    assert last.stdout.splitlines()[0] == straight.stdout.splitlines()[0]
+    refused = run_command("trm-sample", *small, "--output", str(rows), "--seed", "1")
+    assert refused.returncode == 2
+    assert "begun with another --seed (0, now 1)" in refused.stderr
+
+
 def test_bad_training_input_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")

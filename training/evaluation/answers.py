@@ -1,24 +1,34 @@
-"""The answers of an evaluation, kept as they come, so that one that was interrupted can go on.
+"""Answers, kept as they come, so that a command that was interrupted can go on.
 
-A report directory holds `settings.json`, what was asked, and `answers.jsonl`, one answer a line in the order
-in which they were finished. Raises ConfigError for a directory that belongs to another evaluation.
+One file holds the settings, what was asked; another one answer a line, in the order in which they were finished.
+Raises ConfigError for files that belong to another command, and CheckpointError where they cannot be written.
 """
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from training.directories import require_writable
+from training.directories import JsonLines, lock, require_writable, writing
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
-SETTINGS_FILE = "settings.json"
-ANSWERS_FILE = "answers.jsonl"
-REPORT_FILE = "report.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command keeps its answers. `result` is what it makes of them; `flag` is how the user named it all."""
+
+    command: str
+    flag: str
+    settings: Path
+    answers: Path
+    result: Path
 
 
 class Key(NamedTuple):
@@ -54,34 +64,52 @@ class Answer:
 
 
 class Answers:
-    """Finished answers by key; with a directory, those that lie in it and every new one goes there too.
+    """Finished answers by key, on the way to all that are `wanted`. With a place, those that lie there are among them,
+    and every new one goes there too.
 
-    `asked` maps each setting that decides an answer to its value: a directory with others is refused.
+    `asked` maps each setting that decides the result to its value: a place with others is refused. `about` is only
+    noted beside them. If interrupted, it says what is kept.
     """
 
-    def __init__(self, directory: Path | None, asked: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        place: Place | None,
+        wanted: Sequence[Key],
+        asked: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.by_key: dict[Key, Answer] = {}
-        self._file: Any = None
-        if directory is None:
+        self._place = place
+        self._num_wanted = len(wanted)
+        self._file: JsonLines | None = None
+        if place is None:
             return
-        require_writable(directory, "--report")
-        path = directory / ANSWERS_FILE
-        if (directory / SETTINGS_FILE).exists():
-            _require_same(directory, asked)
-            if path.exists():
-                self._read(path)
-        elif (directory / REPORT_FILE).exists():
-            raise ConfigError(f"--report {directory}: holds another {REPORT_FILE}; choose another directory")
+        require_writable(place.settings.parent, place.flag.split()[0])
+        if place.settings.exists():
+            _require_same(place, asked)
+        elif found := [path.name for path in (place.result, place.answers) if path.exists()]:
+            raise ConfigError(
+                f"{place.flag}: there is {' and '.join(found)} already, but no {place.settings.name} "
+                "to say how it was made; choose another place"
+            )
         else:
-            checkpoint.write_json(directory / SETTINGS_FILE, asked)
-        self._file = path.open("a", encoding="utf-8")
+            with writing(place.settings):
+                checkpoint.write_json(place.settings, {**(about or {}), **asked})
+        self._file = JsonLines(place.answers, "a")
+        try:
+            lock(self._file.file, place.flag, place.command)
+            self._read(place.answers)
+        except BaseException:
+            self._file.close()
+            raise
+        if self.by_key:
+            logger.info("%d of %d answers are there already", len(self.by_key), len(wanted))
 
     def add(self, answer: Answer) -> None:
         """Keep one; it is on its way to the disk when this returns."""
         self.by_key[answer.key] = answer
         if self._file is not None:
-            self._file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._file.write([asdict(answer)])
 
     def __enter__(self) -> Self:
         return self
@@ -89,6 +117,11 @@ class Answers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)):
+            kept = "none is kept without --report"
+            if self._place is not None:
+                kept = f"they are kept in {self._place.answers}, and the same command goes on from there"
+            logger.warning("interrupted after %d of %d answers; %s", len(self.by_key), self._num_wanted, kept)
 
     def _read(self, path: Path) -> None:
         """Take in what is there; a last line that was cut off is removed."""
@@ -104,8 +137,8 @@ class Answers:
             self.by_key[answer.key] = answer
 
 
-def _require_same(directory: Path, asked: Mapping[str, Any]) -> None:
-    stored = checkpoint.read_json(directory / SETTINGS_FILE)
+def _require_same(place: Place, asked: Mapping[str, Any]) -> None:
+    stored = checkpoint.read_json(place.settings)
     others = [
         f"--{name.replace('_', '-')} ({stored.get(name)}, now {value})"
         for name, value in asked.items()
@@ -113,6 +146,6 @@ def _require_same(directory: Path, asked: Mapping[str, Any]) -> None:
     ]
     if others:
         raise ConfigError(
-            f"--report {directory}: holds an evaluation with another {', '.join(others)}; "
-            "choose another directory, or the settings it was begun with"
+            f"{place.flag}: was begun with another {', '.join(others)}; "
+            "choose another place, or the settings it was begun with"
         )

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from trm import TRMConfig, TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
-from trm.loading import prepare_for_decoding
+from trm.loading import DTYPES, load_for_decoding, prepare_for_decoding
+from trm.voting import VOTING_TEMPERATURE
 
 Role = Literal["model", "baseline", "control"]
 MODEL_NAME = "model"
@@ -17,11 +18,13 @@ DECIDING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "cha
 
 @dataclass(frozen=True)
 class Run:
-    """One way of answering every problem: greedily, or with `samples` replies that vote."""
+    """One way of answering every problem: greedily, or with `samples` replies, at a temperature of their own."""
 
     candidate: str
     effort: int
     samples: int = 0
+    temperature: float = VOTING_TEMPERATURE
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,24 @@ class Candidate:
         return checkpoint.read_json(path).get("compute") if path.is_file() else None
 
 
-def load(directory: Path, device: str) -> tuple[TRMForCausalLM, ChatFormat]:
-    """A checkpoint of ours, or a plain causal model, which at effort 0 answers as itself."""
+def is_recursive(directory: Path) -> bool:
+    """Whether a model directory is a checkpoint of ours, and no plain causal model."""
+    content = checkpoint.read_json(directory / checkpoint.CONFIG_FILE)
+    return content.get("model_type") == TRMConfig.model_type
+
+
+def load(
+    directory: Path, device: str, dtype: str = "float32", quantize: str | None = None
+) -> tuple[TRMForCausalLM, ChatFormat]:
+    """A checkpoint of ours, or a plain causal model, which at effort 0 answers as itself; `dtype` is one of DTYPES."""
     tokenizer = checkpoint.read_tokenizer(directory)
-    if checkpoint.read_json(directory / checkpoint.CONFIG_FILE).get("model_type") == TRMConfig.model_type:
-        model = TRMForCausalLM.from_pretrained(directory)
+    if is_recursive(directory):
+        model = load_for_decoding(directory, device=device, dtype=dtype, quantize=quantize)
     else:
         small = {"n_latent": 1, "n_cycles": 1, "n_supervision": 1}
-        model = TRMForCausalLM.from_backbone(checkpoint.read_backbone(directory), **small)
-    model.to(device)
-    prepare_for_decoding(model)
+        backbone = checkpoint.read_backbone(directory, dtype=DTYPES[dtype])
+        model = TRMForCausalLM.from_backbone(backbone, **small).to(device=device, dtype=DTYPES[dtype])
+        prepare_for_decoding(model, quantize)
     return model, ChatFormat(tokenizer, model.config.normalize_text)
 
 

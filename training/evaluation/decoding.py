@@ -1,7 +1,10 @@
 """Let a candidate answer the problems through the engine, many at once: what is measured is what is served."""
 
+import hashlib
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
@@ -16,7 +19,14 @@ from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.request import Event
 from trm.errors import ConfigError
-from trm.voting import VOTING_TEMPERATURE
+
+Decode = Callable[[Run, Sequence[Key]], Iterator[Answer]]
+
+
+def fingerprint_problems(problems: Sequence[Problem]) -> str:
+    """First 16 hex digits of a SHA-256 over questions and solutions, in order."""
+    rows = json.dumps([(problem.question, problem.solution) for problem in problems])
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def keys(run: Run, num_problems: int) -> list[Key]:
@@ -37,7 +47,32 @@ def answer_problems(
     max_tokens: int,
     max_rows: int,
 ) -> None:
-    """Add the answers of the candidate's runs that are not there yet.
+    """Add the answers of the candidate's runs that are not there yet. Raises ConfigError as `decoding` does."""
+    with decoding(candidate, model, chat, problems, seed=seed, max_tokens=max_tokens, max_rows=max_rows) as decode:
+        for run in candidate.runs:
+            wanted = keys(run, len(problems))
+            missing = [key for key in wanted if key not in answers.by_key]
+            right = sum(answers.by_key[key].right for key in wanted if key in answers.by_key)
+            progress.set_description(f"{candidate.name}, effort {run.effort}{', votes' if run.samples else ''}")
+            for finished, answer in enumerate(decode(run, missing), len(wanted) - len(missing) + 1):
+                answers.add(answer)
+                right += answer.right
+                progress.update()
+                progress.set_postfix(accuracy=f"{right / finished:.1%}", refresh=False)
+
+
+@contextmanager
+def decoding(
+    candidate: Candidate,
+    model: TRMForCausalLM,
+    chat: ChatFormat,
+    problems: Sequence[Problem],
+    *,
+    seed: int,
+    max_tokens: int,
+    max_rows: int,
+) -> Iterator[Decode]:
+    """An engine at work: what makes the answers to keys of one of the candidate's runs, each as it is finished.
 
     Raises ConfigError for an effort that the model does not take, or a prompt that does not fit.
     """
@@ -54,22 +89,18 @@ def answer_problems(
         if not 0 <= run.effort <= engine.max_supervision:
             raise ConfigError(f"--effort {run.effort}: this model takes 0 to {engine.max_supervision}")
     engine.start()
-    try:
-        for run in candidate.runs:
-            wanted = keys(run, len(problems))
-            missing = [key for key in wanted if key not in answers.by_key]
-            requests = [Request(prompts[key.problem], _params(key, seed, max_tokens)) for key in missing]
-            right = sum(answers.by_key[key].right for key in wanted if key in answers.by_key)
-            progress.set_description(f"{candidate.name}, effort {run.effort}{', votes' if run.samples else ''}")
+
+    def decode(run: Run, wanted: Sequence[Key]) -> Iterator[Answer]:
+        requests = [Request(prompts[key.problem], _params(run, key, seed, max_tokens)) for key in wanted]
+        last = time.monotonic()
+        for index, text, event in _replies(engine, requests):
+            key = wanted[index]
+            answer = _answer(key, problems[key.problem], text, event, time.monotonic() - last)
             last = time.monotonic()
-            for finished, (index, text, event) in enumerate(_replies(engine, requests), len(wanted) - len(missing) + 1):
-                key = missing[index]
-                answer = _answer(key, problems[key.problem], text, event, time.monotonic() - last)
-                last = time.monotonic()
-                answers.add(answer)
-                right += answer.right
-                progress.update()
-                progress.set_postfix(accuracy=f"{right / finished:.1%}", refresh=False)
+            yield answer
+
+    try:
+        yield decode
     finally:
         engine.close()
 
@@ -90,11 +121,17 @@ def _replies(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int,
             yield index, texts[index], event
 
 
-def _params(key: Key, seed: int, max_tokens: int) -> SamplingParams:
+def noise_seed(seed: int, problem: int) -> int:
+    """Keys the noise of a problem's samples: the same for all problems would make them fail together."""
+    return seed + problem
+
+
+def _params(run: Run, key: Key, seed: int, max_tokens: int) -> SamplingParams:
     sampling: dict[str, Any] = {}
-    if key.sample is not None:  # one noise per problem: the same for all would make them fail together
-        sampling = {"temperature": VOTING_TEMPERATURE, "seed": seed + key.problem, "sample_index": key.sample}
-    return SamplingParams(max_tokens=max_tokens, n_supervision=key.effort, **sampling)
+    if key.sample is not None:
+        sampling = {"seed": noise_seed(seed, key.problem), "sample_index": key.sample}
+        sampling |= {"temperature": run.temperature, "top_p": run.top_p}
+    return SamplingParams(max_tokens=max_tokens, n_supervision=run.effort, **sampling)
 
 
 def _answer(key: Key, problem: Problem, text: str, last: Event, elapsed_s: float) -> Answer:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.answers import REPORT_FILE, Answer, Key
+from training.evaluation.answers import Answer, Key
 from training.evaluation.candidates import Candidate, Run
 from training.evaluation.decoding import keys
 from training.evaluation.statistics import holm, paired, wilson_interval
 from trm import checkpoint
 from trm.voting import VOTING_TEMPERATURE, ballot, majority
 
+REPORT_FILE = "report.json"
 CSV_FILE = "report.csv"
 OWN_BACKBONE = "frozen backbone"  # the baseline that every model of ours brings along: itself at effort 0
 UNTESTED = {"wins": None, "losses": None, "mcnemar_p": None}

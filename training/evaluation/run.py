@@ -1,7 +1,5 @@
 """Carry an evaluation through: problems, candidates, answers, report."""
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -12,10 +10,10 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from training.config import EvalSettings
-from training.evaluation.answers import Answers
+from training.evaluation.answers import Answers, Place
 from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
-from training.evaluation.decoding import answer_problems, keys
-from training.evaluation.report import build_report, write_report
+from training.evaluation.decoding import answer_problems, fingerprint_problems, keys
+from training.evaluation.report import REPORT_FILE, build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
 from training.problems.data import encode_problem, load_problems
 from training.problems.problem import Problem
@@ -27,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 BACKBONE = "backbone"  # as a baseline: the model itself at effort 0
 MAX_SOLUTIONS = 1000  # read for the teacher-forced part; more tokens would not change its curves
+SETTINGS_FILE = "settings.json"
+ANSWERS_FILE = "answers.jsonl"
 CONTROL_DIR = "control"  # inside a model: the plain model that it ships to be compared with
 
 
@@ -50,34 +50,25 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
     candidates = choose_candidates(settings, directory, config)
     wanted = [key for candidate in candidates for run in candidate.runs for key in keys(run, len(problems))]
 
-    with Answers(settings.report, _asked(settings, candidates, problems)) as answers:
-        if answers.by_key:
-            logger.info("%d of %d answers are there already", len(answers.by_key), len(wanted))
-        try:
-            progress: tqdm[NoReturn]
-            with tqdm(total=len(wanted), initial=len(answers.by_key), unit="answer") as progress:
-                for candidate in candidates:
-                    if all(key in answers.by_key for run in candidate.runs for key in keys(run, len(problems))):
-                        continue
-                    model, chat = load(candidate.directory, device)
-                    answer_problems(
-                        candidate,
-                        model,
-                        chat,
-                        problems,
-                        answers,
-                        progress,
-                        seed=settings.seed,
-                        max_tokens=settings.max_tokens,
-                        max_rows=settings.max_rows,
-                    )
-            solutions = None if settings.report is None else _read_solutions(directory, device, problems)
-        except (KeyboardInterrupt, SystemExit):
-            kept = "none is kept without --report"
-            if settings.report is not None:
-                kept = f"they are kept in {settings.report}, and the same command goes on from there"
-            logger.warning("interrupted after %d of %d answers; %s", len(answers.by_key), len(wanted), kept)
-            raise
+    with Answers(_place(settings), wanted, _asked(settings, candidates, problems)) as answers:
+        progress: tqdm[NoReturn]
+        with tqdm(total=len(wanted), initial=len(answers.by_key), unit="answer") as progress:
+            for candidate in candidates:
+                if all(key in answers.by_key for run in candidate.runs for key in keys(run, len(problems))):
+                    continue
+                model, chat = load(candidate.directory, device)
+                answer_problems(
+                    candidate,
+                    model,
+                    chat,
+                    problems,
+                    answers,
+                    progress,
+                    seed=settings.seed,
+                    max_tokens=settings.max_tokens,
+                    max_rows=settings.max_rows,
+                )
+        solutions = None if settings.report is None else _read_solutions(directory, device, problems)
     operations = [len(problem.steps) for problem in problems]
     about = {
         "model": settings.model or "bundled",
@@ -123,9 +114,21 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
     return candidates
 
 
+def _place(settings: EvalSettings) -> Place | None:
+    directory = settings.report
+    if directory is None:
+        return None
+    return Place(
+        settings.command,
+        f"--report {directory}",
+        directory / SETTINGS_FILE,
+        directory / ANSWERS_FILE,
+        directory / REPORT_FILE,
+    )
+
+
 def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Sequence[Problem]) -> dict[str, Any]:
     """Everything that decides the answers, by the name of its setting; models and data by what they hold."""
-    rows = json.dumps([(problem.question, problem.solution) for problem in problems])
     weights = {
         role: ", ".join(f"{c.name} {fingerprint(c.directory)}" for c in candidates if c.role == role) or "none"
         for role in ("model", "baseline", "control")
@@ -137,7 +140,7 @@ def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Se
         "samples": settings.samples,
         "max_tokens": settings.max_tokens,
         "work": settings.work,
-        "dataset": hashlib.sha256(rows.encode()).hexdigest()[:16],
+        "dataset": fingerprint_problems(problems),
     }
 
 

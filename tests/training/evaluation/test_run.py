@@ -269,7 +269,7 @@ def test_a_report_directory_of_another_evaluation_is_refused(
             evaluate_model(settings(**({"report": report, "effort": [0], "limit": 2} | {name: value})))
     assert (report / "answers.jsonl").read_bytes() == before
     (report / "settings.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds another report\.json"):
+    with pytest.raises(ConfigError, match=r"there is report\.json and answers\.jsonl already, but no settings\.json"):
         evaluate_model(settings(report=report))
 
 
