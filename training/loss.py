@@ -17,8 +17,25 @@ from training.batches import IGNORE_INDEX, Batch
 from training.config import StepWeights
 from training.cross_entropy import cross_entropy
 from trm.cache import Sequences
+from trm.chat import Example
 from trm.layers import Rope, causal_mask
 from trm.model import TRMForCausalLM
+
+
+class Vocabulary(NamedTuple):
+    """Some of the tokens: their rows of the head (K, D), and the row of each, places (V,), -1 for others."""
+
+    head: Tensor
+    places: Tensor
+
+
+def seen_vocabulary(model: TRMForCausalLM, examples: Sequence[Example]) -> Vocabulary:
+    """The tokens that are a label in any example."""
+    head = model.head.weight
+    seen = torch.tensor(sorted({token for e in examples for token in e.ids[e.label_start :]}), device=head.device)
+    places = torch.full((len(head),), -1, device=head.device)
+    places[seen] = torch.arange(len(seen), device=head.device)
+    return Vocabulary(head.detach()[seen], places)
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,8 @@ class Prepared:
 
     `context` (B, S, D) and its `rope` at every position. `x` (B, Q, D), `query_rope` and `mask`
     (B, 1, Q, S) at the recursion's queries: Q = A, the answer positions only, for keys from the
-    context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (M,) their labels.
+    context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (M,) their labels, as rows of
+    `head` (K, D): some of the rows of the model's own, or None for all.
     """
 
     context: Tensor
@@ -37,6 +55,7 @@ class Prepared:
     mask: Tensor
     answers: Tensor
     targets: Tensor
+    head: Tensor | None
 
     def key_values(self, model: TRMForCausalLM) -> Sequences:
         """What the queries see: the context's keys and values, projected afresh, with gradient; or each call's own."""
@@ -55,8 +74,12 @@ def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
 
 
 @torch.no_grad()
-def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -> Prepared:
+def prepare(
+    model: TRMForCausalLM, batch: Batch, states: Tensor | None = None, vocabulary: Vocabulary | None = None
+) -> Prepared:
     """Choose the recursion's queries, on backbone states (B, S, D) that were kept, else computed now.
+
+    Labels are predicted among the tokens of `vocabulary`, else among all.
 
     With keys from the context no query sees another query's state, so that prompt positions
     need no recursion.
@@ -69,16 +92,19 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     else:
         x = states.to(mask.device, model.decoder.halt_head.weight.dtype)
         rope = model.backbone.rope(_positions(batch))
-    targets = batch.labels[labelled]
+    targets, head = batch.labels[labelled], None
+    if vocabulary is not None:
+        targets, head = vocabulary.places[targets], vocabulary.head
     if model.config.kv_source == "state":
-        return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets)
+        return Prepared(x, rope, x, rope, mask, labelled.nonzero(), targets, head)
     start, count = labelled.int().argmax(dim=1), labelled.sum(dim=1)
     offsets = torch.arange(batch.num_queries, device=x.device)
     queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
     rows = torch.arange(len(x), device=x.device)[:, None]
     cos, sin = (part[rows, queries] for part in rope)
     answers = (offsets < count[:, None]).nonzero()
-    return Prepared(x, rope, x[rows, queries], (cos, sin), mask[:, 0][rows, queries].unsqueeze(1), answers, targets)
+    seen = mask[:, 0][rows, queries].unsqueeze(1)
+    return Prepared(x, rope, x[rows, queries], (cos, sin), seen, answers, targets, head)
 
 
 def _positions(batch: Batch) -> Tensor:
@@ -104,7 +130,8 @@ def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared) -> TokenL
         return model.normed(answer), model.decoder.halt_logits(answer.detach())
 
     normed, halt = recompute_in_backward(heads, y, use_reentrant=False, preserve_rng_state=False)
-    losses, right = cross_entropy(normed, model.head.weight, prepared.targets)
+    head = model.head.weight if prepared.head is None else prepared.head
+    losses, right = cross_entropy(normed, head, prepared.targets)
     return TokenLosses(losses, right, halt.float())
 
 

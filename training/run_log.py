@@ -45,7 +45,7 @@ class RunLog:
             tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         )
         if not self._bar.disable:
-            self._open.enter_context(_above_the_bar())
+            self._open.enter_context(above_the_bar())
         self._since = self._started = time.monotonic()
         self._told = -math.inf  # the first step is told at once: how long all of them will take
         return self
@@ -129,11 +129,12 @@ class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode():
             for handler in self.handlers:
-                handler.handle(record)
+                if record.levelno >= handler.level:
+                    handler.handle(record)
 
 
 @contextmanager
-def _above_the_bar() -> Iterator[None]:
+def above_the_bar() -> Iterator[None]:
     """Within the block log lines do not run into the bar of a terminal."""
     root = logging.getLogger()
     before = root.handlers
