@@ -75,7 +75,14 @@ class TrainSettings(Settings):
             "gradient",
             "train_lm_head",
         ),
-        "the objective": ("step_targets", "min_supervision", "step_weights", "halt_delta", "mix_depths"),
+        "the objective": (
+            "step_targets",
+            "min_supervision",
+            "step_weights",
+            "halt_delta",
+            "mix_depths",
+            "train_vocabulary",
+        ),
         "the machine": ("cache_states", "cache_dir", "device", "autocast", "num_threads"),
     }
 
@@ -169,6 +176,11 @@ class TrainSettings(Settings):
         description="let each row have a depth of its own (--gradient paper); steps: it is replaced after N_sup steps; "
         "halting: also as soon as its halting head is sure of all its tokens",
     )
+    train_vocabulary: Literal["all", "seen"] = Field(
+        "all",
+        description="tokens that labels are told from: all, or only those that are a label somewhere in the data, "
+        "which is faster with a large vocabulary; validation and serving always take all",
+    )
     train_lm_head: bool = Field(False, description="also train an untied copy of the output head")
     keep_annotations: bool = Field(False, description="keep GSM8K's <<48/2=24>> calculator annotations")
     normalize_text: bool = Field(
@@ -211,6 +223,8 @@ class TrainSettings(Settings):
                     f"--step-weights {self.step_weights}: with --gradient paper each supervision step has an optimiser "
                     "step of its own; use --gradient full"
                 )
+        if self.train_vocabulary == "seen" and self.train_lm_head:
+            raise ConfigError("--train-vocabulary seen: the head must stay frozen; leave out --train-lm-head")
         if self.mix_depths != "off":
             if self.gradient != "paper":
                 raise ConfigError(

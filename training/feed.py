@@ -16,7 +16,7 @@ from torch import Tensor
 from training import workers
 from training.batches import collate, epoch_order, num_labels, targets
 from training.config import TrainSettings
-from training.loss import Prepared, prepare
+from training.loss import Prepared, prepare, seen_vocabulary
 from training.mixing import MixedRows
 from training.states import States
 from trm.chat import Example
@@ -39,6 +39,7 @@ class Feed:
         self.settings, self.model, self.examples = settings, model, examples
         self.pad_id, self.autocast = pad_id, autocast
         self.states = States(model, examples, autocast)
+        self.vocabulary = seen_vocabulary(model, examples) if settings.train_vocabulary == "seen" else None
         self.batches: list[list[int]] = []  # indices of their examples
         self.prepared: list[Prepared] = []
         self.carry: Carry = []
@@ -131,7 +132,7 @@ class Feed:
         self.states.fetch_together(indices)
         states = self.states.padded(own, batch.input_ids.shape[1])
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            return prepare(self.model, batch, states)
+            return prepare(self.model, batch, states, self.vocabulary)
 
     def _at_hand(self) -> list[Example]:
         return [self.examples[i] for indices in self.batches for i in indices]

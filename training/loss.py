@@ -6,6 +6,7 @@ N supervision steps, T different targets of them: the last is the answer, which 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,26 @@ from training.batches import IGNORE_INDEX, Batch
 from training.config import StepWeights
 from training.cross_entropy import cross_entropy
 from trm.cache import Sequences
+from trm.chat import Example
 from trm.layers import Rope, causal_mask
 from trm.model import TRMForCausalLM
+
+
+class Vocabulary(NamedTuple):
+    """Some of the tokens: their rows of the head (K, D), and the row of each, places (V,), -1 for others."""
+
+    head: Tensor
+    places: Tensor
+
+
+def seen_vocabulary(model: TRMForCausalLM, examples: Sequence[Example]) -> Vocabulary:
+    """The tokens that are a label in any example, of any step."""
+    head = model.head.weight
+    replies = chain.from_iterable((e.ids[e.label_start :], *e.step_replies) for e in examples)
+    seen = torch.tensor(sorted(set(chain.from_iterable(replies))), device=head.device)
+    places = torch.full((len(head),), -1, device=head.device)
+    places[seen] = torch.arange(len(seen), device=head.device)
+    return Vocabulary(head.detach()[seen], places)
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,7 @@ class Prepared:
     (B, 1, Q, S) at the recursion's queries: Q = A, the answer positions only, for keys from the
     context, else S. `answers` (M, 2) are the labelled (row, query) pairs, `targets` (T, M) their labels after each
     step, IGNORE_INDEX where a step's is shorter than the answer, and `settled` (T, M) says where halting may begin.
+    Labels are rows of `head` (K, D): some of the rows of the model's own, or None for all.
     """
 
     states: Tensor
@@ -39,6 +59,7 @@ class Prepared:
     answers: Tensor
     targets: Tensor
     settled: Tensor
+    head: Tensor | None
 
     def step_targets(self, step: int) -> tuple[Tensor, Tensor]:
         """`targets` and `settled` (M,) of supervision step `step`, from 0."""
@@ -62,8 +83,12 @@ def encode(model: TRMForCausalLM, batch: Batch) -> tuple[Tensor, Rope]:
 
 
 @torch.no_grad()
-def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -> Prepared:
+def prepare(
+    model: TRMForCausalLM, batch: Batch, states: Tensor | None = None, vocabulary: Vocabulary | None = None
+) -> Prepared:
     """Choose the recursion's queries, on backbone states (B, S, C, D) that were kept, else computed now.
+
+    Labels are predicted among the tokens of `vocabulary`, else among all.
 
     With keys from the context no query sees another query's state, so that prompt positions
     need no recursion.
@@ -76,11 +101,13 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     else:
         states = states.to(mask.device, model.decoder.halt_head.weight.dtype)
         rope = model.backbone.rope(_positions(batch))
-    targets = batch.labels[:, labelled]
+    targets, head = batch.labels[:, labelled], None
     settled = settled_labels(targets, labelled.nonzero()[:, 0], len(labelled))
+    if vocabulary is not None:
+        targets, head = torch.where(targets == IGNORE_INDEX, targets, vocabulary.places[targets]), vocabulary.head
     x = states[:, :, -1]
     if model.config.kv_source == "state":
-        return Prepared(states, rope, x, rope, mask, labelled.nonzero(), targets, settled)
+        return Prepared(states, rope, x, rope, mask, labelled.nonzero(), targets, settled, head)
     start, count = labelled.int().argmax(dim=1), labelled.sum(dim=1)
     offsets = torch.arange(batch.num_queries, device=x.device)
     queries = (start[:, None] + offsets).clamp(max=length - 1)  # (B, A); what exceeds a row's count is not read
@@ -88,7 +115,7 @@ def prepare(model: TRMForCausalLM, batch: Batch, states: Tensor | None = None) -
     cos, sin = (part[rows, queries] for part in rope)
     answers = (offsets < count[:, None]).nonzero()
     seen = mask[:, 0][rows, queries].unsqueeze(1)
-    return Prepared(states, rope, x[rows, queries], (cos, sin), seen, answers, targets, settled)
+    return Prepared(states, rope, x[rows, queries], (cos, sin), seen, answers, targets, settled, head)
 
 
 def settled_labels(targets: Tensor, rows: Tensor, num_rows: int) -> Tensor:
@@ -131,7 +158,8 @@ def token_losses(model: TRMForCausalLM, y: Tensor, prepared: Prepared, step: int
 
     targets, settled = prepared.step_targets(step)
     normed, halt = recompute_in_backward(heads, y, use_reentrant=False, preserve_rng_state=False)
-    losses, right = cross_entropy(normed, model.head.weight, targets)
+    head = model.head.weight if prepared.head is None else prepared.head
+    losses, right = cross_entropy(normed, head, targets)
     return TokenLosses(losses, right, halt.float(), settled)
 
 

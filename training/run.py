@@ -114,8 +114,9 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
 
 
 def _report_end(trainer: Trainer, record: dict[str, Any], run_dir: Path) -> None:
-    """The summary that is in run.json, and how to go on."""
-    logger.info("%s:\n%s", run_dir / RUN_JSON, "\n".join(f"  {name}: {value}" for name, value in record.items()))
+    """How far it came, which checkpoint is best, and how to go on."""
+    if best := record["best"]:
+        logger.info("lowest validation loss: %.4g, of checkpoint-%d", best["loss"], best["step"])
     duration = timedelta(seconds=round(record["wall_s"]))
     if trainer.step == trainer.total_steps:
         logger.info("finished at step %d after %s", trainer.step, duration)

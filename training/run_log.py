@@ -9,13 +9,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from training.validation import Validation
 
@@ -45,7 +44,8 @@ class RunLog:
         self._bar = self._open.enter_context(
             tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         )
-        self._open.enter_context(logging_redirect_tqdm())
+        if not self._bar.disable:
+            self._open.enter_context(above_the_bar())
         self._since = self._started = time.monotonic()
         self._told = -math.inf  # the first step is told at once: how long all of them will take
         return self
@@ -117,6 +117,32 @@ class RunLog:
             line["tokens_per_s"],
             tqdm.format_interval(left),
         )
+
+
+class _AboveTheBar(logging.Handler):
+    """Hands records on to `handlers` while the bar is cleared."""
+
+    def __init__(self, handlers: list[logging.Handler]) -> None:
+        super().__init__()
+        self.handlers = handlers
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode():
+            for handler in self.handlers:
+                if record.levelno >= handler.level:
+                    handler.handle(record)
+
+
+@contextmanager
+def above_the_bar() -> Iterator[None]:
+    """Within the block log lines do not run into the bar of a terminal."""
+    root = logging.getLogger()
+    before = root.handlers
+    root.handlers = [_AboveTheBar(before)]
+    try:
+        yield
+    finally:
+        root.handlers = before
 
 
 def summarise(reports: list[dict[str, Any]], n_supervision: int) -> dict[str, Any]:

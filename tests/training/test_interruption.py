@@ -104,3 +104,4 @@ def test_a_signal_ends_the_step_saves_and_exits_0(
     assert process.exitcode == 0
     record = json.loads((run / "run.json").read_text())
     assert record["step"] == record["last"]["step"] == step_of(checkpoints(run)[-1]) < 100_000
+    assert (record["validation"] is not None) == (record["step"] % 7 == 0), "nobody waits for a validation out of turn"

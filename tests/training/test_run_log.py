@@ -2,8 +2,10 @@
 
 import errno
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.training.comparing import differing_tensors
 from training.config import TrainSettings
 from training.run import train
-from training.run_log import RunLog, summarise
+from training.run_log import RunLog, above_the_bar, summarise
 from trm.errors import CheckpointError, DeviceError
+from trm.logs import LineHandler
 
 Settings = Callable[..., TrainSettings]
 
@@ -49,6 +52,49 @@ def test_curves_go_on_without_duplicates(settings: Settings, gradient: str) -> N
     assert [line["loss"] for line in lines if "loss" in line] == [
         pytest.approx(value) for _, value in after["training/loss"]
     ]
+
+
+def test_the_first_step_is_told_at_once_and_each_line_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    report = {"loss": 1.5, "supervision_step": None, "grad_norm": 2.0, "lr": 1e-4, "tokens": 10}
+    report |= {"losses": [1.5], "halting_losses": [0.1], "token_accuracies": [0.5]}
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [LineHandler(2)])
+
+    with RunLog(tmp_path, 0, 300, n_supervision=1) as log:
+        for step in range(1, 6):  # long before a line of log.jsonl is due
+            log.training(step, report, is_last=False)
+
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("step 1 of 300, loss 1.5, ")
+    assert line.endswith(" left")
+    assert not (tmp_path / "log.jsonl").read_text()
+
+
+def test_log_lines_stand_above_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Written(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            events.append(record.getMessage())
+
+    @contextmanager
+    def cleared() -> Iterator[None]:
+        events.append("cleared")
+        yield
+        events.append("drawn")
+
+    monkeypatch.setattr("training.run_log.tqdm.external_write_mode", cleared)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [Written()])
+    with above_the_bar():
+        logging.getLogger("training").warning("one")
+    logging.getLogger("training").warning("two")
+
+    assert events == ["cleared", "one", "drawn", "two"]
 
 
 def test_means_are_per_supervision_step() -> None:
