@@ -81,6 +81,11 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
         device,
         "on" if trainer.autocast else "off",
     )
+    if (vocabulary := trainer.feed.vocabulary) is not None:
+        logger.info(
+            "the training loss is over %d of %d tokens, those of the replies; the validation loss over all",
+            *(len(part) for part in vocabulary),
+        )
     before = checkpoint.read_json(run_dir / RUN_JSON) if settings.resume and (run_dir / RUN_JSON).exists() else {}
     checkpoint.write_json(run_dir / RUN_JSON, before | summary)
     try:

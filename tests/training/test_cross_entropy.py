@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import training.cross_entropy
+from tests.training.comparing import differing_tensors
 from tests.training.test_trainer import make_trainer
 from training.batches import IGNORE_INDEX, num_labels
 from training.config import TrainSettings
 from training.cross_entropy import cross_entropy
+from training.run import train
 from training.validation import measure
+from trm import TRMForCausalLM
+from trm.errors import ConfigError
 
 LABELS, HIDDEN, VOCABULARY = 40, 16, 101
 
@@ -140,3 +145,47 @@ def test_logits_are_never_whole(
     assert labels > head.shape[1]
     assert sum(map(num_labels, examples)) > head.shape[1]
     assert max(in_training.numel, in_validation.numel) <= head.numel() < labels * len(head)
+
+
+def test_with_seen_tokens_only_the_loss_is_over_these_and_validation_over_all(
+    settings: Callable[..., TrainSettings],
+) -> None:
+    seen, everything = (
+        make_trainer(settings(train_vocabulary=name, autocast="off", n_supervision=1)) for name in ("seen", "all")
+    )
+    vocabulary = seen.feed.vocabulary
+    assert vocabulary is not None
+    tokens = {token for example in seen.feed.examples for token in example.ids[example.label_start :]}
+    assert len(vocabulary.head) == len(tokens) < len(vocabulary.places)
+
+    model, batch = seen.model, collate([seen.feed.examples[i] for i in seen.feed.batches_of(0)[0]], 0)
+    labelled = batch.labels != IGNORE_INDEX
+    logits = model(batch.input_ids, batch.attention_mask, n_supervision=1).logits[labelled]
+    unseen = torch.tensor([token not in tokens for token in range(logits.shape[1])])
+    expected = F.cross_entropy(logits.masked_fill(unseen, -torch.inf), batch.labels[labelled])
+    for trainer in (seen, everything):
+        trainer.validation = trainer.feed.examples[:4]
+    assert seen.validate() == everything.validate()
+
+    over_seen, over_all = seen.train_step()["loss"], everything.train_step()["loss"]
+
+    assert over_seen == pytest.approx(expected.item(), rel=1e-4)
+    assert over_seen < over_all
+
+
+@pytest.mark.parametrize("kv_source", ["context", "state"])
+def test_a_run_on_seen_tokens_resumes_to_the_bit_and_is_served(
+    settings: Callable[..., TrainSettings], tmp_path: Path, kv_source: str
+) -> None:
+    straight = train(settings(train_vocabulary="seen", max_steps=4, save_steps=2, kv_source=kv_source))
+
+    resumed = train(TrainSettings(resume=straight.parent / "checkpoint-2", output_dir=tmp_path / "resumed"))
+
+    assert differing_tensors(resumed, straight) == []
+    model = TRMForCausalLM.from_pretrained(straight)
+    assert model(torch.arange(5)[None]).logits.shape[-1] == model.config.vocab_size
+
+
+def test_seen_tokens_and_a_trained_head_are_refused(settings: Callable[..., TrainSettings]) -> None:
+    with pytest.raises(ConfigError, match="--train-vocabulary seen: the head must stay frozen"):
+        settings(train_vocabulary="seen", train_lm_head=True)
