@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import training.cross_entropy
 from tests.training.comparing import differing_tensors
 from tests.training.test_trainer import make_trainer
-from training.batches import IGNORE_INDEX, num_labels
+from training.batches import IGNORE_INDEX, collate, num_labels
 from training.config import TrainSettings
 from training.cross_entropy import cross_entropy
 from training.run import train
@@ -159,10 +159,10 @@ def test_with_seen_tokens_only_the_loss_is_over_these_and_validation_over_all(
     assert len(vocabulary.head) == len(tokens) < len(vocabulary.places)
 
     model, batch = seen.model, collate([seen.feed.examples[i] for i in seen.feed.batches_of(0)[0]], 0)
-    labelled = batch.labels != IGNORE_INDEX
+    labelled = batch.labels[-1] != IGNORE_INDEX
     logits = model(batch.input_ids, batch.attention_mask, n_supervision=1).logits[labelled]
     unseen = torch.tensor([token not in tokens for token in range(logits.shape[1])])
-    expected = F.cross_entropy(logits.masked_fill(unseen, -torch.inf), batch.labels[labelled])
+    expected = F.cross_entropy(logits.masked_fill(unseen, -torch.inf), batch.labels[-1][labelled])
     for trainer in (seen, everything):
         trainer.validation = trainer.feed.examples[:4]
     assert seen.validate() == everything.validate()
@@ -171,6 +171,21 @@ def test_with_seen_tokens_only_the_loss_is_over_these_and_validation_over_all(
 
     assert over_seen == pytest.approx(expected.item(), rel=1e-4)
     assert over_seen < over_all
+
+
+def test_seen_tokens_include_those_of_intermediate_results(settings: Callable[..., TrainSettings]) -> None:
+    changes = {"dataset": "synthetic:mental", "step_targets": True, "autocast": "off"}
+    seen, everything = (make_trainer(settings(train_vocabulary=name, **changes)) for name in ("seen", "all"))
+    vocabulary = seen.feed.vocabulary
+    assert vocabulary is not None
+    tokens = vocabulary.places.argsort()[-len(vocabulary.head) :]  # the token of each row
+
+    found, expected = (trainer.feed.prepare(range(24)).targets for trainer in (seen, everything))
+
+    assert len(found) > 1
+    assert torch.equal(torch.where(found < 0, found, tokens[found.clamp(min=0)]), expected)
+    assert (expected == IGNORE_INDEX).any()
+    assert seen.train_step()["loss"] < everything.train_step()["loss"]
 
 
 @pytest.mark.parametrize("kv_source", ["context", "state"])
