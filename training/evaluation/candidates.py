@@ -18,7 +18,7 @@ DECIDING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "cha
 
 @dataclass(frozen=True)
 class Run:
-    """One way of answering every problem: greedily, or with `samples` replies, at a temperature of their own."""
+    """One way of answering every problem: greedily, or with `samples` replies drawn at a temperature."""
 
     candidate: str
     effort: int

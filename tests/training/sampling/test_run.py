@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from training.cli import sample as command
 from training.config import SampleSettings, TrainSettings
@@ -150,13 +151,15 @@ def test_the_file_is_a_data_set(make: Make, tmp_path: Path) -> None:
     assert train(TrainSettings(dataset=str(settings.output), output_dir=tmp_path / "run", **small)).is_dir()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_precision_is_a_setting(make: Make, dtype: str) -> None:
-    """In bfloat16 replies are the same to the bit in any company; the settings beside the rows say it."""
-    settings = make(dtype=dtype, limit=1, samples=1)
-    sample(settings)
+def test_precision_is_a_setting(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr("training.sampling.run.load", lambda *how: loaded.append(load(*how)) or loaded[-1])
 
-    assert json.loads(beside(settings.output, "json").read_text())["dtype"] == dtype
+    for name, model in (("ours", None), ("plain", str(PLAIN))):
+        settings = make(model=model, dtype="bfloat16", limit=1, samples=1, output=tmp_path / name)
+        sample(settings)
+        assert json.loads(beside(settings.output, "json").read_text())["dtype"] == "bfloat16"
+    assert {m.backbone.dtype for m, _ in loaded} == {m.decoder.dtype for m, _ in loaded} == {torch.bfloat16}
 
 
 # --- with replies that are given -----------------------------------------------------------------
