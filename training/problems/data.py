@@ -23,7 +23,7 @@ from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
 from trm import extra
 from trm.answers import boxed, convert_gsm8k, extract_boxed, gsm8k_equations, normalize
-from trm.chat import ChatFormat, Example, Work
+from trm.chat import SYSTEM_PROMPTS, ChatFormat, Example, Work
 from trm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,10 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
             raise ValueError(r"the solution has neither #### nor a \boxed{} answer")
         equations = gsm8k_equations(solution)
         solution = convert_gsm8k(solution, keep_annotations)
-    problem = Problem(question, solution, source, equations)
+    work = row.get("work")
+    if not (work is None or (isinstance(work, str) and work in SYSTEM_PROMPTS)):
+        raise ValueError(f"work is {work!r}, not one of {', '.join(SYSTEM_PROMPTS)}")
+    problem = Problem(question, solution, source, equations, work=work)
     if row.get("steps") in (None, []):
         steps = tuple(equation.rpartition("=")[2].strip() for equation in equations)
         return replace(problem, steps=steps) if _lead_to(steps, problem.answer) else problem

@@ -64,6 +64,7 @@ class Solutions:
             "question": problem.question,
             "answer": answer.reply.strip(),
             **({} if steps is None else {"steps": steps}),
+            **({} if problem.work is None else {"work": problem.work}),
             "source": problem.source,
             "model": self._model,
             "seed": noise_seed(self._settings.seed, answer.problem),

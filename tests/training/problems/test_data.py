@@ -243,6 +243,19 @@ def test_a_problem_with_work_of_its_own_is_asked_so_once(chat: ChatFormat) -> No
     assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["none"], f"\\boxed{{{mental.answer}}}")
 
 
+@pytest.mark.parametrize("work", ["some", 3, ["none"], {}, True])
+def test_work_of_another_kind_is_reported_with_its_line(
+    work: Any, jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": "2+3?", "answer": r"\boxed{5}", "work": kind} for kind in ("none", None, work)]
+    path = jsonl(*rows)
+
+    loaded = load_problems(str(path), split="train", seed=0)
+
+    assert [problem.work for problem in loaded] == ["none", None]
+    assert f"{path}:3: work is {work!r}, not one of full, equations, none; row left out" in caplog.text
+
+
 def test_problems_without_equations_are_counted(chat: ChatFormat, caplog: pytest.LogCaptureFixture) -> None:
     bare = Problem("Q?", "\\boxed{5}", "rows:2")
     with caplog.at_level(logging.WARNING):

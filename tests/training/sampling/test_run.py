@@ -151,6 +151,18 @@ def test_the_file_is_a_data_set(make: Make, tmp_path: Path) -> None:
     assert train(TrainSettings(dataset=str(settings.output), output_dir=tmp_path / "run", **small)).is_dir()
 
 
+def test_rows_say_how_much_work_their_replies_show(make: Make) -> None:
+    settings = make(dataset="synthetic:mental*9,have", temperature=1.0, keep_solved=True, limit=20, max_tokens=64)
+    sample(settings)
+
+    rows = rows_of(settings.output)
+    families = {row["source"]: row.get("work") for row in rows}
+    assert families["mental"] == "none"
+    assert families.get("have") is None
+    loaded = load_problems(str(settings.output), split="train", seed=0)
+    assert [problem.work for problem in loaded] == [row.get("work") for row in rows]
+
+
 def test_precision_is_a_setting(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     monkeypatch.setattr("training.sampling.run.load", lambda *how: loaded.append(load(*how)) or loaded[-1])
