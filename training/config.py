@@ -24,8 +24,8 @@ DATASET_HELP = "gsm8k, numina, math, synthetic[:FAMILY[*WEIGHT],…] or a JSON-l
 
 
 def split_words(value: Any) -> Any:
-    """Words with commas or spaces between them as a list, anything else as it is."""
-    return value.replace(",", " ").split() if isinstance(value, str) else value
+    """Words with commas or spaces between them as a list, and so a single number of a file; anything else as it is."""
+    return [value] if isinstance(value, int) else value.replace(",", " ").split() if isinstance(value, str) else value
 
 
 class TrainSettings(Settings):
@@ -280,7 +280,7 @@ class EvalSettings(Settings):
     @field_validator("effort", "control", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int) else split_words(value)
+        return split_words(value)
 
 
 class SampleSettings(Settings):

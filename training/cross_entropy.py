@@ -32,7 +32,8 @@ def cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
     labelled = targets != IGNORE_INDEX
-    found, hits = _CrossEntropy.apply(states[labelled], head, targets[labelled], dtype)
+    with_gradient = torch.is_grad_enabled() and (states.requires_grad or head.requires_grad)
+    found, hits = _CrossEntropy.apply(states[labelled], head, targets[labelled], dtype, with_gradient)
     losses, right = found.new_zeros(len(targets)), torch.zeros_like(labelled)
     losses[labelled], right[labelled] = found, hits
     return losses, right
@@ -42,10 +43,11 @@ class _CrossEntropy(torch.autograd.Function):
     """All targets are labels. As in flash attention, the largest logit so far sets the scale of what is added up."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, states: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         num_rows, num_columns = BLOCKS["cuda" if states.is_cuda else "cpu"]
-        with_gradient = any(ctx.needs_input_grad[:2])
         hidden = states.to(dtype)
         pull = torch.empty_like(states, dtype=wide) if with_gradient else None
         margins = states.new_empty(len(states), dtype=wide)
@@ -87,10 +89,10 @@ class _CrossEntropy(torch.autograd.Function):
         return losses, right
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         scale = gradients[0][:, None]
         pull, *rest = ctx.saved_tensors
-        return pull * scale, _head_gradient(scale, *rest) if rest else None, None, None
+        return pull * scale, _head_gradient(scale, *rest) if rest else None, None, None, None
 
 
 def _head_gradient(scale: Tensor, hidden: Tensor, head: Tensor, targets: Tensor, logsumexp: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def resumed_settings(settings: TrainSettings, resume: Path) -> TrainSettings:
     Raises ConfigError for a setting given now that contradicts the run.
     """
     checkpoint_dir = checkpoints.find(resume)
-    stored = checkpoints.read_state(checkpoint_dir)["settings"]
+    defaults = TrainSettings.model_construct().model_dump(mode="json", exclude={"config", "resume"})
+    stored = defaults | checkpoints.read_state(checkpoint_dir)["settings"]  # an older program knew fewer settings
     now = settings.model_dump(mode="json", exclude={"config", "resume"})
     given = {name: value for name, value in now.items() if name in settings.model_fields_set}
     for name, value in given.items():

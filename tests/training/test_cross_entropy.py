@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import training.cross_entropy
 from tests.training.comparing import differing_tensors
@@ -111,6 +112,16 @@ def test_no_labels_no_losses() -> None:
 
     assert losses.shape == right.shape == (0,)
     assert not torch.autograd.grad(losses.sum(), head)[0].any()
+
+
+def test_without_gradient_only_logits_are_multiplied() -> None:
+    states, head, targets, _ = draw(torch.float32)
+    labels = int((targets != IGNORE_INDEX).sum())
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cross_entropy(states, head, targets)
+
+    assert counter.get_total_flops() == 2 * labels * HIDDEN * VOCABULARY
 
 
 class Largest(TorchDispatchMode):

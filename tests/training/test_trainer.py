@@ -278,6 +278,20 @@ def test_resuming_with_other_settings_or_data_is_refused(settings: Settings, jso
         train(TrainSettings(resume=last))
 
 
+def test_a_run_of_an_older_program_has_the_defaults_of_newer_settings(settings: Settings) -> None:
+    last = train(settings(max_steps=1))
+    path = last / STATE_JSON
+    state = json.loads(path.read_text())
+    for name in ("replies", "step_targets", "context_layers"):
+        del state["settings"][name]
+    path.write_text(json.dumps(state))
+
+    with pytest.raises(ConfigError, match=r"--replies \['answer'\]: the run to resume has \['worked'\]"):
+        train(TrainSettings(resume=last, replies=["answer"]))
+    same = {"replies": ["worked"], "step_targets": False, "context_layers": []}
+    assert train(TrainSettings(resume=last, max_steps=2, **same)).name == "checkpoint-2"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -448,8 +462,21 @@ def test_replies_may_be_several(given: str, monkeypatch: pytest.MonkeyPatch) -> 
         TrainSettings.from_command_line(["--replies", "prose"])
 
 
-def test_a_checkpoint_says_how_much_work_its_replies_show(settings: Callable[..., TrainSettings]) -> None:
+@pytest.mark.parametrize("given", ["2", "[2]", "0, 2", "[0, 2]"])
+def test_context_layers_in_a_file(given: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"context_layers: {given}\n")
+
+    assert TrainSettings.from_command_line(["--config", str(file)]).context_layers in ([2], [0, 2])
+
+
+def test_a_checkpoint_says_how_much_work_its_replies_show(
+    settings: Callable[..., TrainSettings], jsonl: Callable[..., Path]
+) -> None:
     mixed = settings(dataset="synthetic:easy,mental", replies=["equations"], max_steps=1)
 
     assert checkpoint.read_config(train(mixed)).work == ["equations", "none"]
     assert checkpoint.read_config(train(settings(output_dir=mixed.output_dir / "2", max_steps=1))).work == ["full"]
+    bare = str(jsonl({"question": "1 and 1?", "answer": "#### 2"}))
+    both = settings(dataset=bare, replies=["worked", "equations"], output_dir=mixed.output_dir / "3", max_steps=1)
+    assert checkpoint.read_config(train(both)).work == ["full"], "no reply is equations alone"

@@ -67,8 +67,8 @@ class Answers:
     """Finished answers by key, on the way to all that are `wanted`. With a place, those that lie there are among them,
     and every new one goes there too.
 
-    `asked` maps each setting that decides the result to its value: a place with others is refused. `about` is only
-    noted beside them. If interrupted, it says what is kept.
+    `asked` maps each setting that decides the result to its value: a place with others is refused, unless nothing was
+    made there yet. `about` is only noted beside them. If interrupted, it says what is kept.
     """
 
     def __init__(
@@ -85,19 +85,22 @@ class Answers:
         if place is None:
             return
         require_writable(place.settings.parent, place.flag.split()[0])
-        if place.settings.exists():
-            _require_same(place, asked)
-        elif found := [path.name for path in (place.result, place.answers) if path.exists()]:
-            raise ConfigError(
-                f"{place.flag}: there is {' and '.join(found)} already, but no {place.settings.name} "
-                "to say how it was made; choose another place"
-            )
-        else:
+        note = {**(about or {}), **asked}
+        if not place.settings.exists():
+            if found := [path.name for path in (place.result, place.answers) if path.exists()]:
+                raise ConfigError(
+                    f"{place.flag}: there is {' and '.join(found)} already, but no {place.settings.name} "
+                    "to say how it was made; choose another place"
+                )
             with writing(place.settings):
-                checkpoint.write_json(place.settings, {**(about or {}), **asked})
+                checkpoint.write_json(place.settings, note)
         self._file = JsonLines(place.answers, "a")
         try:
             lock(self._file.file, place.flag, place.command)
+            if _is_untouched(place, asked):
+                with writing(place.settings):
+                    checkpoint.write_json(place.settings, note)
+            _require_same(place, asked)
             self._read(place.answers)
         except BaseException:
             self._file.close()
@@ -135,6 +138,12 @@ class Answers:
             except (ValueError, TypeError) as error:
                 raise CheckpointError(f"{path}:{number}: not an answer: {error}; remove that line") from error
             self.by_key[answer.key] = answer
+
+
+def _is_untouched(place: Place, asked: Mapping[str, Any]) -> bool:
+    """Whether a command of ours has noted its settings there, and then made nothing of them."""
+    made = any(path.exists() and path.stat().st_size for path in (place.answers, place.result))
+    return not made and checkpoint.read_json(place.settings).keys() >= asked.keys()
 
 
 def _require_same(place: Place, asked: Mapping[str, Any]) -> None:

@@ -90,8 +90,8 @@ def _at_once(result: str, chat: ChatFormat) -> tuple[int, ...]:
 
 
 def asked_work(rows: Sequence[Problem], replies: Sequence[Replies]) -> list[Work]:
-    """How much work is asked for of the problems, one way or another, most first."""
-    asked = {work for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])}
+    """How much work is asked for of the problems, and known, one way or another, most first."""
+    asked = {work for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies]) if p.shows(work)}
     return [work for work in WORK.values() if work in asked]
 
 

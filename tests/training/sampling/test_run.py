@@ -295,6 +295,29 @@ def test_another_command_is_refused(make: Make, decoded: list[Any], tmp_path: Pa
     sample(make(**begun, max_rows=3, num_threads=1))  # decides nothing
 
 
+def test_a_place_without_one_reply_takes_other_settings(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lower --max-tokens"):
+        sample(make(max_tokens=10**6))
+
+    sample(make(limit=1, samples=1))
+
+    settings = json.loads(beside(tmp_path / "own.jsonl", "json").read_text())
+    assert settings["max_tokens"] == 48
+    beside(tmp_path / "own.jsonl", "replies").write_text("")
+    (tmp_path / "own.jsonl").write_text("precious\n")
+    with pytest.raises(ConfigError, match="begun with another --seed"):
+        sample(make(limit=1, samples=1, seed=4))
+    assert (tmp_path / "own.jsonl").read_text() == "precious\n"
+
+
+def test_a_file_of_the_settings_name_is_not_touched(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl.json").write_text('{"precious": 1}')
+
+    with pytest.raises(ConfigError, match="begun with another --samples"):
+        sample(make())
+    assert (tmp_path / "own.jsonl.json").read_text() == '{"precious": 1}'
+
+
 @pytest.mark.parametrize("there", ["own.jsonl", "own.jsonl.replies"])
 def test_what_is_not_ours_is_not_touched(make: Make, decoded: list[Any], tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("precious\n")
