@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from training.batches import PAD_MULTIPLE, epoch_order
 from training.building import model_settings
 from training.config import TrainSettings
+from training.cross_entropy import BLOCKS
 from training.problems.data import encode_problems, load_problems
 from trm import bundled_model_path, checkpoint
 from trm.chat import ChatFormat, Example
@@ -97,17 +98,19 @@ def weights(config: TRMConfig) -> tuple[int, int]:
 
 
 def memory(config: TRMConfig, sizes: BatchSizes, backbone_bytes: int, gradient: str) -> dict[str, float]:
-    """Bytes by use, with activations in float32 and logits in float32 (three copies at the peak)."""
+    """Bytes by use, with activations in float32. Of logits there is a block, in float32 and twice in bfloat16."""
     frozen, trained = weights(config)
     queries, d = sizes.rows * sizes.queries, config.hidden_size
     cycles = 1 if gradient == "paper" else config.n_cycles
     call = 4 * (6 * d + 4 * config.intermediate_size) * config.n_layers
+    rows, columns = BLOCKS["cuda"]
+    kept_steps = config.n_supervision if gradient == "full" else 1
     return {
         "backbone": backbone_bytes * frozen,
         "masters, average, AdamW, gradients": 4 * ADAMW_COPIES * trained,
         "activations of one step": queries * call * cycles * (config.n_latent + 1),
-        "logits of one step": 3 * 4 * sizes.labels * config.vocab_size,
-        "states (y, z) of all steps": 8 * queries * d * (config.n_supervision if gradient == "full" else 1),
+        "block of logits": 8 * min(rows, sizes.labels) * min(columns, config.vocab_size),
+        "states (y, z) of all steps, gradients at their labels": (8 * queries + 4 * sizes.labels) * d * kept_steps,
     }
 
 
