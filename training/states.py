@@ -120,7 +120,7 @@ def size_bytes(model: TRMForCausalLM, examples: Sequence[Example]) -> int:
 
 def _shape(model: TRMForCausalLM) -> tuple[int, int]:
     """Of the states of a token: C, D."""
-    return model.config.num_states, model.config.hidden_size
+    return len(model.config.state_layers), model.config.hidden_size
 
 
 def store_bytes(model: TRMForCausalLM, examples: Sequence[Example]) -> int:
@@ -164,7 +164,7 @@ def keep(
     """
     needed = store_bytes(model, examples)
     name = hashlib.sha256(
-        f"{FORMAT}/{key}/{model.config.context_layers}/{model.backbone.dtype}/{autocast}".encode()
+        f"{FORMAT}/{key}/{model.config.state_layers}/{model.backbone.dtype}/{autocast}".encode()
     ).hexdigest()[:16]
     file = directory / f"{name}.states"
     place = workers.agree(choose(wanted, needed, file, epochs))

@@ -62,8 +62,7 @@ class TRMConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(architecture, **known)
         if self.backbone_config is None:
             self.backbone_config = AutoConfig.for_model("qwen2")
-        if not self.context_layers:
-            self.context_layers = [self.backbone_config.num_hidden_layers]
+        self.context_layers = self.context_layers or None
         if not self.work:
             self.work = ["full"]
         self._check()
@@ -105,7 +104,7 @@ class TRMConfig(PreTrainedConfig):
             raise ConfigError(f"kv_source is {self.kv_source!r}; it must be one of {', '.join(KV_SOURCES)}")
         if unknown := [work for work in self.work or () if work not in SYSTEM_PROMPTS]:
             raise ConfigError(f"work holds {unknown[0]!r}; it may hold {', '.join(SYSTEM_PROMPTS)}")
-        layers, last = self.context_layers or [], backbone.num_hidden_layers
+        layers, last = self.state_layers, backbone.num_hidden_layers
         if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] != last:
             raise ConfigError(f"context_layers is {layers}; it must rise from at least 0 to {last}, the whole backbone")
         if len(layers) > 1 and self.kv_source != "context":
@@ -125,9 +124,9 @@ class TRMConfig(PreTrainedConfig):
         return -(-int(self.expansion * self.hidden_size * 2 / 3) // 64) * 64
 
     @property
-    def num_states(self) -> int:
-        """States of a token that the context is mixed from."""
-        return len(self.context_layers or ())
+    def state_layers(self) -> list[int]:
+        """After how many layers of the backbone each of a token's C states stands; the last is x."""
+        return self.context_layers or [self.backbone_config.num_hidden_layers]
 
     @property
     def calls_per_step(self) -> int:

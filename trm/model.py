@@ -90,8 +90,8 @@ class Decoder(nn.Module):
             for _ in range(config.n_layers)
         )
         self.halt_head = nn.Linear(config.hidden_size, 1)
-        sizes = config.num_states, config.hidden_size
-        self.context_mix = nn.Parameter(torch.empty(sizes)) if config.num_states > 1 else None
+        sizes = len(config.state_layers), config.hidden_size
+        self.context_mix = nn.Parameter(torch.empty(sizes)) if config.context_layers else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -320,11 +320,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def encode(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Tensor:
-        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `context_layers`,
+        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `state_layers`,
         scaled by rms. The last is x.
         """
         streams = enumerate(self.backbone.streams(embedded, rope, key_values))
-        return torch.stack([rms(r) for count, r in streams if count in self.config.context_layers], dim=-2)
+        return torch.stack([rms(r) for count, r in streams if count in self.config.state_layers], dim=-2)
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""

@@ -155,6 +155,10 @@ def test_a_run_is_stopped_killed_and_resumed_by_its_directory(tmp_path: Path) ->
 def start_command(name: str, *arguments: str) -> subprocess.Popen[str]:
     command = [str(COMMANDS / name), *arguments]
     pipe = subprocess.PIPE
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in the background of a shell; a child would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment())
 
 

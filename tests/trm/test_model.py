@@ -903,13 +903,13 @@ def test_chat_prompts_of_the_real_tokenizer_equal_solo_runs(qwen2_tokenizer, tie
         assert_same_tokens(row, alone(model, prompt, 6), NEAR_TIE)
 
 
-def test_a_context_of_one_state_is_the_last_and_has_no_weights():
-    plain, named = make_model(), make_model(context_layers=[2])
+def test_a_plain_context_is_the_last_state_and_has_no_weights():
+    plain, empty = make_model(), make_model(context_layers=[])
     ids = torch.tensor([some_prompt(9)])
 
-    assert torch.equal(plain(ids).logits, named(ids).logits)
-    assert set(plain.trained_state()) == set(named.trained_state())
-    assert plain.config.context_layers == [2]
+    assert torch.equal(plain(ids).logits, empty(ids).logits)
+    assert "decoder.context_mix" not in plain.trained_state()
+    assert plain.config.state_layers == empty.config.state_layers == [2]
 
 
 def test_a_mixed_context_is_the_weighted_states_scaled_by_rms():
