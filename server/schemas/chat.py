@@ -52,12 +52,7 @@ WORK_IS_THE_SYSTEM_PROMPT = Rule(
     "work",
     "work puts its own system prompt in front of the messages; leave it out, or leave your system message out",
     lambda body: body.work is None or not any(message.is_system for message in body.messages or ()),
-    {
-        "anyOf": [
-            {"properties": {"work": {"type": "null"}}},
-            {"properties": {"messages": {"items": {"properties": {"role": {"not": {"enum": sorted(SYSTEM_ROLES)}}}}}}},
-        ]
-    },
+    {},  # a condition on the items of a list is more than tools can make requests from; the field says it in words
 )
 
 
@@ -76,7 +71,7 @@ class ChatRequest(Generation):
     )
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
-    work: Work | None = None
+    work: Work | None = Field(None, description="not together with a system message of the client's own")
     max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -9,7 +9,10 @@ JSONSchema = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """A body that it does not hold for is refused with `message`, for the field `param`."""
+    """A body that it does not hold for is refused with `message`, for the field `param`.
+
+    `schema` says the same, or nothing where that would be too much for tools.
+    """
 
     param: str
     message: str

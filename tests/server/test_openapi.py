@@ -65,11 +65,6 @@ def test_ids_up_to_the_largest(largest):
         ({"work": "some"}, False),
         ({"work": "none", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, True),
         ({"work": None, "messages": [{"role": "system", "content": "a"}]}, True),
-        ({"work": "none", "messages": [{"role": "system", "content": "a"}]}, False),
-        (
-            {"work": "full", "messages": [{"role": "user", "content": "a"}, {"role": "developer", "content": "b"}]},
-            False,
-        ),
         ({"model": "other"}, False),
         ({"unknown": 1}, False),
     ],
