@@ -323,8 +323,8 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `state_layers`,
         scaled by rms. The last is x.
         """
-        streams = enumerate(self.backbone.streams(embedded, rope, key_values))
-        return torch.stack([rms(r) for count, r in streams if count in self.config.state_layers], dim=-2)
+        layers, streams = self.config.state_layers, self.backbone.streams(embedded, rope, key_values)
+        return torch.stack([rms(r) for count, r in enumerate(streams) if count in layers], dim=-2)
 
     def readout(self, y: Tensor) -> Tensor:
         """Logits (…, V) of answer states y (…, D), through the backbone's final norm weight and the head."""

@@ -48,6 +48,9 @@ class ChatMessage(Body):
         return self.role in SYSTEM_ROLES
 
 
+WorkOfMessages = Annotated[
+    Work | None, Field(description="how much work the reply shows; not together with a system message of one's own")
+]
 WORK_IS_THE_SYSTEM_PROMPT = Rule(
     "work",
     "work puts its own system prompt in front of the messages; leave it out, or leave your system message out",
@@ -71,7 +74,7 @@ class ChatRequest(Generation):
     )
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
-    work: Work | None = Field(None, description="not together with a system message of the client's own")
+    work: WorkOfMessages = None
     max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -50,8 +50,8 @@ class Body(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler.resolve_ref_schema(handler(core_schema))
-        if cls.rules:
-            schema["allOf"] = [rule.schema for rule in cls.rules]
+        if conditions := [rule.schema for rule in cls.rules if rule.schema]:
+            schema["allOf"] = conditions
         return schema
 
 

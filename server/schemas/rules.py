@@ -1,4 +1,7 @@
-"""Rules between the fields of one body: what is checked is what the JSON schema says. `null` is as good as absent."""
+"""Rules between the fields of one body: what is checked is what the JSON schema says, as far as tools understand that.
+
+`null` is as good as absent.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,10 +4,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field
 
-from server.schemas.chat import WORK_IS_THE_SYSTEM_PROMPT, ChatMessage
+from server.schemas.chat import WORK_IS_THE_SYSTEM_PROMPT, ChatMessage, WorkOfMessages
 from server.schemas.common import Body, Integer
 from server.schemas.rules import Rule, at_least_one, at_most_one, needs
-from trm.chat import Work
 
 
 class TokenizeRequest(Body):
@@ -34,7 +33,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    work: Work | None = None
+    work: WorkOfMessages = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

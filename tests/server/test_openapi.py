@@ -106,6 +106,14 @@ async def test_what_only_the_engine_checks_is_documented_too(described, chat_bod
     assert not accepts(described, "CompletionRequest", {"prompt": [[99999999]]})
 
 
+async def test_what_tools_cannot_make_requests_from_is_said_in_words(described):
+    """`work` not beside a system message: the server refuses it (tests/server/test_chat.py), the field says so."""
+    for name in ("ChatRequest", "TokenizeRequest"):
+        schema = described["components"]["schemas"][name]
+        assert "system message" in schema["properties"]["work"]["description"]
+        assert {} not in schema["allOf"]
+
+
 async def test_every_error_is_documented_in_our_shape(described):
     posted = described["paths"]["/v1/completions"]["post"]["responses"]
     assert posted.keys() == {"200", "400", "404", "408", "413", "429", "431", "500", "503", "504"}

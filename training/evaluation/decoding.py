@@ -24,8 +24,8 @@ Decode = Callable[[Run, Sequence[Key]], Iterator[Answer]]
 
 
 def fingerprint_problems(problems: Sequence[Problem]) -> str:
-    """First 16 hex digits of a SHA-256 over questions and solutions, in order."""
-    rows = json.dumps([(problem.question, problem.solution) for problem in problems])
+    """First 16 hex digits of a SHA-256 over questions, solutions, and work where a problem has its own, in order."""
+    rows = json.dumps([(p.question, p.solution, *([p.work] if p.work else ())) for p in problems])
     return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 

@@ -278,6 +278,19 @@ def test_rows_wait_for_the_problems_before_theirs(
     assert len({*seen, whole}) == 3  # nothing, those of problems 0 and 1, all
 
 
+def test_the_same_problems_asked_otherwise_are_others(
+    make: Make, decoded: list[Any], jsonl: Callable[..., Path]
+) -> None:
+    row = {"question": "1 and 1?", "answer": r"\boxed{2}"}
+    path = jsonl(row)
+    settings = make(dataset=str(path), limit=None)
+    sample(settings)
+    path.write_text(json.dumps(row | {"work": "none"}) + "\n")
+
+    with pytest.raises(ConfigError, match="another --dataset"):
+        sample(settings)
+
+
 def test_another_command_is_refused(make: Make, decoded: list[Any], tmp_path: Path, jsonl: Callable[..., Path]) -> None:
     rows = jsonl({"question": "1 and 1?", "answer": "#### 2"})
     begun: dict[str, Any] = {"limit": 2, "samples": 2}
