@@ -11,6 +11,7 @@ from tests.training.test_trainer import make_trainer
 from training.config import TrainSettings
 from training.problems.problem import Problem
 from training.run import train
+from training.states import States
 from training.validation import averaged, hold_out, split_problems
 from trm.errors import CheckpointError
 
@@ -44,6 +45,7 @@ def test_where_the_problems_come_from(settings: Settings, jsonl: Callable[..., P
 def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Settings) -> None:
     trainer = make_trainer(settings(autocast="off", batch_size=3))
     trainer.validation = trainer.feed.examples[:7]
+    trainer.validation_states = States(trainer.model, trainer.validation, trainer.autocast)
     for _ in range(4):
         trainer.train_step()
     before = {name: p.detach().clone() for name, p in trainer.weights.parameters.items()}
