@@ -10,6 +10,7 @@ from training.trainer import Trainer
 from training.validation import split_problems
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat
+from trm.loading import best_dtype
 
 MODEL_SETTINGS = (
     "n_latent",
@@ -36,6 +37,10 @@ def build_trainer(settings: TrainSettings, source: str, revision: str | None, de
     problems, held_out = split_problems(settings, problems)
     examples = encode_problems(problems, chat, settings.max_length)
     validation = encode_problems(held_out, chat, settings.max_length) if held_out else []
+    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
+        wide = device == "cpu" and settings.autocast == "off"
+        dtype = "float32" if wide else best_dtype(checkpoint.read_backbone_config(source, revision), device)
+        settings = settings.model_copy(update={"backbone_dtype": dtype})
     backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)

@@ -339,3 +339,20 @@ def test_muon_takes_matrices_and_leaves_heads_and_vectors_to_adamw(settings: Set
     assert adam_names == {"decoder.halt_head.weight", "decoder.halt_head.bias", "lm_head.weight"}
     assert sum(len(group["params"]) for group in muon.param_groups) == len(names) - 3
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "large", "dtype"),
+    [({}, 0, "bfloat16"), ({}, 10**9, "float32"), ({"autocast": "off"}, 0, "float32")],
+    ids=["large", "small", "no bfloat16 products"],
+)
+def test_a_large_backbone_is_in_the_type_that_serving_takes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], large: int, dtype: str
+) -> None:
+    monkeypatch.setattr("trm.loading.LARGE", large)
+    monkeypatch.setattr("trm.loading.has_fast_bfloat16", lambda device: True)
+
+    last = train(settings(**changes, max_steps=1))
+
+    assert json.loads((last / STATE_JSON).read_text())["settings"]["backbone_dtype"] == dtype
+    assert TRMForCausalLM.from_pretrained(last).backbone.dtype == torch.float32

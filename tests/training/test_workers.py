@@ -61,9 +61,10 @@ def logged_losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path, place: str) -> None:
     # 21 problems in batches of 4: the last batch has a row for one process only.
-    small = settings(num_problems=21, epochs=2, autocast="off", cache_states="disk", min_supervision=2, lr=1e-3)
+    small = settings(num_problems=21, epochs=2, autocast="off", cache_states=place, min_supervision=2, lr=1e-3)
     alone = train(small)
 
     values = small.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
