@@ -13,6 +13,7 @@ from training.validation import split_problems
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
 from trm.chat import ChatFormat, Example
 from trm.errors import ConfigError
+from trm.loading import best_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ def build_trainer(settings: TrainSettings, source: str, revision: str | None, de
     validation = encode_problems(held_out, chat, settings.max_length, *kinds) if held_out else []
     if settings.step_targets:
         _require_step_targets(examples, settings)
+    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
+        wide = device == "cpu" and settings.autocast == "off"
+        dtype = "float32" if wide else best_dtype(checkpoint.read_backbone_config(source, revision), device)
+        settings = settings.model_copy(update={"backbone_dtype": dtype})
     backbone = checkpoint.read_backbone(source, revision, getattr(torch, settings.backbone_dtype))
     record = checkpoint.backbone_record(source, revision, backbone)
     torch.manual_seed(settings.seed)

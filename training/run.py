@@ -21,7 +21,6 @@ from training.trainer import Trainer
 from trm import checkpoint, extra
 from trm.device import use_device
 from trm.errors import CheckpointError, ConfigError
-from trm.loading import best_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,6 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     source, revision = backbone_source(settings)
     if settings.resume is not None:
         source, revision = resumed_backbone(settings, settings.resume, given, source, revision)
-    if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it
-        plain = device == "cpu" and settings.autocast == "off"
-        dtype = "float32" if plain else best_dtype(checkpoint.read_backbone_config(source, revision), device)
-        settings = settings.model_copy(update={"backbone_dtype": dtype})
     trainer = build_trainer(settings, source, revision, device)
     if workers.rank() == 0:
         checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)

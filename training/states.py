@@ -24,6 +24,8 @@ from training import workers
 from training.batches import collate
 from training.config import CacheStates
 from training.loss import encode
+from training.problems.data import fingerprint
+from trm import checkpoint
 from trm.chat import Example
 from trm.errors import ConfigError
 from trm.model import TRMForCausalLM
@@ -36,8 +38,8 @@ DISK_SHARE = 0.5  # of what is free; beyond it "auto" keeps nothing
 class States:
     """States (T, C, D) of the T tokens of all examples, as far as they were needed; without `store` nothing is kept.
 
-    The store is `store_bytes` long: the states, and behind them a checksum of each example's, 0 where there are
-    none. In a file they may come from other runs, even from killed ones: what its checksum does not fit is missing.
+    The store is bytes: the states, and behind them a checksum of each example's, 0 where there are none. In a file
+    they may come from other runs, even from killed ones: what its checksum does not fit is missing.
     """
 
     def __init__(
@@ -123,11 +125,6 @@ def _shape(model: TRMForCausalLM) -> tuple[int, int]:
     return len(model.config.state_layers), model.config.hidden_size
 
 
-def store_bytes(model: TRMForCausalLM, examples: Sequence[Example]) -> int:
-    """The same with a checksum for each example."""
-    return size_bytes(model, examples) + 4 * len(examples)
-
-
 def choose(wanted: CacheStates, needed: int, file: Path, epochs: float) -> CacheStates:
     """Where `needed` bytes of states go: to `wanted`, or for "auto" to the best place that has room.
 
@@ -149,27 +146,21 @@ def choose(wanted: CacheStates, needed: int, file: Path, epochs: float) -> Cache
     return wanted
 
 
-def keep(
-    model: TRMForCausalLM,
-    examples: Sequence[Example],
-    autocast: bool,
-    wanted: CacheStates,
-    directory: Path,
-    key: str,
-    epochs: float,
-) -> tuple[CacheStates, States]:
+def keep(states: States, wanted: CacheStates, directory: Path, epochs: float) -> tuple[CacheStates, States]:
     """The place that `choose` says, and states that will be kept there unless it is "off".
 
-    Files go to `directory`; `key` names data and backbone.
+    Files go to `directory`, one for the same data, backbone, type and autocast.
     """
-    needed = store_bytes(model, examples)
-    name = hashlib.sha256(
-        f"{FORMAT}/{key}/{model.config.state_layers}/{model.backbone.dtype}/{autocast}".encode()
-    ).hexdigest()[:16]
-    file = directory / f"{name}.states"
+    model, examples, autocast = states.model, states.examples, states.autocast
+    needed = size_bytes(model, examples) + 4 * len(examples)
+    data, backbone = fingerprint(examples), checkpoint.fingerprint(model.backbone)
+    key = f"{FORMAT}/{data}/{backbone}/{model.config.state_layers}/{model.backbone.dtype}/{autocast}"
+    file = directory / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.states"
     place = workers.agree(choose(wanted, needed, file, epochs))
-    stores = {"memory": lambda: np.zeros(needed, np.uint8), "disk": lambda: _map(file, needed), "off": lambda: None}
-    return place, States(model, examples, autocast, stores[place]())
+    if place == "off":
+        return place, states
+    store = np.zeros(needed, np.uint8) if place == "memory" else _map(file, needed)
+    return place, States(model, examples, autocast, store)
 
 
 def _map(path: Path, size: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from training.feed import Carry, Feed
 from training.loss import full_steps, objective, paper_step, step_weights
 from training.problems.data import fingerprint
 from training.run_log import RunLog
+from training.states import States
 from training.validation import Validation, averaged, measure
 from training.weights import Weights
 from trm import checkpoint
@@ -61,6 +62,7 @@ class Trainer:
         self.validation = validation
         self.autocast = settings.autocast == "on" or (settings.autocast == "auto" and has_fast_bfloat16(device))
         self.feed = Feed(settings, model, examples, self.pad_id, self.autocast)
+        self.validation_states = States(model, validation, self.autocast)
         steps = settings.epochs * self.feed.groups_per_epoch * self.feed.steps_per_group
         self.total_steps = min(steps, settings.max_steps or steps)
         self.weights = Weights(
@@ -78,21 +80,16 @@ class Trainer:
     def keep_states(self, directory: Path) -> None:
         """Have the backbone's states kept from now on, if the settings want that; files go to `directory`.
 
-        What "auto" came to is part of the settings from here on, so that a resumed run does the same.
+        What "auto" came to is part of the settings from here on, so that a resumed run does the same. Those of the
+        validation problems are kept where there is room, if they are measured more than once.
         """
         feed, mixing = self.feed, f"--mix-depths {self.settings.mix_depths}"
         if feed.mixed and workers.count() > 1:
             raise ConfigError(f"{mixing}: works in one process only; leave it out, or start without torchrun")
         epochs = math.inf if feed.mixed else self.total_steps / (feed.groups_per_epoch * feed.steps_per_group)
-        place, feed.states = states.keep(
-            self.model,
-            feed.examples,
-            self.autocast,
-            self.settings.cache_states,
-            directory,
-            f"{self.data_fingerprint}/{self.backbone_fingerprint}",
-            epochs,
-        )
+        place, feed.states = states.keep(feed.states, self.settings.cache_states, directory, epochs)
+        validations = self.total_steps / self.settings.save_steps
+        _, self.validation_states = states.keep(self.validation_states, "auto", directory, validations)
         self.settings = self.settings.model_copy(update={"cache_states": place})
         if feed.mixed and place == "off":
             raise ConfigError(
@@ -202,7 +199,7 @@ class Trainer:
         if not self.validation:
             return None
         with averaged(self.weights.ema), self._autocast():
-            return measure(self.model, self.validation, self.settings.batch_size, self.pad_id)
+            return measure(self.model, self.validation_states, self.settings.batch_size, self.pad_id)
 
     def save(self, run_dir: Path, validation: Validation | None = None) -> Path:
         """Write `checkpoint-<step>`: servable EMA weights, and what resuming needs. Written aside, then renamed.

@@ -13,7 +13,7 @@ from training.loss import prepare, token_losses
 from training.optim import EMA
 from training.problems.data import load_problems
 from training.problems.problem import Problem
-from trm.chat import Example
+from training.states import States
 from trm.model import TRMForCausalLM
 
 MAX_SHARE = 10  # at most one row in this many is taken out of the training data
@@ -56,14 +56,16 @@ def hold_out(problems: Sequence[Problem], count: int, seed: int) -> tuple[list[P
 
 
 @torch.no_grad()
-def measure(model: TRMForCausalLM, examples: Sequence[Example], batch_size: int, pad_id: int) -> Validation:
-    """Losses of the model as it stands, in batches of similar length, on its own device."""
+def measure(model: TRMForCausalLM, states: States, batch_size: int, pad_id: int) -> Validation:
+    """Losses of the model as it stands on the examples of `states`, in batches of similar length, on its own device."""
+    examples = states.examples
     steps = model.config.n_supervision
     sums, labels = torch.zeros(2, steps, dtype=torch.float64), torch.zeros(steps)
-    by_length = sorted(examples, key=lambda example: len(example.ids))
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size], pad_id)
-        prepared = prepare(model, batch.to(model.device))
+        rows = by_length[start : start + batch_size]
+        batch = collate([examples[i] for i in rows], pad_id).to(model.device)
+        prepared = prepare(model, batch, states.padded(rows, batch.input_ids.shape[1]))
         y = z = torch.zeros_like(prepared.x)
         key_values = prepared.key_values(model)
         for step in range(steps):

@@ -20,6 +20,7 @@ from training.batches import IGNORE_INDEX, collate, num_labels
 from training.config import TrainSettings
 from training.cross_entropy import cross_entropy
 from training.run import train
+from training.states import States
 from training.validation import measure
 from trm import TRMForCausalLM
 from trm.errors import ConfigError
@@ -150,7 +151,7 @@ def test_logits_are_never_whole(
     with Largest() as in_training:
         trainer.train_step()
     with Largest() as in_validation:
-        measure(trainer.model, examples, 4, 0)
+        measure(trainer.model, States(trainer.model, examples, trainer.autocast), 4, 0)
 
     labels = trainer.feed.num_labels()
     assert labels > head.shape[1]
@@ -176,6 +177,7 @@ def test_with_seen_tokens_only_the_loss_is_over_these_and_validation_over_all(
     expected = F.cross_entropy(logits.masked_fill(unseen, -torch.inf), batch.labels[-1][labelled])
     for trainer in (seen, everything):
         trainer.validation = trainer.feed.examples[:4]
+        trainer.validation_states = States(trainer.model, trainer.validation, trainer.autocast)
     assert seen.validate() == everything.validate()
 
     over_seen, over_all = seen.train_step()["loss"], everything.train_step()["loss"]

@@ -480,3 +480,20 @@ def test_a_checkpoint_says_how_much_work_its_replies_show(
     bare = str(jsonl({"question": "1 and 1?", "answer": "#### 2"}))
     both = settings(dataset=bare, replies=["worked", "equations"], output_dir=mixed.output_dir / "3", max_steps=1)
     assert checkpoint.read_config(train(both)).work == ["full"], "no reply is equations alone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "large", "dtype"),
+    [({}, 0, "bfloat16"), ({}, 10**9, "float32"), ({"autocast": "off"}, 0, "float32")],
+    ids=["large", "small", "no bfloat16 products"],
+)
+def test_a_large_backbone_is_in_the_type_that_serving_takes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], large: int, dtype: str
+) -> None:
+    monkeypatch.setattr("trm.loading.LARGE", large)
+    monkeypatch.setattr("trm.loading.has_fast_bfloat16", lambda device: True)
+
+    last = train(settings(**changes, max_steps=1))
+
+    assert json.loads((last / STATE_JSON).read_text())["settings"]["backbone_dtype"] == dtype
+    assert TRMForCausalLM.from_pretrained(last).backbone.dtype == torch.float32

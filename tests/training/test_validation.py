@@ -11,6 +11,7 @@ from tests.training.test_trainer import make_trainer
 from training.config import TrainSettings
 from training.problems.problem import Problem
 from training.run import train
+from training.states import States
 from training.validation import averaged, hold_out, split_problems
 from trm.errors import CheckpointError
 
@@ -47,6 +48,7 @@ def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Setti
     trainer = make_trainer(settings(autocast="off", batch_size=3, **at_once))
     trainer.validation = trainer.feed.examples[:7]
     assert any(example.step_replies for example in trainer.validation) == step_targets
+    trainer.validation_states = States(trainer.model, trainer.validation, trainer.autocast)
     for _ in range(4):
         trainer.train_step()
     before = {name: p.detach().clone() for name, p in trainer.weights.parameters.items()}

@@ -61,11 +61,12 @@ def logged_losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path, place: str) -> None:
     # 21 examples in batches of 4: the last batch has a row for one process only.
     # Problems of one and of several results: how many labels a step has depends on all processes' rows.
     at_once = {"dataset": "synthetic:easy,mental", "replies": ["worked", "answer"], "step_targets": True}
-    rest = {"autocast": "off", "cache_states": "disk", "min_supervision": 2, "lr": 1e-3}
+    rest = {"autocast": "off", "cache_states": place, "min_supervision": 2, "lr": 1e-3}
     small = settings(num_problems=11, epochs=2, **at_once, **rest)
     alone = train(small)
     assert json.loads((alone.parent / "run.json").read_text())["num_examples"] == 21

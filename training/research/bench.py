@@ -67,8 +67,9 @@ def measure(settings: TrainSettings) -> dict[str, Any]:
 
     started = clock()
     fast.keep_states(Path("states"))
-    for index, example in enumerate(examples):
-        fast.feed.states.padded([index], len(example.ids))
+    if fast.settings.cache_states != "off":
+        for index, example in enumerate(examples):
+            fast.feed.states.padded([index], len(example.ids))
     keeping = clock() - started
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     for _ in range(ROUNDS):
