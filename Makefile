@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 LOCKED := --constraint requirements.lock
 UV := $(VENV)/bin/uv
 
-.PHONY: install serve test newest oldest lock e2e deploy-check lint audit model clean
+.PHONY: install serve test newest oldest lock e2e deploy-check lint audit model controls clean
 
 install: $(VENV)/installed-train
 
@@ -55,9 +55,13 @@ audit: $(VENV)/installed-tools
 	$(PIP) freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
-# Rebuilds trm/bundled from nothing: about two hours on two cores. Stages that are finished stay in runs/bundled.
+# Rebuilds trm/bundled from nothing: at most three hours on two cores. Stages that are finished stay in runs/bundled.
 model: $(VENV)/installed-train
 	$(VENV)/bin/python -m training.research.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
+
+# Trains what the bundled model's card compares it with, and enters what that reaches there. Finished ones stay, too.
+controls: $(VENV)/installed-train
+	$(VENV)/bin/python -m training.research.bundle --controls
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build *.egg-info

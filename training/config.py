@@ -264,8 +264,7 @@ class EvalSettings(Settings):
         "of another model, recursive or plain, at effort 0; default effort 0 if it is among the efforts",
     )
     control: Annotated[CliVariadicArg[list[str]], NoDecode] = Field(
-        [],
-        description="plain models to compare the trained effort with; default with --baseline: MODEL/control, if there",
+        [], description="models to compare the trained effort with: plain ones, and recursive ones at theirs"
     )
     samples: int = Field(1, ge=1, description="if above 1, also sample this many replies per problem and take a vote")
     max_tokens: int = Field(512, ge=1, description="longest reply")

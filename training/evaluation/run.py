@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from training.config import EvalSettings
 from training.evaluation.answers import Answers, Place
-from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
+from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, is_recursive, load
 from training.evaluation.decoding import answer_problems, fingerprint_problems, keys
 from training.evaluation.report import REPORT_FILE, build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
@@ -27,7 +27,6 @@ BACKBONE = "backbone"  # as a baseline: the model itself at effort 0
 MAX_SOLUTIONS = 1000  # read for the teacher-forced part; more tokens would not change its curves
 SETTINGS_FILE = "settings.json"
 ANSWERS_FILE = "answers.jsonl"
-CONTROL_DIR = "control"  # inside a model: the plain model that it ships to be compared with
 
 
 def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
@@ -90,18 +89,15 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
     """Who answers, at which efforts: the model first, then another baseline if there is one, then the controls."""
     trained = config.n_supervision
     efforts = set(settings.effort or (0, 1, trained))
-    controls = list(settings.control)
-    if settings.baseline and not controls and (directory / CONTROL_DIR).is_dir():
-        controls = [str(directory / CONTROL_DIR)]
     if settings.baseline == BACKBONE:
         efforts.add(0)
-    if controls:
+    if settings.control:
         efforts.add(trained)
     runs = [Run(MODEL_NAME, effort) for effort in sorted(efforts)]
     if settings.samples > 1:
         runs.append(Run(MODEL_NAME, trained, settings.samples))
     candidates = [Candidate("model", MODEL_NAME, directory, tuple(runs))]
-    others: list[tuple[Role, str]] = [("control", control) for control in controls]
+    others: list[tuple[Role, str]] = [("control", control) for control in settings.control]
     if settings.baseline not in (None, BACKBONE):
         others.insert(0, ("baseline", settings.baseline))
     for role, source in others:
@@ -110,7 +106,9 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
             raise ConfigError(
                 f"--{role} {source}: is called by its directory's name, and {name} is taken; rename the directory"
             )
-        candidates.append(Candidate(role, name, checkpoint.locate(source), (Run(name, 0),)))
+        place = checkpoint.locate(source)
+        effort = checkpoint.read_config(place).n_supervision if role == "control" and is_recursive(place) else 0
+        candidates.append(Candidate(role, name, place, (Run(name, effort),)))
     return candidates
 
 

@@ -1,69 +1,93 @@
-"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, control, evaluation, model card.
+"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, evaluation, model card. Then its controls.
 
-`make model` runs this. The recipe is the code below; what it measured stands in the card and in `report.json` beside
-the weights. A stage that an interrupted build has finished is not done again.
+`make model` runs this, and `make controls` what follows it. The recipe is the code below; what it measured stands in
+the card and in `report.json` beside the weights. A stage that an interrupted build has finished is not done again.
 """
 
 import argparse
-import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from training import checkpoints
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.evaluation.run import CONTROL_DIR, evaluate_model
+from training.evaluation.run import evaluate_model
 from training.pretrain import pretrain
-from training.research.controls import CONTROL_JSON, ControlSettings, train_control
+from training.research.controls import CONTROL_JSON, NAMES, Kind, train_control
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, extra
 from trm.logs import configure_logging
 
 DECODER: dict[str, Any] = {
-    "dataset": "synthetic:easy,all",  # easy problems twice as often
-    "num_problems": 38_400,
+    "dataset": "synthetic:easy,all,mental*171",  # nine in ten are asked for the answer alone
+    "num_problems": 448_000,
     "batch_size": 64,
     "n_latent": 2,
     "n_cycles": 1,
-    "n_supervision": 4,
+    "n_supervision": 6,
+    "min_supervision": 3,
     "max_supervision": 16,
-    "kv_source": "context",
-    "gradient": "full",
+    "context_layers": [0, 2, 4],
+    "step_targets": True,
     "optimizer": "muon",
-    "lr": 2e-3,
+    "lr": 6e-3,
+    "num_threads": 1,
 }
-EVALUATIONS = {"all": ("synthetic", 3000, [0, 1, 2, 4, 8, 16]), "easy": ("synthetic:easy", 1000, [0, 4])}
+AT_ONCE = "at once"
+EVALUATIONS = {
+    AT_ONCE: ("synthetic:mental", 3000, [0, 1, 2, 3, 4, 6, 8, 12]),
+    "worked": ("synthetic", 3000, [0, 1, 6, 12]),
+    "easy": ("synthetic:easy", 1000, [0, 6]),
+}
+GSM8K = ("GSM8K, validation", 500, [0, 6])
+COMPARED = (AT_ONCE, "worked")  # with the controls
 MAX_TOKENS = 256
-PICTURES = ("accuracy.png", "halting.png")
+PICTURES = ("accuracy.png", "operations.png", "halting.png")  # of the answers at once
+REPORT = "report.json"
+RECORD = "training.json"  # how the decoder was trained
+NO_STEP_TARGETS = "no-step-targets"
+CONTROLS = NAMES | {NO_STEP_TARGETS: "the same recursion, the answer at every step"}
 
 # ruff: noqa: E501 - table rows of the card stay on one line
 CARD = r"""# The bundled model
 
 A small recursive reasoning model, so that the server, the trainer and the tests have something real to run. It
-solves one- and two-step word problems in plain wording: having, buying, giving away, losing, groups of equal size,
-sharing equally, prices. It does **not** solve GSM8K, and it knows nothing but such problems.
+solves word problems of one to four operations in plain wording: having, buying, giving away, losing, groups of equal
+size, sharing equally, prices. It writes its work down, or answers at once and does one operation in each supervision
+step. It does **not** solve GSM8K, and it knows nothing but such problems.
 
 | | |
 |---|---|
 | backbone | Qwen2 architecture, {backbone_size:.1f}M parameters, {layers} layers, width {hidden}, {positions} positions, frozen |
-| decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from the context, gradient through the whole recursion |
+| decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from a mix of backbone layers {context_layers}, gradient through the whole recursion, a target for each supervision step |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
 | data | generated word problems (`training/problems/synthetic.py`), new ones in every batch; for the backbone{text} |
-| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems; CPU, two threads and one |
+| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes; CPU, two threads and one |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
 with 95 % intervals; effort 0 is the frozen backbone alone, {n_supervision} is the trained effort, more is extrapolation.
 Gained and lost are problems that only the effort, or only the backbone, got right; p is the exact McNemar test, corrected
-for the number of efforts (Holm). The control is the same backbone trained on, on the decoder's problems in the decoder's order,
-with all its weights and at least the decoder's floating-point operations ({control_tflop:.0f} TFLOP in {control_steps} steps; the decoder took {decoder_tflop:.0f}
-in {train_steps}); there, gained and lost are the problems that only effort {n_supervision}, or only the control, got right.
+for the number of efforts (Holm).{about_controls}
 
-{tables}
+## Answers at once
 
-![Accuracy against effort](accuracy.png)
+{at_once}
+
+![Accuracy by operations and effort](operations.png)
+
+A problem of k operations needs k supervision steps: each step of the recursion does one.
+
+## Worked answers
+
+{worked}
+
+## What halting costs, and how the backbone grew
+
+Of the answers at once:
 
 ![What halting would cost](halting.png)
 
@@ -71,40 +95,74 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 
 {curve}
 
-Limits: whole numbers up to about a hundred in the question, one to four steps, wording close to the templates of the
-generator. Unknown names and nouns are fine; unknown verbs are guesses. `make model` rebuilds everything from
-nothing; `trm-eval --dataset synthetic --limit 3000 --effort 0 1 2 4 8 16 --max-tokens 256 --baseline backbone` repeats the first table, with
-the control that lies in `control/`.
+Limits: whole numbers up to about a hundred in the question, one to four operations, wording close to the templates of
+the generator. Unknown names and nouns are fine; unknown verbs are guesses. `make model` rebuilds everything from
+nothing; `{command}` repeats the first
+table.
 """
+
+ABOUT_CONTROLS = """ The controls (`make controls`) were trained on the decoder's problems in the decoder's order, with the
+answers at once as their target, for at least its floating-point operations: all weights of the backbone; one ordinary
+layer more; LoRA with as many weights as the decoder; and the same recursion without a target for each step, for the
+same number of steps. There, gained and lost are the problems that only effort {n_supervision}, or only the control, got
+right."""
 
 
 def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) -> None:
-    """Train everything under `work`, then put the model, its control, its reports and its card into `target`."""
+    """Train everything under `work`, then put the model, its reports and its card into `target`."""
     for library in ("matplotlib", "tensorboard"):
         extra.require(library, "the bundled model's recipe")
-    from training.evaluation.pictures import draw
 
-    backbone, decoder = work / "backbone", work / "decoder"
+    backbone = work / "backbone"
     pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=2)
     if not _is_finished(backbone, pretraining.max_steps):
         pretrain(pretraining)
-    settings = TrainSettings(**DECODER, backbone=str(backbone), output_dir=decoder, num_threads=1)
-    last = _last(decoder) or train(settings)
-    control = work / CONTROL_DIR
-    if not (control / CONTROL_JSON).exists():
-        train_control(ControlSettings(kind="continued", run=decoder, output_dir=control, num_threads=1))
+    last = finish(TrainSettings(**DECODER, backbone=str(backbone), output_dir=work / "decoder"))
 
     aside = checkpoint.make_aside(target)
     export(last, aside)
-    shutil.copytree(control, aside / CONTROL_DIR)
-    reports = evaluate_bundle(aside, work, gsm8k)
-    checkpoint.write_json(aside / "report.json", reports)
-    draw(work / "reports", reports["all"])  # anew, under the model's own name
-    for picture in PICTURES:
-        shutil.copy(work / "reports" / picture, aside)
     shutil.copy(backbone / "pretrain.json", aside)
-    (aside / "README.md").write_text(render_card(aside, work, reports))
+    run = checkpoint.read_json(last.parent / checkpoints.RUN_JSON)
+    record = {"steps": run["total_steps"], "problems": run["num_examples"], "seconds": run["wall_s"]}
+    checkpoint.write_json(aside / RECORD, record)
+    data = EVALUATIONS | ({"gsm8k": (str(gsm8k), *GSM8K[1:])} if gsm8k else {})
+    checkpoint.write_json(aside / REPORT, {name: evaluate(aside, name, work / "reports", *data[name]) for name in data})
+    illustrate(aside, work / "reports")
     checkpoint.replace_directory(aside, target)
+
+
+def compare(work: Path, target: Path) -> None:
+    """Train the controls of the model in `target`, then put what they reach into its report and its card."""
+    settings = TrainSettings(**DECODER, backbone=str(target))
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    for kind in kinds:
+        if not (work / kind / CONTROL_JSON).exists():
+            train_control(kind, settings, work / kind)
+    last = finish(settings.model_copy(update={"step_targets": False, "output_dir": work / "run"}))
+    recursive = work / NO_STEP_TARGETS
+    if not recursive.exists():
+        aside = checkpoint.make_aside(recursive)
+        export(last, aside)
+        checkpoint.write_json(aside / CONTROL_JSON, {"name": CONTROLS[NO_STEP_TARGETS], "compute": "the decoder's own"})
+        checkpoint.replace_directory(aside, recursive)
+
+    reports = checkpoint.read_json(target / REPORT)
+    for name in COMPARED:
+        reports[name] = evaluate(
+            target, name, work / "reports", *EVALUATIONS[name], [*(work / kind for kind in kinds), recursive]
+        )
+    checkpoint.write_json(target / REPORT, reports)
+    illustrate(target, work / "reports")
+
+
+def finish(settings: TrainSettings) -> Path:
+    """The last checkpoint of a run: begun now, carried on, or there already."""
+    run_dir = settings.output_dir
+    if not checkpoints.checkpoints(run_dir):
+        return train(settings)
+    newest = checkpoints.find(run_dir)
+    total = checkpoint.read_json(run_dir / checkpoints.RUN_JSON)["total_steps"]
+    return newest if checkpoints.step_of(newest) == total else train(TrainSettings(resume=run_dir))
 
 
 def export(source: Path, target: Path) -> None:
@@ -114,31 +172,43 @@ def export(source: Path, target: Path) -> None:
     checkpoint.write_into(target, model.config, weights, model.backbone, checkpoint.read_tokenizer(source))
 
 
-def evaluate_bundle(directory: Path, work: Path, gsm8k: Path | None) -> dict[str, Any]:
-    """Reports of the model in `directory`, by the name of the data; GSM8K's validation rows where they are at hand."""
-    data = EVALUATIONS | ({"gsm8k": (str(gsm8k), 500, [0, 4])} if gsm8k else {})
-    reports = {}
-    for name, (dataset, limit, efforts) in data.items():
-        settings = EvalSettings(
-            model=str(directory),
-            dataset=dataset,
-            effort=efforts,
-            limit=limit,
-            max_tokens=MAX_TOKENS,
-            baseline="backbone",
-            report=work / "reports" if name == "all" else None,
-        )
-        report = evaluate_model(settings)
-        reports[name] = report | {"model": "bundled", "dataset": "GSM8K, validation" if name == "gsm8k" else dataset}
-    return reports
+def evaluate(
+    model: Path, name: str, reports: Path, dataset: str, limit: int, efforts: list[int], controls: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """The report on one kind of data, without the paths of this machine; it lies in a directory of `reports`, too."""
+    settings = EvalSettings(
+        model=str(model),
+        dataset=dataset,
+        effort=efforts,
+        limit=limit,
+        max_tokens=MAX_TOKENS,
+        baseline="backbone",
+        control=list(map(str, controls)),
+        report=reports / name,
+        num_threads=DECODER["num_threads"],
+    )
+    return evaluate_model(settings) | {"model": "bundled", "dataset": GSM8K[0] if name == "gsm8k" else dataset}
 
 
-def render_card(directory: Path, work: Path, reports: dict[str, Any]) -> str:
+def illustrate(directory: Path, reports: Path) -> None:
+    """Draw the pictures of the model in `directory` and write its card, from its report and the records of training."""
+    from training.evaluation.pictures import draw
+
+    report = checkpoint.read_json(directory / REPORT)
+    draw(reports, report[AT_ONCE])  # anew, under the model's own name
+    for picture in PICTURES:
+        shutil.copy(reports / picture, directory)
+    (directory / "README.md").write_text(render_card(directory, report))
+
+
+def render_card(directory: Path, reports: dict[str, Any]) -> str:
     """The model card, filled in from the model, its reports and the records of its training."""
     model = TRMForCausalLM.from_pretrained(directory)
-    config, record = model.config, _pretrain_record(directory)
-    run = checkpoint.read_json(work / "decoder" / "run.json")
-    control = checkpoint.read_json(directory / CONTROL_DIR / CONTROL_JSON)
+    config = model.config
+    grown, trained = checkpoint.read_json(directory / "pretrain.json"), checkpoint.read_json(directory / RECORD)
+    at_once = reports[AT_ONCE]
+    efforts = " ".join(str(row["effort"]) for row in at_once["efforts"])
+    compared = ABOUT_CONTROLS.format(n_supervision=config.n_supervision) if "controls" in at_once else ""
     return CARD.format(
         backbone_size=sum(p.numel() for p in model.backbone.parameters()) / 1e6,
         layers=config.backbone_config.num_hidden_layers,
@@ -148,39 +218,55 @@ def render_card(directory: Path, work: Path, reports: dict[str, Any]) -> str:
         n_latent=config.n_latent,
         n_cycles=config.n_cycles,
         n_supervision=config.n_supervision,
+        min_supervision=DECODER["min_supervision"],
         n_layers=config.n_layers,
+        context_layers=", ".join(map(str, config.state_layers)),
         vocab=config.vocab_size,
         text=", GSM8K's training set as 2 % of the rows in the last two fifths"
-        if record["settings"]["text_file"]
+        if grown["settings"]["text_file"]
         else " too",
-        pretrain_steps=record["curve"][-1]["step"],
-        pretrain_tokens=record["curve"][-1]["tokens"] / 1e6,
-        pretrain_minutes=record["curve"][-1]["seconds"] / 60,
-        train_steps=run["total_steps"],
-        problems=run["num_examples"],
+        pretrain_steps=grown["curve"][-1]["step"],
+        pretrain_tokens=grown["curve"][-1]["tokens"] / 1e6,
+        pretrain_minutes=grown["curve"][-1]["seconds"] / 60,
+        train_steps=trained["steps"],
+        train_minutes=trained["seconds"] / 60,
+        problems=trained["problems"],
         megabytes=sum(file.stat().st_size for file in directory.rglob("*.safetensors")) / 1e6,
-        tables="\n\n".join(_table(report) for report in reports.values()),
-        control_tflop=control["tflop"],
-        decoder_tflop=control["decoder_tflop"],
-        control_steps=control["steps"],
-        curve=_curve(record["curve"]),
+        about_controls=compared,
+        at_once=_table(at_once) + "\n\n" + _operations(at_once),
+        worked="\n\n".join(_table(report) for name, report in reports.items() if name != AT_ONCE),
+        command=f"trm-eval --dataset {at_once['dataset']} --limit {at_once['n']} --effort {efforts} --baseline backbone",
+        curve=_curve(grown["curve"]),
     )
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Accuracy per effort and of the control in Markdown."""
+    """Accuracy per effort and of the controls in Markdown."""
     lines = [
         f"`{report['dataset']}`, {report['n']} problems:\n",
         "| | accuracy | 95 % interval | gained, lost | p |",
         "|---|---|---|---|---|",
     ]
     rows = [(f"effort {row['effort']}", row) for row in report["efforts"]]
-    rows.append(("backbone trained on (control)", report["control"]))
+    rows += [(f"{CONTROLS[row['name']]} (control)", row) for row in report.get("controls", [])]
     for label, row in rows:
         low, high = row["interval"]
         compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"
         p = "" if label == "effort 0" else f"{row['mcnemar_p']:.2g}"
         lines.append(f"| {label} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} | {p} |")
+    return "\n".join(lines)
+
+
+def _operations(report: dict[str, Any]) -> str:
+    """Accuracy by the number of operations, per effort and of the controls, in Markdown."""
+    groups = report["operations"]
+    heads = [f"{group['operations']} ({group['n']})" for group in groups]
+    lines = [f"| right, by operations (problems) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    labels = [f"effort {row['effort']}" for row in groups[0]["efforts"]]
+    labels += [f"{CONTROLS[row['name']]} (control)" for row in groups[0]["controls"]]
+    for label, *rows in zip(labels, *([*group["efforts"], *group["controls"]] for group in groups), strict=True):
+        cells = " | ".join(f"{row['accuracy']:.1%}" for row in rows)
+        lines.append(f"| {label} | {cells} |")
     return "\n".join(lines)
 
 
@@ -191,37 +277,29 @@ def _curve(points: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _last(run_dir: Path) -> Path | None:
-    """The last checkpoint of a run that is finished; one that was cut is carried to its end. None for no run."""
-    if not checkpoints.checkpoints(run_dir):
-        return None
-    newest = checkpoints.find(run_dir)
-    if checkpoints.step_of(newest) == checkpoint.read_json(run_dir / "run.json")["total_steps"]:
-        return newest
-    return train(TrainSettings(resume=run_dir))
-
-
 def _is_finished(backbone: Path, steps: int) -> bool:
     """Whether an earlier build got as far as the whole backbone."""
-    return (backbone / "pretrain.json").is_file() and _pretrain_record(backbone)["curve"][-1]["step"] == steps
-
-
-def _pretrain_record(directory: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((directory / "pretrain.json").read_text())
-    return record
+    record = backbone / "pretrain.json"
+    return record.is_file() and checkpoint.read_json(record)["curve"][-1]["step"] == steps
 
 
 def main() -> None:
-    """Entry point of `make model`."""
-    parser = argparse.ArgumentParser(description="Rebuild the bundled model from nothing.")
+    """Entry point of `make model` and `make controls`."""
+    parser = argparse.ArgumentParser(description="Rebuild the bundled model from nothing, or the controls of its card.")
     parser.add_argument(
         "--work-dir", type=Path, default=Path("runs/bundled"), help="where all steps are kept; a second run goes on"
     )
     parser.add_argument("--text-file", type=Path, help="GSM8K's training set, if you have it")
     parser.add_argument("--gsm8k-validation", type=Path, help="GSM8K rows to evaluate on, if you have them")
+    parser.add_argument(
+        "--controls", action="store_true", help="train the bundled model's controls, and enter them in its card"
+    )
     arguments = parser.parse_args()
     configure_logging()
-    build(arguments.work_dir, arguments.text_file, arguments.gsm8k_validation, bundled_model_path())
+    if arguments.controls:
+        compare(arguments.work_dir / "controls", bundled_model_path())
+    else:
+        build(arguments.work_dir, arguments.text_file, arguments.gsm8k_validation, bundled_model_path())
 
 
 if __name__ == "__main__":

@@ -70,11 +70,13 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-def train_control(settings: ControlSettings) -> Path:
-    """Train one control to the end; returns its directory. Raises DeviceError where its loss is not finite."""
-    device = use_device("auto", settings.num_threads)
-    stored = checkpoint.read_json(settings.run / "run.json")["settings"]
-    run = TrainSettings(**(stored | {"num_threads": settings.num_threads, "cache_states": "off"}))
+def train_control(kind: Kind, run: TrainSettings, output_dir: Path, lr: float | None = None) -> Path:
+    """Train one control of a decoder's run to the end, into `output_dir`, with its peak rate unless `lr` is given.
+
+    Raises DeviceError where its gradient is not finite.
+    """
+    device = use_device("auto", run.num_threads)
+    run = run.model_copy(update={"cache_states": "off"})
     trainer = build_trainer(run, *backbone_source(run), device)
     decoder_weights = sum(p.numel() for p in trainer.weights.parameters.values())
     with FlopCounterMode(display=False) as counted:
@@ -83,7 +85,7 @@ def train_control(settings: ControlSettings) -> Path:
     decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
     torch.manual_seed(run.seed)
     model = trainer.model.backbone.to_transformers().to(device)
-    trained = add_weights(model, settings.kind, decoder_weights)
+    trained = add_weights(model, kind, decoder_weights)
     model.set_attn_implementation("eager")  # faster in training on a CPU
 
     batches = _batches(trainer, run)
@@ -93,13 +95,13 @@ def train_control(settings: ControlSettings) -> Path:
     model.zero_grad()
     flops_per_step = counted.get_total_flops() / COUNTED_STEPS
     steps = math.ceil(decoder_flops / flops_per_step)
-    logger.info("%s: %d steps, the decoder took %d", NAMES[settings.kind], steps, trainer.total_steps)
+    logger.info("%s: %d steps, the decoder took %d", NAMES[kind], steps, trainer.total_steps)
 
-    optimizers = make_optimizers(trained.items(), run.optimizer, settings.lr or run.lr, run.weight_decay)
+    optimizers = make_optimizers(trained.items(), run.optimizer, lr or run.lr, run.weight_decay)
     ema = EMA(trained)
     warmup = warmup_steps(run.warmup_steps, steps)
     model.train()
-    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=settings.kind, unit="step")):
+    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=kind, unit="step")):
         with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss = reply_loss(model, batch)
         loss.backward()
@@ -113,8 +115,8 @@ def train_control(settings: ControlSettings) -> Path:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(ema.average[name])
-    return _write(settings, model, trainer, {
-        "name": NAMES[settings.kind],
+    return _write(output_dir, model, trainer, {
+        "name": NAMES[kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "steps": steps,
         "tflop": steps * flops_per_step / 1e12,
@@ -158,16 +160,16 @@ def _batches(trainer: Trainer, run: TrainSettings) -> Iterator[Batch]:
             yield collate([trainer.feed.examples[i] for i in indices], pad_id).to(trainer.device)
 
 
-def _write(settings: ControlSettings, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
+def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
-    aside = checkpoint.make_aside(settings.output_dir)
+    aside = checkpoint.make_aside(directory)
     checkpoint.write_backbone(aside, Backbone.from_transformers(model.to(torch.bfloat16)))
     trainer.chat.tokenizer.save_pretrained(aside)
     checkpoint.write_json(aside / CONTROL_JSON, record)
-    checkpoint.replace_directory(aside, settings.output_dir)
-    return settings.output_dir
+    checkpoint.replace_directory(aside, directory)
+    return directory
 
 
 def main() -> None:
@@ -176,7 +178,9 @@ def main() -> None:
     def command() -> None:
         settings = ControlSettings.from_command_line()
         configure_logging()
-        print(train_control(settings))  # noqa: T201 - the command's result
+        stored = checkpoint.read_json(settings.run / "run.json")["settings"]
+        run = TrainSettings(**(stored | {"num_threads": settings.num_threads}))
+        print(train_control(settings.kind, run, settings.output_dir, settings.lr))  # noqa: T201 - the command's result
 
     run_command(command, ControlSettings.command)
 

@@ -112,25 +112,26 @@ def test_report_with_baseline_control_and_votes(
     ]  # fmt: skip
 
 
-def test_another_baseline_and_the_control_that_a_model_ships(
+def test_another_baseline_and_controls_plain_and_recursive(
     settings: Callable[..., EvalSettings], model_dir: Path, backbone_dir: Path, tmp_path: Path
 ) -> None:
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    for file in model_dir.iterdir():
-        (shipped / file.name).symlink_to(file)
-    (shipped / "control").mkdir()
+    plain, twin = tmp_path / "plain", tmp_path / "twin"
+    plain.mkdir()
     for file in backbone_dir.iterdir():
-        (shipped / "control" / file.name).symlink_to(file)
-    (shipped / "control" / "control.json").write_text('{"compute": "equal CPU seconds"}')
+        (plain / file.name).symlink_to(file)
+    (plain / "control.json").write_text('{"compute": "equal CPU seconds"}')
+    twin.symlink_to(model_dir)
 
-    report = evaluate_model(settings(model=str(shipped), baseline=str(model_dir), effort=[0]))
+    report = evaluate_model(settings(baseline=str(model_dir), effort=[0], control=[str(plain), str(twin)]))
 
     assert report["baseline"]["name"] == "checkpoint"
-    effort_0 = report["efforts"][0]
+    effort_0, trained = report["efforts"]
     assert (effort_0["effort"], effort_0["wins"], effort_0["losses"]) == (0, 0, 0)  # the same backbone
-    assert (report["control"]["name"], report["control"]["compute"]) == ("control", "equal CPU seconds")
-    assert "control" not in evaluate_model(settings(model=str(shipped), effort=[0]))  # asked for nothing to compare
+    first, second = report["controls"]
+    assert (first["name"], first["compute"], first["mean_steps"]) == ("plain", "equal CPU seconds", 0)
+    assert first["correct"] == effort_0["correct"]
+    assert (second["name"], second["mean_steps"]) == ("twin", trained["effort"])  # at the effort it was trained for
+    assert (second["wins"], second["losses"], second["correct"]) == (0, 0, trained["correct"])
     alone = evaluate_model(settings(effort=[1]))
     assert alone["baseline"] is None
     assert alone["efforts"][0]["mcnemar_p"] is None

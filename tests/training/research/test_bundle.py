@@ -21,34 +21,51 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.pretrain.NUM_TEST_PROBLEMS", 2)
     monkeypatch.setattr("training.pretrain.NUM_EVALUATIONS", 1)
     monkeypatch.setattr("training.research.controls.COUNTED_STEPS", 2)
-    monkeypatch.setattr(bundle, "DECODER", bundle.DECODER | {"num_problems": 16, "batch_size": 4})
-    monkeypatch.setattr(bundle, "EVALUATIONS", {"all": ("synthetic", 3, [0, 4])})
+    tiny = {"num_problems": 16, "batch_size": 4, "context_layers": [0, 1], "lr": 1e-3}
+    monkeypatch.setattr(bundle, "DECODER", bundle.DECODER | tiny)
+    evaluations = {"at once": ("synthetic:mental", 12, [0, 2, 6]), "worked": ("synthetic", 3, [0, 6])}
+    monkeypatch.setattr(bundle, "EVALUATIONS", evaluations)
     monkeypatch.setattr(bundle, "MAX_TOKENS", 6)
 
 
-def test_a_build_leaves_a_model_with_its_control_reports_and_card(
+def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     miniature: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gsm8k = tmp_path / "validation.jsonl"
     gsm8k.write_text(json.dumps({"question": "One and one?", "answer": "1+1=2\n#### 2"}) + "\n")
-    target = tmp_path / "bundled"
+    work, target = tmp_path / "work", tmp_path / "bundled"
 
-    bundle.build(tmp_path / "work", None, gsm8k, target)
+    bundle.build(work, None, gsm8k, target)
 
-    assert TRMForCausalLM.from_pretrained(target).config.n_supervision == 4
+    assert TRMForCausalLM.from_pretrained(target).config.n_supervision == 6
     reports = json.loads((target / "report.json").read_text())
-    assert set(reports) == {"all", "gsm8k"}
+    assert set(reports) == {"at once", "worked", "gsm8k"}
     for report in reports.values():
         assert report["baseline"]["accuracy"] == report["efforts"][0]["accuracy"]
-        assert {"accuracy", "mcnemar_p", "compute"} <= set(report["control"])
     card = (target / "README.md").read_text()
-    assert "| effort 4 |" in card
-    assert "backbone trained on (control)" in card
-    assert str(tmp_path) not in card + (target / "report.json").read_text() + (target / "config.json").read_text()
-    for name in ("control/model.safetensors", "backbone/model.safetensors", "pretrain.json", *bundle.PICTURES):
+    assert "| effort 6 |" in card
+    assert "| right, by operations (problems) | 1 (" in card
+    assert "control" not in card
+    for name in ("backbone/model.safetensors", "pretrain.json", "training.json", *bundle.PICTURES):
         assert (target / name).is_file()
+
+    bundle.compare(work / "controls", target)
+
+    compared = json.loads((target / "report.json").read_text())
+    for name in bundle.COMPARED:
+        assert compared[name]["efforts"][0]["correct"] == reports[name]["efforts"][0]["correct"]
+        controls = compared[name]["controls"]
+        assert [control["name"] for control in controls] == [*bundle.CONTROLS]
+        assert [control["mean_steps"] for control in controls] == [0, 0, 0, 6]
+        assert all({"accuracy", "mcnemar_p"} <= set(control) for control in controls)
+    card_with_controls = (target / "README.md").read_text()
+    assert all(card_with_controls.count(f"| {name} (control) |") == 3 for name in bundle.CONTROLS.values())
+    written = card_with_controls + (target / "report.json").read_text() + (target / "config.json").read_text()
+    assert str(tmp_path) not in written
 
     for stage in ("pretrain", "train", "train_control"):
         monkeypatch.setattr(bundle, stage, None)  # what is finished is not done again
-    bundle.build(tmp_path / "work", None, gsm8k, target)
+    bundle.build(work, None, gsm8k, target)
     assert (target / "README.md").read_text() == card
+    bundle.compare(work / "controls", target)
+    assert (target / "README.md").read_text() == card_with_controls

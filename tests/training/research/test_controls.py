@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from training.building import backbone_source
 from training.config import TrainSettings
-from training.research.controls import CONTROL_JSON, ControlSettings, Kind, add_weights, train_control
+from training.research import controls
+from training.research.controls import CONTROL_JSON, Kind, add_weights, train_control
 from training.run import train
 from trm import bundled_model_path, checkpoint
 
@@ -19,15 +20,12 @@ pytestmark = pytest.mark.slow
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-@pytest.fixture(scope="module")
-def run_dir(backbone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("decoder")
-    settings = TrainSettings(
-        dataset="synthetic:have", num_problems=40, backbone=str(backbone_dir), output_dir=directory, n_latent=1,
+@pytest.fixture
+def run(backbone_dir: Path) -> TrainSettings:
+    return TrainSettings(
+        dataset="synthetic:have", num_problems=40, backbone=str(backbone_dir), n_latent=1,
         n_cycles=1, n_supervision=2, num_threads=1, validation_problems=0, lr=1e-2,
     )  # fmt: skip
-    train(settings)
-    return directory
 
 
 @pytest.mark.parametrize(("kind", "share"), [("continued", 1.0), ("layer", 0.33), ("lora", 0.2)])
@@ -49,9 +47,9 @@ def test_a_control_starts_as_the_backbone(backbone_dir: Path, kind: Kind, share:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
-    run_dir: Path, backbone_dir: Path, tmp_path: Path, kind: Kind
+    run: TrainSettings, backbone_dir: Path, tmp_path: Path, kind: Kind
 ) -> None:
-    directory = train_control(ControlSettings(kind=kind, run=run_dir, output_dir=tmp_path / kind, num_threads=1))
+    directory = train_control(kind, run, tmp_path / kind)
 
     record = json.loads((directory / CONTROL_JSON).read_text())
     assert record["tflop"] >= record["decoder_tflop"] > 0
@@ -72,6 +70,22 @@ def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
             assert changed
             assert all(name.endswith("proj.weight") for name in changed)
             assert not added
+
+
+def test_the_command_takes_the_settings_of_a_run(
+    run: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(run.model_copy(update={"output_dir": tmp_path / "run"}))
+    asked = ["--run", str(tmp_path / "run"), "--kind", "layer", "--output-dir", str(tmp_path / "more")]
+    monkeypatch.setattr("sys.argv", ["controls", *asked, "--num-threads", "1"])
+    monkeypatch.setattr(controls, "configure_logging", lambda: None)
+
+    controls.main()
+
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "more")]
+    again = train_control("layer", run, tmp_path / "again")
+    weights = [AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (tmp_path / "more", again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_a_run_that_names_no_backbone_stands_on_the_bundled_one() -> None:

@@ -24,7 +24,16 @@ from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import CheckpointError, ConfigError
 
 Make = Callable[..., SampleSettings]
-PLAIN = bundled_model_path() / "control"
+
+
+@pytest.fixture(scope="module")
+def plain_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model's backbone as a model by itself."""
+    directory = tmp_path_factory.mktemp("plain")
+    bundled = bundled_model_path()
+    for file in (*(bundled / "backbone").iterdir(), *bundled.glob("tokenizer*"), bundled / "chat_template.jinja"):
+        (directory / file.name).symlink_to(file)
+    return directory
 
 
 @pytest.fixture
@@ -115,12 +124,12 @@ def test_a_sampling_that_was_interrupted_goes_on(
     assert sample(make()) == resumed
 
 
-def test_a_plain_model_samples_at_effort_0(make: Make, tmp_path: Path) -> None:
+def test_a_plain_model_samples_at_effort_0(make: Make, plain_dir: Path, tmp_path: Path) -> None:
     """Its greedy replies are the engine's own at effort 0; one right reply says nothing about always."""
-    settings = make(model=str(PLAIN), samples=1, temperature=0.0)
+    settings = make(model=str(plain_dir), samples=1, temperature=0.0)
     sample(settings)
     problems = load_problems("synthetic", split="train", seed=3, num_problems=6)
-    model, chat = load(PLAIN, "cpu")
+    model, chat = load(plain_dir, "cpu")
     params = SamplingParams(max_tokens=48, n_supervision=0)
     requests = [Request(tuple(chat.encode(solve_messages(p.question))), params) for p in problems]
 
@@ -131,8 +140,8 @@ def test_a_plain_model_samples_at_effort_0(make: Make, tmp_path: Path) -> None:
     said = {problem.question: reply.text for problem, reply in zip(problems, replies, strict=True)}
     assert kept.items() <= said.items()
     assert json.loads(beside(settings.output, "json").read_text())["effort"] == 0
-    with pytest.raises(ConfigError, match=f"--effort 2: {PLAIN} is a plain model, which takes 0 only"):
-        sample(make(model=str(PLAIN), effort=2))
+    with pytest.raises(ConfigError, match=f"--effort 2: {plain_dir} is a plain model, which takes 0 only"):
+        sample(make(model=str(plain_dir), effort=2))
 
 
 def test_the_file_is_a_data_set(make: Make, tmp_path: Path) -> None:
@@ -163,11 +172,11 @@ def test_rows_say_how_much_work_their_replies_show(make: Make) -> None:
     assert [problem.work for problem in loaded] == [row.get("work") for row in rows]
 
 
-def test_precision_is_a_setting(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_a_setting(make: Make, plain_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     monkeypatch.setattr("training.sampling.run.load", lambda *how: loaded.append(load(*how)) or loaded[-1])
 
-    for name, model in (("ours", None), ("plain", str(PLAIN))):
+    for name, model in (("ours", None), ("plain", str(plain_dir))):
         settings = make(model=model, dtype="bfloat16", limit=1, samples=1, output=tmp_path / name)
         sample(settings)
         assert json.loads(beside(settings.output, "json").read_text())["dtype"] == "bfloat16"
@@ -291,7 +300,9 @@ def test_the_same_problems_asked_otherwise_are_others(
         sample(settings)
 
 
-def test_another_command_is_refused(make: Make, decoded: list[Any], tmp_path: Path, jsonl: Callable[..., Path]) -> None:
+def test_another_command_is_refused(
+    make: Make, plain_dir: Path, decoded: list[Any], tmp_path: Path, jsonl: Callable[..., Path]
+) -> None:
     rows = jsonl({"question": "1 and 1?", "answer": "#### 2"})
     begun: dict[str, Any] = {"limit": 2, "samples": 2}
     sample(make(**begun))
@@ -299,7 +310,7 @@ def test_another_command_is_refused(make: Make, decoded: list[Any], tmp_path: Pa
 
     for name, value in {
         "samples": 3, "temperature": 1.0, "top_p": 0.5, "keep": 1, "keep_solved": True, "max_tokens": 9, "seed": 4,
-        "model": str(PLAIN), "dataset": str(rows), "limit": 3, "effort": 1, "dtype": "bfloat16",
+        "model": str(plain_dir), "dataset": str(rows), "limit": 3, "effort": 1, "dtype": "bfloat16",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"begun with another .*--{name.replace('_', '-')} ") as refused:
             sample(make(**(begun | {name: value})))
