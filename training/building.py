@@ -1,7 +1,8 @@
-"""Build a trainer from a run's settings: data, backbone, model."""
+"""Build a trainer from a run's settings: data, backbone, model, and the decoder that it begins with."""
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ MODEL_SETTINGS = (
     "context_layers",
     "normalize_text",
 )
+SHAPE_SETTINGS = {"n_layers", "expansion", "kv_source", "context_layers", "train_lm_head"}  # that the weights decide
 
 
 def build_trainer(settings: TrainSettings, source: str, revision: str | None, device: str) -> Trainer:
@@ -55,7 +57,21 @@ def build_trainer(settings: TrainSettings, source: str, revision: str | None, de
     torch.manual_seed(settings.seed)
     about = model_settings(settings) | record | {"work": asked_work(problems, settings.replies)}
     model = TRMForCausalLM.from_backbone(backbone, eos_token_id=chat.end_id, **about)
+    if settings.init_from is not None and settings.resume is None:
+        _begin_with(model, settings.init_from)
     return Trainer(settings, model, chat, examples, device, validation)
+
+
+def _begin_with(model: TRMForCausalLM, source: Path) -> None:
+    """Give the model the decoder of a checkpoint, which must stand on the same backbone."""
+    wanted, found = checkpoint.read_config(source).backbone_fingerprint, model.config.backbone_fingerprint
+    if wanted != found:
+        raise ConfigError(
+            f"--init-from {source}: its decoder was trained on a backbone with fingerprint {wanted}, "
+            f"and {model.config.backbone_source} has {found} now; get that revision"
+        )
+    weights = checkpoint.read_tensors(source / checkpoint.WEIGHTS_FILE)
+    model.load_trained({name: tensor.float() for name, tensor in weights.items()}, str(source))
 
 
 def _require_step_targets(examples: Sequence[Example], settings: TrainSettings) -> None:
@@ -75,6 +91,30 @@ def _require_step_targets(examples: Sequence[Example], settings: TrainSettings) 
             settings.n_supervision,
             max(results),
         )
+
+
+def settings_from(settings: TrainSettings, source: Path) -> TrainSettings:
+    """The settings of a run that begins with the decoder of the checkpoint `source`: its backbone and its model.
+
+    What `settings` were given stands, as far as the weights fit. Raises ConfigError where they do not.
+    """
+    config, given = checkpoint.read_config(source), settings.model_fields_set
+    if "backbone" in given:
+        raise ConfigError(f"--init-from {source}: a decoder belongs to its backbone; leave out --backbone")
+    copied = (source / checkpoint.BACKBONE_DIR).is_dir()
+    stored = {name: getattr(config, name) for name in MODEL_SETTINGS}
+    stored |= {"context_layers": config.context_layers or [], "train_lm_head": config.own_lm_head}
+    for name in SHAPE_SETTINGS & given:
+        if getattr(settings, name) != stored[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {getattr(settings, name)}: the decoder of --init-from {source} has {stored[name]}"
+            )
+    if "n_supervision" in given:
+        del stored["max_supervision"]  # it grows with the depth
+    values = stored | {name: getattr(settings, name) for name in given} | {"init_from": source.resolve()}
+    values |= {"backbone": str(source.resolve()) if copied else config.backbone_source}
+    return TrainSettings(**values | {"backbone_revision": None if copied else config.backbone_revision})
 
 
 def backbone_source(settings: TrainSettings) -> tuple[str, str | None]:

@@ -48,7 +48,7 @@ class TrainSettings(Settings):
             "validation",
             "validation_problems",
         ),
-        "the run and its directory": ("output_dir", "resume", "save_steps", "keep_last"),
+        "the run and its directory": ("output_dir", "resume", "init_from", "save_steps", "keep_last"),
         "how long, how fast": (
             "epochs",
             "max_steps",
@@ -100,6 +100,11 @@ class TrainSettings(Settings):
         None,
         description="checkpoint to go on from, or run directory, whose newest whole checkpoint is taken; settings come "
         "from there, and so does the run directory unless --output-dir is given",
+    )
+    init_from: Path | None = Field(
+        None,
+        description="checkpoint whose decoder a new run begins with, in place of a random one; its backbone and the "
+        "model's settings come from there",
     )
     num_problems: int = Field(20_000, ge=1, description="how many synthetic problems to draw")
     validation: str | None = Field(

@@ -11,7 +11,7 @@ import transformers
 
 import trm
 from training import checkpoints, workers
-from training.building import backbone_source, build_trainer
+from training.building import backbone_source, build_trainer, settings_from
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
 from training.problems.data import fingerprint
@@ -32,6 +32,8 @@ def train(settings: TrainSettings) -> Path:
     given = settings.model_fields_set
     if settings.resume is not None:
         settings = resumed_settings(settings, settings.resume)
+    elif settings.init_from is not None:
+        settings = settings_from(settings, checkpoint.locate(settings.init_from))
     if settings.dataset is None:
         raise ConfigError("--dataset is needed: gsm8k, numina, math, synthetic or a JSON-lines file")
     run_dir = settings.output_dir

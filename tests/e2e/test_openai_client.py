@@ -1,7 +1,8 @@
 """Every parameter of OpenAI's decoding routes, through OpenAI's own client, against a real server of the bundled model.
 
 `QUESTION` the model knows how to answer, so its reply is sure of itself; at `BABBLE` it does not, so that whatever
-acts on the choice of tokens changes the reply.
+acts on the choice of tokens changes the reply. That is left to the backbone, unless a test is about steps: it babbles
+longer. `TWO_STEPS` takes two operations, of which a supervision step does one if the answer is to come at once.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ MODEL = "qwen-trm"
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does he have now?"
 REPLY = "12+7=19\n\\boxed{19}"
 BABBLE = "Tom"
+TWO_STEPS = "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?"
+STEPS_FIELDS = {"supervision_steps", "reasoning_effort", "halt_threshold", "halt_tolerance"}
 N_SUPERVISION = json.loads((bundled_model_path() / "config.json").read_text())["n_supervision"]
 
 
@@ -50,7 +53,8 @@ class Route:
         raise NotImplementedError
 
     def ask(self, text: str = BABBLE, **fields: Any) -> Any:
-        fields = {"max_tokens": 16, **fields}
+        by_backbone = {"supervision_steps": 0} if text == BABBLE and not STEPS_FIELDS & fields.keys() else {}
+        fields = {"max_tokens": 16, **by_backbone, **fields}
         known = inspect.signature(self.create).parameters
         native = {name: value for name, value in fields.items() if name in known}
         extra = {name: value for name, value in fields.items() if name not in known}
@@ -383,8 +387,7 @@ def test_an_effort_is_that_many_steps_for_each_token(route: Route, effort: str) 
 
 def test_steps_are_exact_and_high_is_the_default(route: Route) -> None:
     assert steps_mean(route.ask(supervision_steps=5)) == 5
-    assert steps_mean(route.ask()) == N_SUPERVISION
-    assert route.texts(supervision_steps=16) != route.texts(supervision_steps=1)
+    assert steps_mean(route.ask(QUESTION)) == N_SUPERVISION
     for steps, effort in ((400, None), (-1, None), (2, "low")):
         with pytest.raises(openai.BadRequestError) as refused:
             route.ask(supervision_steps=steps, **({} if effort is None else {"reasoning_effort": effort}))
@@ -405,9 +408,20 @@ def test_halting_spends_fewer_steps(server: ServerProcess, route: Route, fields:
     assert 1 <= steps(**fields) < steps() == 16
 
 
+def test_answered_at_once_each_step_does_one_operation(server: ServerProcess, chat: Chat) -> None:
+    prompt = tokenize(server, **chat.prompt(TWO_STEPS), work="none")
+
+    for steps, says in ((1, r"\boxed{19}"), (2, r"\boxed{14}"), (N_SUPERVISION, r"\boxed{14}")):
+        assert chat.texts(TWO_STEPS, work="none", supervision_steps=steps) == [says]
+        completed = chat.client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=16, extra_body={"supervision_steps": steps}
+        )
+        assert completed.choices[0].text == says
+
+
 def test_the_stricter_the_halting_the_more_steps(chat: Chat) -> None:
     def steps(**fields: float) -> float:
-        return steps_mean(chat.ask(supervision_steps=16, **fields))
+        return steps_mean(chat.ask(TWO_STEPS, work="none", supervision_steps=16, **fields))
 
     assert steps(halt_threshold=0.5) > steps(halt_threshold=0.01)
     assert steps(halt_tolerance=0.0001) > steps(halt_tolerance=0.5)
@@ -456,7 +470,7 @@ def test_logprobs_of_both_routes_are_the_same(server: ServerProcess, chat: Chat,
     fields = {"temperature": 1, "seed": 6, "max_tokens": 8}
 
     told = completions.create(model=MODEL, prompt=prompt, logprobs=0, **fields).choices[0]
-    said = chat.ask(logprobs=True, **fields).choices[0]
+    said = chat.create(model=MODEL, **chat.prompt(BABBLE), logprobs=True, **fields).choices[0]
 
     assert told.text == said.message.content
     assert told.logprobs.token_logprobs == pytest.approx([token.logprob for token in said.logprobs.content], abs=1e-3)

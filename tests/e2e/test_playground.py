@@ -26,15 +26,16 @@ from server.cli import listen
 from server.settings import ServeSettings
 from tests.e2e.conftest import ServerProcess
 from tests.server.conftest import END_ID, FakeEngine
+from trm import bundled_model_path
 from trm.chat import solve_messages
+from trm.checkpoint import read_config
 from trm.engine.request import Event, Usage
 from trm.errors import DeviceError
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 WAIT_S = 120
-STICKERS = "Tim fills 4 buckets. Each bucket holds 11 stickers. Later, he purchases another 33 stickers from Jake. "
-STICKERS += "How many stickers does he have altogether now?"  # the bundled backbone divides, its decoder multiplies
 TOM = "Tom has 12 apples. He buys 7 more and gives 5 to Anna. How many apples does he have left?"
+TRAINED = read_config(bundled_model_path()).n_supervision
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,7 +58,7 @@ class Page:
         return self
 
     def open_ready(self, server: ServerProcess | SimpleNamespace, work: str = "full") -> "Page":
-        """With the choice that today's bundled model was trained for."""
+        """With this choice of how much work a reply shows."""
         self.open(server)
         self.wait(lambda: self["effort"].is_enabled())
         self.work(work).click()
@@ -165,74 +166,111 @@ def locked(start_server: Callable[..., ServerProcess]) -> ServerProcess:
     return start_server("--api-key", "sesame", "--public-paths", "/", "/playground/*")
 
 
-def test_a_question_is_answered_and_one_sees_where_the_recursion_changed_its_mind(
-    page: Page, server: ServerProcess
-) -> None:
-    page.open_ready(server)
+def test_it_opens_on_an_answer_at_once_and_one_sees_what_each_step_says(page: Page, server: ServerProcess) -> None:
+    page.open(server)
+    page.wait(lambda: page["effort"].is_enabled())
     assert "qwen-trm" in page["model"].text
-    assert page["effort-words"].text == "4 steps a token, as trained"
+    assert page["effort-words"].text == f"{TRAINED} steps a token, as trained"
+    assert page.work("none").is_selected()
+    assert page["question"].get_attribute("value") == TOM
 
-    page.ask(STICKERS)
+    page["ask"].click()
+    page.wait_for_answer()
 
-    assert page["answer"].text == "77"
-    assert "".join(token.text for token in page.tokens()) == r"4*11=44⏎44+33=77⏎\boxed{77}"
-    assert page["tokens"].text.splitlines()[1:] == ["44+33=77⏎", r"\boxed{77}"]
-    assert re.fullmatch(r"22 tokens, 4\.0 steps each, [\d.]+\ss", page["summary"].text)
-    (changed,) = page.all("#tokens .changed")
-    assert (changed.text, changed.get_attribute("title")) == ("*", "the backbone said “/”")
-    assert "1 of 22 tokens" in page["changes"].text
-    assert page.selected == 1, "the page opens where something changed"
-    assert page["story"].text == "The backbone said “/”; step 2 changed it to “*”."
-    header, multiply, divide, *rest = page.heat()
-    assert header == ["step", "0", "1", "2", "3", "4"]
-    assert (multiply[0], divide[0], len(rest)) == ("*", "/", 3)
-    assert [cell.endswith("leads") for cell in multiply[1:]] == [False, False, True, True, True]
-    assert [cell.endswith("leads") for cell in divide[1:]] == [True, True, False, False, False]
+    assert page["answer"].text == "14"
+    assert "".join(token.text for token in page.tokens()) == r"\boxed{14}"
+    assert re.fullmatch(rf"5 tokens, {TRAINED}\.0 steps each, [\d.]+\ss", page["summary"].text)
+    backbone, first, second, *rest = page.says()
+    assert backbone.startswith("backbone: ")
+    assert first == "step 1: 19 ✓, right: 12+7=19"
+    assert second == "step 2, the answer: 14 ✓, right: 19-5=14"
+    assert rest == [f"steps 3 to {TRAINED}: 14 ✓, right: still 14"]
     page.picture("light")
+
+
+def test_one_sees_where_the_recursion_changed_its_mind(page: Page, server: ServerProcess) -> None:
+    page.open(server)
+    page.wait(lambda: page["effort"].is_enabled())
+    page.ask(TOM)
+
+    changed = page.all("#tokens .changed")
+    number = [token.text for token in page.tokens()].index(changed[0].text)
+    wanted = changed[0].get_attribute("title").removeprefix("the backbone said ")
+    assert f"{len(changed)} of 5 tokens" in page["changes"].text
+    assert page.selected == number, "the page opens where something changed"
+    token = re.escape(changed[0].text)
+    assert re.fullmatch(
+        rf"The backbone said {re.escape(wanted)}; step \d changed it to “{token}”\.", page["story"].text
+    )
+    header, said, *_ = page.heat()
+    assert header == ["step", *map(str, range(TRAINED + 1))]
+    assert said[0] == changed[0].text
+    assert (said[1].endswith("leads"), said[-1].endswith("leads")) == (False, True)
 
 
 def test_tokens_are_walked_through_by_keyboard(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
-    page.ask(STICKERS)
+    page.ask(TOM)
 
     while page.driver.switch_to.active_element.get_attribute("role") != "option":
         page.press(Keys.TAB)
-    assert page.selected == 1
     visited = []
-    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.HOME, Keys.ARROW_LEFT, Keys.ARROW_DOWN):
+    for key in (Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.HOME, Keys.ARROW_LEFT):
         page.press(key)
         visited.append(page.selected)
-    for key in (Keys.ARROW_DOWN, Keys.END, Keys.ARROW_RIGHT, Keys.ARROW_UP):
+    for key in (Keys.END, Keys.ARROW_RIGHT, Keys.ARROW_LEFT):
         page.press(key)
         visited.append(page.selected)
 
-    assert visited == [2, 3, 2, 0, 0, 1, 1, 21, 21, 1]
+    assert visited == [0, 1, 2, 1, 0, 0, 20, 20, 19]
     page.press(Keys.END)
-    assert page["steps-title"].text == "Token 22: }"
-    assert page["story"].text == "The backbone said “}”, and all 4 steps agreed."
-    assert page.driver.switch_to.active_element == page.tokens()[21]
-    assert page.tokens()[21].value_of_css_property("outline-style") == "solid"
+    assert page["steps-title"].text == "Token 21: }"
+    assert page["story"].text == f"The backbone said “}}”, and all {TRAINED} steps agreed."
+    assert page.driver.switch_to.active_element == page.tokens()[20]
+    assert page.tokens()[20].value_of_css_property("outline-style") == "solid"
     page.tokens()[7].click()
     assert page["steps-title"].text == "Token 8: ⏎"
 
 
+def test_up_and_down_go_to_the_next_token_that_changed(page: Page, server: ServerProcess) -> None:
+    page.open_ready(server, "none")
+    page.ask(TOM)
+    while page.driver.switch_to.active_element.get_attribute("role") != "option":
+        page.press(Keys.TAB)
+    changed = [number for number, token in enumerate(page.tokens()) if "changed" in token.get_attribute("class")]
+    assert changed
+
+    page.press(Keys.HOME)
+    down = [page.selected] if page.selected in changed else []
+    for _ in changed[len(down) :]:
+        page.press(Keys.ARROW_DOWN)
+        down.append(page.selected)
+    page.press(Keys.ARROW_DOWN)
+    assert page.selected == changed[-1], "there is no further one"
+    up = [page.selected]
+    for _ in changed[1:]:
+        page.press(Keys.ARROW_UP)
+        up.append(page.selected)
+    assert (down, up) == (changed, changed[::-1])
+
+
 def test_the_effort_is_chosen_by_keyboard(page: Page, server: ServerProcess) -> None:
-    page.open_ready(server)
+    page.open_ready(server, "none")
     page["effort"].send_keys(Keys.HOME)
     assert page["effort-words"].text == "0 steps a token, the backbone alone"
-    page.ask(STICKERS)
+    page.ask(TOM)
 
     assert "0.0 steps each" in page["summary"].text
     assert page.heat()[0] == ["step", "0"]
     assert "the recursion was not asked" in page["story"].text
-    assert page["answer"].text != "77"
+    assert page["answer"].text != "14"
 
-    page["effort"].send_keys(*[Keys.ARROW_RIGHT] * 6)
-    assert page["effort-words"].text == "6 steps a token, beyond training"
-    page.ask(STICKERS)
+    page["effort"].send_keys(*[Keys.ARROW_RIGHT] * (TRAINED + 2))
+    assert page["effort-words"].text == f"{TRAINED + 2} steps a token, beyond training"
+    page.ask(TOM)
 
-    assert page.heat()[0] == ["step", *map(str, range(7))]
-    assert [header.text for header in page.all("#heat .beyond")] == ["5", "6"]
+    assert page.heat()[0] == ["step", *map(str, range(TRAINED + 3))]
+    assert [header.text for header in page.all("#heat .beyond")] == [str(TRAINED + 1), str(TRAINED + 2)]
 
 
 def test_an_example_is_a_click(page: Page, server: ServerProcess) -> None:
@@ -247,7 +285,7 @@ def test_an_example_is_a_click(page: Page, server: ServerProcess) -> None:
 
 def test_a_vote_is_bars(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
-    page.write(STICKERS)
+    page.write(TOM)
     page["samples"].clear()
     page["samples"].send_keys("12")
 
@@ -272,7 +310,7 @@ def test_a_reply_can_be_stopped(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        page.write(STICKERS, Keys.ENTER)
+        page.write(TOM, Keys.ENTER)
         page.wait(lambda: page["stop"].is_displayed())
         page.press(Keys.ESCAPE)
         page.wait(lambda: not page["stop"].is_displayed())
@@ -285,19 +323,19 @@ def test_a_reply_can_be_stopped(page: Page, server: ServerProcess) -> None:
 
     assert not page["problem"].is_displayed(), "to stop is no failure"
     assert not page["reply"].is_displayed()
-    page.ask(STICKERS)
-    assert page["answer"].text == "77"
+    page.ask(TOM)
+    assert page["answer"].text == "14"
 
 
 def test_a_new_question_replaces_the_one_before_it(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
     apples, stickers, *_ = page.all("#examples button")
 
-    page.driver.execute_script("for (const button of arguments) button.click()", apples, stickers, apples, stickers)
+    page.driver.execute_script("for (const button of arguments) button.click()", stickers, apples, stickers, apples)
     page.wait_for_answer()
 
-    assert page["answer"].text == "77"
-    assert len(page.tokens()) == 22
+    assert page["answer"].text == "14"
+    assert len(page.tokens()) == 21
 
 
 def test_a_key_is_asked_for_and_kept_for_this_tab_only(page: Page, locked: ServerProcess) -> None:
@@ -314,9 +352,9 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_only(page: Page, locked: Serve
     page.wait(lambda: page["effort"].is_enabled())
     assert not page["problem"].is_displayed()
     page.work("full").click()
-    page.ask(STICKERS)
+    page.ask(TOM)
 
-    assert page["answer"].text == "77"
+    assert page["answer"].text == "14"
     assert page.driver.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
     page.driver.refresh()
     page.wait(lambda: page["effort"].is_enabled())
@@ -335,7 +373,7 @@ def test_errors_are_said_in_words(page: Page, server: ServerProcess) -> None:
     offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
     page.emulate("Network.enable")
     page.emulate("Network.emulateNetworkConditions", offline=True, **offline)
-    page.write(STICKERS, Keys.ENTER)
+    page.write(TOM, Keys.ENTER)
     page.wait(lambda: page["problem"].text == "The server cannot be reached. Is it still running?")
     page.picture("error")
     page.emulate("Network.emulateNetworkConditions", offline=False, **(offline | dict.fromkeys(list(offline)[1:], -1)))
@@ -349,7 +387,7 @@ def test_it_is_dark_where_people_want_it_dark(page: Page, server: ServerProcess)
     assert page.brightness() > 0.9
 
     page.prefer(prefers_color_scheme="dark")
-    page.ask(STICKERS)
+    page.ask(TOM)
 
     assert page.brightness() < 0.15
     page.picture("dark")
@@ -360,9 +398,9 @@ def test_it_fits_a_phone(page: Page, server: ServerProcess) -> None:
     page.open_ready(server)
     assert page.overflow() == 0
     page["effort"].send_keys(Keys.END)
-    page.ask(STICKERS)
+    page.ask(TOM)
 
-    assert page["answer"].text == "77"
+    assert page["answer"].text == "14"
     assert len(page.heat()[0]) == 18, "a wide table, which scrolls by itself"
     assert page.overflow() == 0
     page.picture("phone")
@@ -373,11 +411,11 @@ def test_it_fits_a_phone(page: Page, server: ServerProcess) -> None:
 
 def test_without_motion_the_table_waits_for_the_end(page: Page, server: ServerProcess) -> None:
     page.prefer(prefers_reduced_motion="reduce")
-    page.open_ready(server)
-    page.ask(STICKERS)
+    page.open_ready(server, "none")
+    page.ask(TOM)
 
-    assert page.selected == 1
-    assert page["answer"].text == "77"
+    assert "changed" in page.tokens()[page.selected].get_attribute("class")
+    assert page["answer"].text == "14"
 
 
 # On a fake engine, which says what no model would

@@ -76,7 +76,7 @@ def train_control(kind: Kind, run: TrainSettings, output_dir: Path, lr: float | 
     Raises DeviceError where its gradient is not finite.
     """
     device = use_device("auto", run.num_threads)
-    run = run.model_copy(update={"cache_states": "off"})
+    run = run.model_copy(update={"cache_states": "off", "init_from": None})
     trainer = build_trainer(run, *backbone_source(run), device)
     decoder_weights = sum(p.numel() for p in trainer.weights.parameters.values())
     with FlopCounterMode(display=False) as counted:

@@ -18,7 +18,7 @@ from training.problems.data import load_problems
 from training.run import train
 from training.sampling.run import sample
 from training.sampling.solutions import select
-from trm import bundled_model_path
+from trm import bundled_model_path, checkpoint
 from trm.chat import solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.errors import CheckpointError, ConfigError
@@ -93,7 +93,8 @@ def test_rows_are_right_ordered_and_the_same_in_any_company(make: Make, tmp_path
     assert f"{len(right)} right ({len(right) / 24:.1%}), {cut} cut off at --max-tokens 48, {len(rows)} kept" in summary
     decided = json.loads(beside(output, "json").read_text())
     assert {row["model"] for row in rows} == {decided["model"]}
-    assert (decided["temperature"], decided["seed"], decided["effort"]) == (2.0, 3, 4)
+    trained = checkpoint.read_config(bundled_model_path()).n_supervision
+    assert (decided["temperature"], decided["seed"], decided["effort"]) == (2.0, 3, trained)
 
 
 def test_a_sampling_that_was_interrupted_goes_on(
@@ -237,7 +238,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             for key in sorted(wanted, key=lambda key: (key.problem ^ 1, -key.sample)):  # problems 1, 0, 3, 2
                 log.append(key)
                 text = texts[(key.problem + key.sample * key.problem) % 3]
-                yield answer(key.problem, key.sample, text, right="box" in text)
+                yield answer(key.problem, key.sample, text, right="box" in text, effort=key.effort)
 
         yield decode
 
