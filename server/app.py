@@ -7,7 +7,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server import errors, openapi
 from server.metrics import Metrics
-from server.middleware import OPEN_PATHS, ReadBody, Record, RequireKey, RootPath
+from server.middleware import OPEN_PATHS, HeadAsGet, ReadBody, Record, RequireKey, RootPath
 from server.routes import chat, completions, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
@@ -53,9 +53,8 @@ def _check_root_path(app: FastAPI, prefix: str) -> None:
 
 def add_middleware(app: FastAPI, settings: ServeSettings, metrics: Metrics) -> None:
     """What happens around every request, whoever answers it."""
-    app.add_middleware(  # each one added wraps those before it
-        ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds
-    )
+    app.add_middleware(HeadAsGet)  # each one added wraps those before it
+    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_seconds)
     app.add_middleware(RequireKey, keys=settings.keys(), public=settings.public_paths)
     if settings.root_path:
         app.add_middleware(RootPath, prefix=settings.root_path)

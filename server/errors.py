@@ -30,6 +30,10 @@ class BodyTooLarge(BadRequest):
     """More bytes than a request may have."""
 
 
+class EncodedBody(BadRequest):
+    """A compressed body."""
+
+
 class HeadTooLarge(BadRequest):
     """More bytes than a request's line and headers may have."""
 
@@ -58,6 +62,7 @@ STATUS: Mapping[type[TRMError], tuple[int, str]] = {
     UnknownModel: (404, "invalid_request_error"),
     SlowBody: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
+    EncodedBody: (415, "invalid_request_error"),
     HeadTooLarge: (431, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
     DeviceError: (500, "server_error"),

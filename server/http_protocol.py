@@ -1,8 +1,13 @@
-"""Bytes to requests: uvicorn's protocol on httptools, with bounded heads, one Host in each, and errors in our shape."""
+"""Bytes to requests: uvicorn's protocol on httptools, with bounded heads, one Host in each, and errors in our shape.
+
+An offer to go on in another protocol is ignored (RFC 9110, 7.8), and the request read by its own framing. A client of
+HTTP/1.0, which knows no chunks, gets a reply of unknown length plainly, until the connection is closed (RFC 9112, 6.1).
+"""
 
 import json
-from typing import Any
+from typing import Any, Self
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import HeadTooLarge, describe
@@ -10,6 +15,16 @@ from server.metrics import REJECTIONS, Metrics
 from trm.errors import BadRequest
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; httptools alone collects them for as long as they come
+
+
+class _UntilClosed(int):
+    """As the length that uvicorn expects of a reply: none is longer, and none shorter."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> Self:
+        return self
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -35,10 +50,21 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = None
         self._too_large = len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES
         hosts = [value for name, value in self.headers if name == b"host"]
-        ambiguous = len(hosts) != 1 and self.parser.get_http_version() == "1.1"
-        if self._too_large or ambiguous:
+        version = self.parser.get_http_version()
+        ambiguous = len(hosts) != 1 and version == "1.1"
+        if self._too_large or ambiguous or self.parser.get_method() == b"CONNECT":
             raise ValueError  # which the parser makes an error of its own
+        if self.parser.should_upgrade():
+            return  # the parser stops behind this head, and `_read_on` comes here again
         super().on_headers_complete()
+        if version == "1.0":
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _UntilClosed()
+
+    def on_message_complete(self) -> None:
+        """A request is whole, or a head that offers another protocol."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
@@ -49,7 +75,26 @@ class HttpProtocol(HttpToolsProtocol):
                 self.logger.warning("Request head too large.")
                 self.send_400_response("")
                 return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._read_on(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+
+    def _read_on(self, rest: bytes) -> None:
+        """Read the head that the parser stopped behind once more, without its offer, then `rest`."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b",".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
+            if name != b"upgrade":
+                lines.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request, in the place of uvicorn's plain text."""

@@ -29,6 +29,7 @@ REJECTIONS = {
     405: "wrong_method",
     408: "slow_body",
     413: "too_large",
+    415: "encoded",
     429: "overloaded",
     431: "head_too_large",
     500: "internal",

@@ -1,4 +1,4 @@
-"""What happens around every HTTP request, in this order: record it, check its key, read its body.
+"""What happens around every HTTP request, in this order: record it, check its key, read its body, answer HEAD as GET.
 
 Plain ASGI, so that a handler can be cancelled: the moment a client leaves, whatever its
 request is doing stops, streaming or not, and its rows leave the engine before the next tick.
@@ -17,7 +17,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLarge, SlowBody, Unauthorized, describe, error_response, internal_error_response
+from server.errors import (
+    BodyTooLarge,
+    EncodedBody,
+    SlowBody,
+    Unauthorized,
+    describe,
+    error_response,
+    internal_error_response,
+)
 from server.metrics import Metrics, rejection
 from server.serving import Call
 
@@ -178,7 +186,7 @@ class ReadBody:
         except TimeoutError:
             slow = f"the body did not arrive within {self.timeout_s:g} s, this server's limit (--body-timeout-seconds)"
             await error_response(SlowBody(slow, code="body_timeout"))(scope, receive, send)
-        except BodyTooLarge as error:
+        except (BodyTooLarge, EncodedBody) as error:
             await error_response(error)(scope, receive, send)
         else:
             if body is None:
@@ -188,7 +196,13 @@ class ReadBody:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None where the client left before its end."""
-        announced = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        if (coding := headers.get("content-encoding", "identity")).strip().lower() not in ("", "identity"):
+            raise EncodedBody(
+                f"Content-Encoding {coding[:100]}: this server reads bodies as they are; send it without",
+                code="unsupported_content_encoding",
+            )
+        announced = headers.get("content-length", "0")
         size = int(announced) if announced.isdecimal() else 0
         chunks: list[bytes] = []
         more = True
@@ -227,3 +241,15 @@ class ReadBody:
             await asyncio.wait((handler, watcher))
         if not handler.cancelled():
             handler.result()
+
+
+class HeadAsGet:
+    """Answers HEAD wherever GET works: as GET, whose body the connection leaves out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)

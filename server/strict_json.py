@@ -3,6 +3,7 @@
 Nor so many fields that checking them would keep everybody else waiting.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -16,7 +17,7 @@ class _StrictRequest(Request):
     async def json(self) -> Any:
         body, limit = await self.body(), self.app.state.settings.max_body_fields
         try:
-            content = from_json(body, allow_inf_nan=False)
+            content = from_json(body.removeprefix(BOM_UTF8), allow_inf_nan=False)
         except ValueError as error:
             raise HTTPException(400, f"the body is not valid JSON: {error}") from None
         if body.count(b":") > limit:  # each field has one; few texts have so many

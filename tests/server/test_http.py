@@ -227,6 +227,25 @@ async def test_a_large_body_is_a_413_and_never_read_whole(make_app, connect):
     assert len(sent) == 3
 
 
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
+async def test_an_encoded_body_is_a_415_that_names_the_coding(client, coding):
+    response = await client.post("/solve", content=b"\x1f\x8b", headers={"Content-Encoding": coding})
+    metrics = (await client.get("/metrics")).text
+
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_content_encoding")
+    assert f"Content-Encoding {coding}:" in response.json()["error"]["message"]
+    assert 'trm_request_rejected_total{reason="encoded"} 1.0' in metrics
+    assert (await client.get("/health", headers={"Content-Encoding": "identity"})).status_code == 200
+
+
+async def test_a_byte_order_mark_before_the_json_is_skipped(client):
+    headers = {"Content-Type": "application/json"}
+    with_mark = await client.post("/solve", content=b'\xef\xbb\xbf{"question": "a"}', headers=headers)
+    twice = await client.post("/solve", content=b'\xef\xbb\xbf\xef\xbb\xbf{"question": "a"}', headers=headers)
+
+    assert (with_mark.status_code, twice.status_code) == (200, 400)
+
+
 # Ids and log
 
 

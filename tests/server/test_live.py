@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import threading
@@ -220,6 +221,107 @@ def test_heads_are_bounded_and_refusals_in_shape(start, app, sent, status, size)
     metrics = httpx.get(f"{live.url}/metrics").text
     for counted, reason in ((400, "invalid"), (431, "head_too_large")):
         assert f'trm_request_rejected_total{{reason="{reason}"}} {float(status == counted)}' in metrics
+
+
+def talk(live, *pieces, pause_s=0.0):
+    """Everything the server says to these bytes, sent piece by piece, until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            threading.Event().wait(pause_s)
+        received = b""
+        while said := connection.recv(2**16):
+            received += said
+        return received
+
+
+def statuses(said):
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", said)]
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"TLS/1.2", b"foo", b"websocket", b"h2c, foo"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("pause_s", [0.0, 0.1], ids=["at once", "a moment later"])
+def test_an_offered_upgrade_is_ignored_and_the_body_read(start, app, engine, offer, framing, pause_s):
+    live = start(app, idle_connection_seconds=1)
+    body = json.dumps({"question": "What is 1 + 1?"}).encode()
+    head = (
+        b"POST /solve HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    )
+    head += b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + offer + b"\r\nSec-WebSocket-Key: YQ==\r\n"
+    if framing == "length":
+        pieces = [head + b"Content-Length: %d\r\n\r\n" % len(body), body[:9], body[9:]]
+    else:
+        pieces = [head + b"Transfer-Encoding: chunked\r\n\r\n", b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n"]
+    then = b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+
+    said = talk(live, *(pieces if pause_s else [b"".join(pieces)]), then, pause_s=pause_s)
+
+    assert statuses(said) == [200, 200]
+    assert [messages[-1]["content"] for messages in engine.chat.conversations] == ["What is 1 + 1?"]
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.1], ids=["at once", "a moment later"])
+def test_the_body_behind_an_offered_upgrade_is_no_request(start, app, engine, pause_s):
+    live = start(app, idle_connection_seconds=1)
+    inner = b"GET /version HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+    head = b"POST /solve HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nConnection: upgrade\r\n"
+    head += b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(inner)
+
+    said = talk(live, *([head, inner] if pause_s else [head + inner]), pause_s=pause_s)
+
+    assert statuses(said) == [400]
+    assert b"not valid JSON" in said
+
+
+def test_upgrades_without_a_body_and_many_at_once(start, app):
+    live = start(app, idle_connection_seconds=1)
+    offer = b"GET /health HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+
+    assert statuses(talk(live, offer * 20)) == [200] * 20
+    assert statuses(talk(live, b"CONNECT test:443 HTTP/1.1\r\nHost: test\r\n\r\n")) == [400]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_http_1_0_gets_no_chunks_and_a_closed_connection(start, app, engine, chat_body, say, stream):
+    engine.script = say("one ", "two ", "three")
+    live = start(app, idle_connection_seconds=5)
+    body = json.dumps(chat_body(stream=stream)).encode()
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\nConnection: keep-alive\r\n"
+
+    head, _, reply = talk(live, head + b"Content-Length: %d\r\n\r\n" % len(body) + body).partition(b"\r\n\r\n")
+
+    assert statuses(head) == [200]
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    assert (b"content-length" in head.lower()) == (not stream)
+    if stream:
+        assert reply.startswith(b"data: {")
+        assert reply.endswith(b"data: [DONE]\n\n")
+    else:
+        assert json.loads(reply)["choices"][0]["message"]["content"] == "one two three"
+
+
+def test_head_is_get_without_its_body(start, app):
+    live = start(app)
+    for path in (
+        "/",
+        "/health",
+        "/ready",
+        "/version",
+        "/v1/models",
+        "/metrics",
+        "/openapi.json",
+        "/playground/main.js",
+    ):
+        head, get = httpx.head(live.url + path), httpx.get(live.url + path)
+        assert (head.status_code, head.content) == (get.status_code, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"]
+        if path != "/metrics":  # which counts
+            assert head.headers["content-length"] == str(len(get.content)), path
+    assert httpx.head(f"{live.url}/solve").status_code == 405
+    said = talk(live, b"HEAD /version HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+    assert said.partition(b"\r\n\r\n")[2] == b""
 
 
 @pytest.mark.parametrize("stream", [False, True])

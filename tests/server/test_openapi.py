@@ -116,7 +116,7 @@ async def test_what_tools_cannot_make_requests_from_is_said_in_words(described):
 
 async def test_every_error_is_documented_in_our_shape(described):
     posted = described["paths"]["/v1/completions"]["post"]["responses"]
-    assert posted.keys() == {"200", "400", "404", "408", "413", "429", "431", "500", "503", "504"}
+    assert posted.keys() == {"200", "400", "404", "408", "413", "415", "429", "431", "500", "503", "504"}
     assert posted["400"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
     assert posted["200"]["content"].keys() == {"application/json", "text/event-stream"}
     assert described["paths"]["/version"]["get"]["responses"].keys() == {"200", "431", "500", "503"}
