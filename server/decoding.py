@@ -24,7 +24,7 @@ from server.schemas.common import (
 )
 from server.serving import Call, Serving
 from server.worker import Submission
-from trm.chat import SYSTEM_PROMPTS, Message, Work
+from trm.chat import SYSTEM_PROMPTS, Message, TooLong, Work
 from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
@@ -129,7 +129,7 @@ async def submit(
     serving: Serving,
     call: Call,
     count: int,
-    encode: Callable[[], Iterable[Sequence[int]]],
+    encode: Callable[[int], Iterable[Sequence[int]]],
     params: SamplingParams,
     n: int,
     param: str,
@@ -138,24 +138,29 @@ async def submit(
     """n requests for each of `count` prompts, its samples side by side.
 
     Their places are reserved before anything is tokenised: a full queue refuses at once. `encode` gives the prompts'
-    ids, off the event loop, and there the grammar is compiled. `param` is the field that holds the text.
+    ids, off the event loop, and there the grammar is compiled; it is told how many tokens a prompt may have, and may
+    raise TooLong. `param` is the field that holds the text.
     """
     submission = serving.reserve(call, count * n)
-    grammar, prompts = await submission.prepare(
-        asyncio.to_thread(
-            lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode()])
+    limit = serving.engine.max_model_len
+
+    def too_long(tokens: str) -> BadRequest:
+        takes = f"this server takes {limit}, at least one of them for the reply; shorten it"
+        return BadRequest(f"the prompt has {tokens} tokens; {takes}", param=param, code="context_length_exceeded")
+
+    try:
+        grammar, prompts = await submission.prepare(
+            asyncio.to_thread(
+                lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode(limit)])
+            )
         )
-    )
+    except TooLong:
+        raise too_long(f"more than {limit}") from None
     requests: list[EngineRequest] = []
     for prompt in prompts:
-        room = serving.engine.max_model_len - len(prompt)
+        room = limit - len(prompt)
         if room < 1:
-            raise BadRequest(
-                f"the prompt has {len(prompt)} tokens; this server takes {serving.engine.max_model_len}, "
-                "at least one of them for the reply; shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise too_long(str(len(prompt)))
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
         requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar, param) for index in range(n)]
     serving.worker.submit(submission, requests)

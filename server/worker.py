@@ -93,6 +93,7 @@ class Submission:
         finally:
             working.cancel()  # nothing happens to one that is done
             stopped.cancel()
+            del working  # it holds what it raised, which holds this frame, and all that was read of the request
 
     def spare(self, indexes: Iterable[int]) -> None:
         """Cancel some requests whose replies are not needed any more; the others go on, and iterating too."""

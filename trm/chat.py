@@ -80,6 +80,14 @@ def solve_messages(question: str, solution: str | None = None, work: Work = "ful
     return messages
 
 
+PIECE_CHARS = 2**14  # of a long text that are read at once, to see whether it is too long
+CUT_TOKENS = 64  # whose cut may change on either side of where a word was cut in two
+
+
+class TooLong(BadRequest):
+    """A text with more tokens than fit."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One training conversation. Labels are `ids[label_start:]`, the reply and its end token.
@@ -120,18 +128,31 @@ class ChatFormat:
         longest_first = sorted(specials, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; special-token strings in it become ordinary tokens."""
+    def encode_text(self, text: str, at_most: int | None = None, param: str = "prompt") -> list[int]:
+        """Ids of plain text; special-token strings in it become ordinary tokens.
+
+        Raises TooLong where there are more than `at_most` of them and the text is too long to be read whole for that:
+        it is read piece by piece, as far as it needs to be. `param` is the field that holds it.
+        """
+        if at_most is not None and len(text) > PIECE_CHARS:
+            certain = 0
+            for piece, slack in _pieces(text):
+                certain += max(0, len(self.encode_text(piece)) - slack)
+                if certain > at_most:
+                    message = f"the text has more than {at_most} tokens, all that this server reads; shorten it"
+                    raise TooLong(message, param, "context_length_exceeded")
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt without turns: text as in a message, but without template."""
-        return self.encode_text(self._clean(text, param="prompt"))
+    def encode_prompt(self, text: str, at_most: int | None = None) -> list[int]:
+        """Ids of a prompt without turns: text as in a message, but without template. `at_most`: see `encode_text`."""
+        return self.encode_text(self._clean(text, param="prompt"), at_most)
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation, by default up to where the reply begins.
+    def encode(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, at_most: int | None = None
+    ) -> list[int]:
+        """Ids of a conversation, by default up to where the reply begins. `at_most`: see `encode_text`.
 
         Special-token strings in the content are swapped for private-use characters while
         the template runs, so that only the template's own specials become special ids.
@@ -157,7 +178,7 @@ class ChatFormat:
             if self._specials.fullmatch(piece):
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             elif piece:
-                ids.extend(self.encode_text(piece.translate(restore)))
+                ids.extend(self.encode_text(piece.translate(restore), at_most, "messages"))
         return ids
 
     def encode_example(self, question: str, solution: str, work: Work = "full") -> Example:
@@ -186,8 +207,10 @@ class ChatFormat:
 
     def _clean(self, text: str, param: str) -> str:
         """A caller's text, normalised where the model wants it so; `param` is the field that holds it."""
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise BadRequest("the text holds half a surrogate pair, which is not valid Unicode", param=param)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRequest("the text holds half a surrogate pair, which is not valid Unicode", param=param) from None
         return normalize_text(text) if self.normalize else text
 
     def _guards(self, contents: Sequence[str]) -> dict[str, str]:
@@ -198,6 +221,22 @@ class ChatFormat:
         used = set().union(*contents)
         free = (char for char in _private_use() if char not in used)
         return {special: next(free) for special in sorted(found)}
+
+
+def _pieces(text: str) -> Iterator[tuple[str, int]]:
+    """Parts of a text, and by how many tokens each may have more than it has in the whole text.
+
+    Each ends before a space behind a word, if there is one in its last half: there tokenizers cut, too, and at most
+    make more of the space. Elsewhere the tokens on both sides of the cut may be others.
+    """
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARS
+        cut = text.rfind(" ", start + PIECE_CHARS // 2, end) if end < len(text) else -1
+        between_words = cut > 0 and not text[cut - 1].isspace()
+        end = cut if between_words else end
+        yield text[start:end], 2 if between_words else CUT_TOKENS
+        start = end
 
 
 def _private_use() -> Iterator[str]:

@@ -35,7 +35,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         serving,
         call,
         1,
-        lambda: [serving.engine.chat.encode(messages)],
+        lambda limit: [serving.engine.chat.encode(messages, at_most=limit)],
         params,
         n,
         param="messages",

@@ -29,7 +29,7 @@ async def completions(body: CompletionRequest, serving: ServingDep, call: CallDe
         serving,
         call,
         len(prompts),
-        lambda: [chat.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+        lambda limit: [chat.encode_prompt(prompt, limit) if isinstance(prompt, str) else prompt for prompt in prompts],
         params,
         n,
         param="prompt",

@@ -36,7 +36,9 @@ async def solve(
         serving,
         call,
         len(questions),
-        lambda: [chat.encode(solve_messages(question, work=body.work or "full")) for question in questions],
+        lambda limit: [
+            chat.encode(solve_messages(question, work=body.work or "full"), at_most=limit) for question in questions
+        ],
         params,
         n,
         param="question",

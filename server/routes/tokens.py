@@ -20,20 +20,18 @@ router = APIRouter(route_class=StrictRoute)
 async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeResponse:
     """The ids of a prompt or a conversation, as the decoding routes encode them."""
     serving.check_model(body.model)
-    chat = serving.engine.chat
+    chat, limit = serving.engine.chat, serving.engine.max_model_len
     encode: Callable[[], list[int]]
     if body.messages is not None:
         messages = conversation(body.messages, serving, body.work)
-        encode = partial(chat.encode, messages, body.add_generation_prompt is not False)
+        encode = partial(chat.encode, messages, body.add_generation_prompt is not False, limit)
     else:
-        encode = partial(chat.encode_prompt, body.prompt or "")
+        encode = partial(chat.encode_prompt, body.prompt or "", limit)
 
     def respond() -> TokenizeResponse:
         ids = encode()
         spelt = [serving.token_bytes.spell(id_) for id_ in ids] if body.return_token_strs else None
-        return TokenizeResponse(
-            count=len(ids), max_model_len=serving.engine.max_model_len, tokens=ids, token_strs=spelt
-        )
+        return TokenizeResponse(count=len(ids), max_model_len=limit, tokens=ids, token_strs=spelt)
 
     return await asyncio.to_thread(respond)
 

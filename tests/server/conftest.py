@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.app import create_app
 from server.settings import ServeSettings
+from trm.chat import PIECE_CHARS, TooLong
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
 from trm.engine.handle import Reservation
@@ -89,12 +90,14 @@ class FakeChat:
         self.conversations = []
         self.tokenizer = byte_tokenizer()
 
-    def encode(self, messages, add_generation_prompt=True):
+    def encode(self, messages, add_generation_prompt=True, at_most=None):
         self.conversations.append([dict(message) for message in messages])
         turns = [f"{message['role']}:{message['content']};" for message in messages]
-        return self.encode_prompt("".join([*turns, "assistant:"] if add_generation_prompt else turns))
+        return self.encode_prompt("".join([*turns, "assistant:"] if add_generation_prompt else turns), at_most)
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text, at_most=None):
+        if at_most is not None and len(text) > max(at_most, PIECE_CHARS):
+            raise TooLong(f"the text has more than {at_most} tokens", "prompt", "context_length_exceeded")
         return [ord(char) % 256 for char in text]
 
     def decode_with_specials(self, ids):

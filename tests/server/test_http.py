@@ -1,9 +1,11 @@
 """What holds on every route: error shape, keys, body limit, request ids, the log."""
 
 import asyncio
+import gc
 import json
 import logging
 import re
+import tracemalloc
 
 import pytest
 
@@ -131,7 +133,7 @@ async def test_other_origins_are_out_by_default(client):
 async def test_pages_of_allowed_origins_ask_first_without_a_key_and_may_read_errors_and_headers(
     make_app, connect, engine, allowed
 ):
-    engine.chat.encode = lambda messages: 1 / 0
+    engine.chat.encode = lambda messages, **_: 1 / 0
     async with connect(make_app(api_key=["one"], cors_origins=[allowed])) as client:
         preflight = await client.options("/solve", headers=PREFLIGHT)
         page = {"Origin": PAGE, "Authorization": "Bearer one"}
@@ -246,6 +248,53 @@ async def test_a_byte_order_mark_before_the_json_is_skipped(client):
     assert (with_mark.status_code, twice.status_code) == (200, 400)
 
 
+FAR_TOO_LONG = "7" * 500_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": FAR_TOO_LONG}]}, "messages"),
+        ("/v1/completions", {"prompt": ["a", FAR_TOO_LONG]}, "prompt"),
+        ("/solve", {"question": FAR_TOO_LONG}, "question"),
+        ("/tokenize", {"prompt": FAR_TOO_LONG}, "prompt"),
+    ],
+)
+async def test_a_text_far_beyond_the_context_is_refused_and_nothing_of_it_kept(app, engine, path, body, param):
+    content = json.dumps(body).encode()
+    headers = [(b"host", b"test"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": headers, "root_path": "", "scheme": "http"}
+
+    async def ask():
+        parts, said = [{"type": "http.request", "body": content, "more_body": False}], []
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        async def send(message):
+            said.append(message)
+
+        await app(dict(scope), receive, send)
+        engine.chat.conversations.clear()
+        return said[0]["status"], json.loads(said[1]["body"])["error"]
+
+    status, error = await ask()
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert re.search(r"more than 400( tokens)?", error["message"])
+    gc.collect()
+    gc.disable()  # a cycle of references keeps what it holds until the collector comes by
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            await ask()
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < 500_000 < peak
+
+
 # Ids and log
 
 
@@ -320,7 +369,7 @@ async def test_the_log_has_id_counts_and_time(client, engine, caplog):
 async def test_the_log_holds_nothing_of_prompts_replies_keys_and_queries(make_app, connect, engine, caplog, formatter):
     """Neither where all goes well nor where it fails."""
     caplog.set_level(logging.DEBUG)
-    engine.chat.encode = lambda messages: 1 / 0 if "fail" in str(messages) else [1]
+    engine.chat.encode = lambda messages, **_: 1 / 0 if "fail" in str(messages) else [1]
     secret = {"Authorization": "Bearer sesame", "Cookie": "sesame", "User-Agent": "sesame"}
     async with connect(make_app(api_key=["sesame"])) as client:
         for body in (

@@ -31,7 +31,7 @@ async def samples_of(client, name):
 
 async def test_places_are_reserved_before_anything_is_tokenised(post, engine, monkeypatch):
     encode, reserved = engine.chat.encode, []
-    monkeypatch.setattr(engine.chat, "encode", lambda text: (reserved.append(engine.reserved), encode(text))[1])
+    monkeypatch.setattr(engine.chat, "encode", lambda text, **_: (reserved.append(engine.reserved), encode(text))[1])
 
     assert (await post(n=3, temperature=1)).status_code == 200
 
@@ -40,7 +40,7 @@ async def test_places_are_reserved_before_anything_is_tokenised(post, engine, mo
 
 
 async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(post, client, engine, monkeypatch):
-    monkeypatch.setattr(engine.chat, "encode", lambda text: pytest.fail("tokenised in vain"))
+    monkeypatch.setattr(engine.chat, "encode", lambda text, **_: pytest.fail("tokenised in vain"))
     engine.refuse = Overloaded(
         "the queue is full: 8 requests wait, and at most 8 may; try again in 7 s", retry_after_s=7
     )
@@ -61,9 +61,9 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(post, cli
 
 
 async def test_a_prompt_that_cannot_be_served_gives_its_places_back(post, engine, monkeypatch):
-    monkeypatch.setattr(engine.chat, "encode", lambda text: [1] * 400)
+    monkeypatch.setattr(engine.chat, "encode", lambda text, **_: [1] * 400)
     assert (await post()).json()["error"]["code"] == "context_length_exceeded"
-    monkeypatch.setattr(engine.chat, "encode", lambda text: 1 / 0)
+    monkeypatch.setattr(engine.chat, "encode", lambda text, **_: 1 / 0)
     assert (await post()).status_code == 500
 
     assert engine.reserved == 0
@@ -71,7 +71,7 @@ async def test_a_prompt_that_cannot_be_served_gives_its_places_back(post, engine
 
 async def test_a_client_that_leaves_while_its_prompt_is_tokenised_gives_its_places_back(client, engine, monkeypatch):
     tokenising, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(engine.chat, "encode", lambda text: (tokenising.set(), go_on.wait(5), [1])[-1])
+    monkeypatch.setattr(engine.chat, "encode", lambda text, **_: (tokenising.set(), go_on.wait(5), [1])[-1])
     request = asyncio.create_task(client.post("/solve", json={"question": "a", "n": 4}))
     await asyncio.to_thread(tokenising.wait, 5)
     assert engine.reserved == 4

@@ -48,8 +48,8 @@ async def client(engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
     ids=["empty", "too-long", "unknown-token"],
 )
 async def test_each_route_names_its_own_field(route, field, body, ids, code, message, client, engine, monkeypatch):
-    monkeypatch.setattr(engine.chat, "encode", lambda messages: ids)
-    monkeypatch.setattr(engine.chat, "encode_prompt", lambda text: ids)
+    monkeypatch.setattr(engine.chat, "encode", lambda messages, **_: ids)
+    monkeypatch.setattr(engine.chat, "encode_prompt", lambda text, at_most: ids)
 
     response = await client.post(route, json=body)
 
@@ -70,7 +70,7 @@ async def test_failures_of_the_device_and_our_own_are_told_apart(
     def fail(*args: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(engine.chat, "encode", lambda messages: [3, 4, 5])
+    monkeypatch.setattr(engine.chat, "encode", lambda messages, **_: [3, 4, 5])
     monkeypatch.setattr(engine.loop.runner, "tick", fail)
 
     response = await client.post("/solve", json={"question": "a", "stream": stream})
@@ -85,7 +85,7 @@ async def test_failures_of_the_device_and_our_own_are_told_apart(
 
 
 async def test_bug_in_a_route_is_counted_as_one(client, engine, monkeypatch):
-    monkeypatch.setattr(engine.chat, "encode", lambda messages: 1 / 0)
+    monkeypatch.setattr(engine.chat, "encode", lambda messages, **_: 1 / 0)
 
     response = await client.post("/solve", json={"question": "a"})
 

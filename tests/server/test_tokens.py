@@ -36,7 +36,7 @@ async def test_the_reply_begins_behind_the_messages_unless_told_otherwise(client
 
 
 async def test_tokens_are_spelt_on_request(client, engine):
-    engine.chat.encode_prompt = lambda text: [*byte_ids("aé".encode()), 0]
+    engine.chat.encode_prompt = lambda text, at_most: [*byte_ids("aé".encode()), 0]
 
     answer = (await client.post("/tokenize", json={"prompt": "aé", "return_token_strs": True})).json()
 

@@ -1,6 +1,7 @@
 """Prompts: the ids of the published template, no forged turns, one normalisation, exact label spans, text from ids."""
 
 import json
+import random
 import unicodedata
 from typing import Any
 
@@ -15,9 +16,11 @@ from trm.chat import (
     CHAT_TEMPLATE,
     END_TOKEN,
     PAD_TOKEN,
+    PIECE_CHARS,
     START_TOKEN,
     SYSTEM_PROMPT,
     ChatFormat,
+    TooLong,
     normalize_text,
     solve_messages,
 )
@@ -377,3 +380,64 @@ def test_unusable_tokenizers_are_refused_with_the_remedy():
         ChatFormat(Slow())
     with pytest.raises(ConfigError, match=r"no eos_token.*set eos_token"):
         ChatFormat(endless)
+
+
+# Texts far beyond what fits
+
+
+@pytest.fixture
+def read(chat, monkeypatch):
+    """How many characters each call of the tokenizer was given."""
+    sizes = []
+    tokenizer = chat.tokenizer
+    monkeypatch.setattr(chat, "tokenizer", lambda text, **how: sizes.append(len(text)) or tokenizer(text, **how))
+    return sizes
+
+
+WORDS = {
+    "digits": "7",
+    "one word": "a",
+    "words": "Tom has 12 apples. ",
+    "lines": "x\n\n",
+    "spaces": " ",
+    "emoji": "🙂",
+    "mixed": "ab  \n cd.\n9 ",
+}
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_a_text_far_beyond_the_limit_is_not_read_whole(chat, read, words):
+    text = words * (2**20 // len(words))
+
+    with pytest.raises(TooLong, match="the text has more than 512 tokens") as refused:
+        chat.encode_prompt(text, at_most=512)
+
+    assert (refused.value.param, refused.value.code) == ("prompt", "context_length_exceeded")
+    assert sum(read) < 2**20 / 4
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_a_text_that_fits_is_never_refused(any_chat, words):
+    chat = any_chat
+    text = words * (100_000 // len(words))
+    ids = chat.encode_text(text)
+
+    assert chat.encode_text(text, at_most=len(ids)) == ids
+    assert chat.encode_text(text[:PIECE_CHARS], at_most=1) == chat.encode_text(text[:PIECE_CHARS])  # the caller counts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_texts_that_fit_are_never_refused(any_chat, seed):
+    chat = any_chat
+    dice = random.Random(seed)
+    parts = [*WORDS.values(), "Ünï", "{}", "\r\n", "\t", "é", "\\boxed{", "12345 "]
+    text = "".join(dice.choice(parts) * dice.randint(1, 9000) for _ in range(dice.randint(2, 8)))
+
+    assert chat.encode_text(text, at_most=len(chat.encode_text(text)))
+
+
+def test_a_conversation_is_too_long_by_its_messages(chat):
+    with pytest.raises(TooLong) as refused:
+        chat.encode([{"role": "user", "content": "7" * 10**6}], at_most=4096)
+
+    assert refused.value.param == "messages"
