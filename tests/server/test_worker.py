@@ -118,7 +118,7 @@ async def test_requests_that_take_too_long_are_ended(engine):
 
 async def test_a_request_whose_tokenising_hangs_is_ended_too(engine, make_app, connect, chat_body):
     hangs = threading.Event()
-    engine.chat.encode = lambda messages: [int(hangs.wait(10))]
+    engine.chat.encode = lambda messages, **_: [int(hangs.wait(10))]
 
     async with connect(make_app(request_timeout_seconds=0.1)) as client:
         response = await client.post("/v1/chat/completions", json=chat_body())
