@@ -274,6 +274,9 @@ class EvalSettings(Settings):
     samples: int = Field(1, ge=1, description="if above 1, also sample this many replies per problem and take a vote")
     max_tokens: int = Field(512, ge=1, description="longest reply")
     max_rows: int = Field(32, ge=1, description="problems decoded together")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="precision, of controls and the baseline too; auto: as trm-serve chooses for this model"
+    )
     report: Path | None = Field(
         None,
         description="directory for report.json, tables, answers and pictures; if interrupted, the same command goes on",

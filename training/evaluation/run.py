@@ -20,6 +20,7 @@ from training.problems.problem import Problem
 from trm import TRMConfig, bundled_model_path, checkpoint, extra
 from trm.device import use_device
 from trm.errors import ConfigError
+from trm.loading import choose_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,17 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
         logger.info(
             "%s has only %d problems; --limit %d takes all of them", settings.dataset, len(problems), settings.limit
         )
+    dtype = choose_dtype(settings.dtype, None, device, lambda: config.backbone_config)
     candidates = choose_candidates(settings, directory, config)
     wanted = [key for candidate in candidates for run in candidate.runs for key in keys(run, len(problems))]
 
-    with Answers(_place(settings), wanted, _asked(settings, candidates, problems)) as answers:
+    with Answers(_place(settings), wanted, _asked(settings, candidates, problems, dtype)) as answers:
         progress: tqdm[NoReturn]
         with tqdm(total=len(wanted), initial=len(answers.by_key), unit="answer") as progress:
             for candidate in candidates:
                 if all(key in answers.by_key for run in candidate.runs for key in keys(run, len(problems))):
                     continue
-                model, chat = load(candidate.directory, device)
+                model, chat = load(candidate.directory, device, dtype)
                 answer_problems(
                     candidate,
                     model,
@@ -74,6 +76,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
         "dataset": settings.dataset,
         "seed": settings.seed,
         "n": len(problems),
+        "dtype": dtype,
         "trained_effort": config.n_supervision,
     }
     report = about | build_report(candidates, answers.by_key, operations, config.n_supervision) | (solutions or {})
@@ -125,7 +128,9 @@ def _place(settings: EvalSettings) -> Place | None:
     )
 
 
-def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Sequence[Problem]) -> dict[str, Any]:
+def _asked(
+    settings: EvalSettings, candidates: Sequence[Candidate], problems: Sequence[Problem], dtype: str
+) -> dict[str, Any]:
     """Everything that decides the answers, by the name of its setting; models and data by what they hold."""
     weights = {
         role: ", ".join(f"{c.name} {fingerprint(c.directory)}" for c in candidates if c.role == role) or "none"
@@ -138,6 +143,7 @@ def _asked(settings: EvalSettings, candidates: Sequence[Candidate], problems: Se
         "samples": settings.samples,
         "max_tokens": settings.max_tokens,
         "work": settings.work,
+        "dtype": dtype,
         "dataset": fingerprint_problems(problems),
     }
 

@@ -264,7 +264,7 @@ def test_a_report_directory_of_another_evaluation_is_refused(
 
     for name, value in {
         "seed": 1, "limit": 3, "effort": [1], "max_tokens": 7, "samples": 2, "dataset": str(rows),
-        "work": "none", "model": str(tmp_path / "other"), "control": [str(model_dir)],
+        "work": "none", "model": str(tmp_path / "other"), "control": [str(model_dir)], "dtype": "bfloat16",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"with another .*--{name.replace('_', '-')} "):
             evaluate_model(settings(**({"report": report, "effort": [0], "limit": 2} | {name: value})))
