@@ -17,13 +17,13 @@ export const EXAMPLES = [
     "equations": ["7*7=49", "49-5=44"]
   },
   {
-    "name": "Cakes",
-    "question": "Carlos gets $101 from his neighbor. Then he buys 11 cakes for $9 each. How much does he still have?",
-    "equations": ["11*9=99", "101-99=2"]
+    "name": "Toys",
+    "question": "There are 12 toys in Henry's bag. On Monday, Henry decides to give away 9. On Monday, Henry loses 2 toys at school. Then Henry buys 7 toys at the market. In total, how many toys does he have?",
+    "equations": ["12-9=3", "3-2=1", "1+7=8"]
   },
   {
-    "name": "Shells",
-    "question": "Mia had 45 shells. She shared them equally among 5 friends and kept none. Each friend found 2 more. How many shells does each friend have?",
-    "equations": ["45/5=9", "9+2=11"]
+    "name": "Roses",
+    "question": "Each basket had 5 roses, and there were 4 baskets. Now she went to the store and got 7 more. She divided them equally among 9 students. How many does each of them get?",
+    "equations": ["5*4=20", "20+7=27", "27/9=3"]
   }
 ];

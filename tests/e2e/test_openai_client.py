@@ -196,7 +196,7 @@ def test_a_prompt_is_text_or_ids_or_a_list_of_either(server: ServerProcess, comp
 
 
 def test_prompts_and_samples_are_told_prompt_by_prompt(completions: Completions) -> None:
-    fields = {"max_tokens": 8, "temperature": 1, "seed": 5, "n": 2}
+    fields = {"max_tokens": 8, "temperature": 1, "seed": 5, "n": 2, "extra_body": {"supervision_steps": 0}}
     both = completions.create(model=MODEL, prompt=["Tom", "Once"], **fields)
     alone = [completions.create(model=MODEL, prompt=prompt, **fields) for prompt in ("Tom", "Once")]
 

@@ -506,27 +506,27 @@ def test_it_opens_on_a_problem_answered_at_once_and_says_whether_each_step_is_ri
 
 
 def test_a_step_that_says_more_than_the_answer_has_places_for_is_cut(page: Page) -> None:
-    """Of 99 the first step shows both digits and not that they end there."""
-    engine = FakeEngine(stepping("101", "99", *"5" * 14, "2"), max_model_len=1000)
+    """Of 20 the first step shows both digits and not that they end there."""
+    engine = FakeEngine(stepping("101", "20", *"5" * 14, "3"), max_model_len=1000)
     page.resize(360, 740)
     with serving(create_app(engine, ServeSettings())) as server:
         page.open_ready(server, work="none")
-        page.all("#examples button")[3].click()
+        page.all("#examples button")[4].click()
         page.wait_for_answer()
 
         assert page.says()[:3] == [
             "backbone: 10…",
-            "step 1: 99… ✓, right: 11*9=99",
-            "step 2: 5 ✗, wrong: 101-99=2",
+            "step 1: 20… ✓, right: 5*4=20",
+            "step 2: 5 ✗, wrong: 20+7=27",
         ]
-        assert page.says()[-1] == "step 16, the answer: 2 ✓, right: still 2"
+        assert page.says()[-1] == "step 16, the answer: 3 ✓, right: still 3"
         assert page["says-cut"].is_displayed()
         assert page.overflow() == 0
 
-        engine.script = stepping("7", "98", "2")
+        engine.script = stepping("7", "98", "3")
         page["ask"].click()
         page.wait_for_answer()
-        assert page.says()[1] == "step 1: 98… ✗, wrong: 11*9=99"
+        assert page.says()[1] == "step 1: 98… ✗, wrong: 5*4=20"
 
 
 def test_of_a_question_of_ones_own_only_what_each_step_says_is_known(page: Page) -> None:

@@ -252,7 +252,7 @@ def _table(report: dict[str, Any]) -> str:
     for label, row in rows:
         low, high = row["interval"]
         compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"
-        p = "" if label == "effort 0" else f"{row['mcnemar_p']:.2g}"
+        p = "" if label == "effort 0" else f"{row['mcnemar_p']:.2g}" if row["mcnemar_p"] else "< 1e-300"
         lines.append(f"| {label} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} | {p} |")
     return "\n".join(lines)
 
