@@ -20,7 +20,7 @@ SLACK_S = 3  # other tests share the cores
 CHAT = {"messages": [{"role": "user", "content": "How many?"}]}
 
 STEP_HANGS = "import time\nfrom trm.engine.runner import Runner\nRunner.tick = lambda *args: time.sleep(1000)"
-TOKENISING_HANGS = "import time\nfrom trm.chat import ChatFormat\nChatFormat.encode = lambda *args: time.sleep(1000)"
+TOKENISING_HANGS = "import time\nfrom trm.chat import ChatFormat\nChatFormat.encode = lambda *_, **__: time.sleep(1000)"
 LOADING_HANGS = "import time\nfrom server import cli\ncli.load_engine = lambda settings: time.sleep(1000)"
 IMPORT_HANGS = """
 import sys, time

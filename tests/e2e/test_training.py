@@ -117,7 +117,7 @@ def test_bad_training_input_is_one_line(tmp_path: Path) -> None:
         (("--dataset", str(empty)), "no usable row"),
         (("--dataset", "gsm9k"), "no such file"),
         ((), "--dataset is needed"),
-        (("--dataset", "synthetic", "--backbone", str(tmp_path)), "config.json: missing"),
+        (("--dataset", "synthetic", "--backbone", str(tmp_path)), "tokenizer.json: missing"),
         (("--dataset", "synthetic", "--lr", "-1"), "--lr"),
     ):
         done = run_command("trm-train", "--output-dir", str(tmp_path / "run"), *arguments)
