@@ -484,6 +484,6 @@ class Draw:
         """
         prompts = [[self.rng.randrange(10, 400) for _ in range(self.max_model_len - 1)] for _ in range(count)]
         body = {"max_tokens": 1, "supervision_steps": self.max_steps}
-        texts = [Errand("warm-up", "/tokenize", {"prompt": self.question() * 300}) for _ in range(TOKENIZED_AT_ONCE)]
+        texts = [Errand("warm-up", "/tokenize", {"prompt": self.question() * 30}) for _ in range(TOKENIZED_AT_ONCE)]
         texts.append(Errand("warm-up", "/", method="GET"))
         return texts + [Errand("warm-up", COMPLETIONS, {"prompt": prompt} | body) for prompt in prompts]
