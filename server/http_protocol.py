@@ -55,7 +55,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._too_large or ambiguous or self.parser.get_method() == b"CONNECT":
             raise ValueError  # which the parser makes an error of its own
         if self.parser.should_upgrade():
-            return  # the parser stops behind this head, and `_read_on` comes here again
+            return  # the parser stops behind this head, and `data_received` feeds it again without the offer
         super().on_headers_complete()
         if version == "1.0":
             self.cycle.chunked_encoding = False
@@ -76,25 +76,28 @@ class HttpProtocol(HttpToolsProtocol):
                 self.send_400_response("")
                 return
         self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._read_on(data[offer.args[0] :])
-        except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("")
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = self._head_without_offer() + data[offer.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")
+                self.send_400_response("")
+                return
 
-    def _read_on(self, rest: bytes) -> None:
-        """Read the head that the parser stopped behind once more, without its offer, then `rest`."""
+    def _head_without_offer(self) -> bytes:
+        """The head that the parser has stopped behind, to be read once more."""
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
             if name == b"connection":
                 value = b",".join(token for token in value.split(b",") if token.strip().lower() != b"upgrade")
             if name != b"upgrade":
                 lines.append(name + b": " + value)
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
-        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
+        return b"\r\n".join([*lines, b"", b""])
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request, in the place of uvicorn's plain text."""
