@@ -78,6 +78,7 @@ class TrainSettings(Settings):
         "the objective": (
             "step_targets",
             "min_supervision",
+            "skip_supervision",
             "step_weights",
             "halt_delta",
             "mix_depths",
@@ -168,6 +169,12 @@ class TrainSettings(Settings):
         ge=1,
         description="draw the supervision steps of each optimiser step from this number to N_sup; default always N_sup",
     )
+    skip_supervision: int = Field(
+        0,
+        ge=0,
+        description="before half of the optimiser steps, run 1 to this many supervision steps without gradient, so "
+        "that the answer holds at depths beyond N_sup (--gradient full)",
+    )
     step_weights: StepWeights = Field(
         "uniform", description="how the supervision steps' losses are weighted: equally, rising, the last only"
     )
@@ -222,6 +229,11 @@ class TrainSettings(Settings):
             if minimum not in (None, self.n_supervision):
                 raise ConfigError(
                     f"--min-supervision {minimum}: --gradient paper runs every supervision step; use --gradient full"
+                )
+            if self.skip_supervision:
+                raise ConfigError(
+                    f"--skip-supervision {self.skip_supervision}: --gradient paper carries the states of all steps "
+                    "already; use --gradient full"
                 )
             if self.step_weights != "uniform":
                 raise ConfigError(

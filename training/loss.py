@@ -180,8 +180,8 @@ def paper_step(
     return y.detach(), z.detach(), token_losses(model, y, prepared, step)
 
 
-def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterator[TokenLosses]:
-    """`depth` supervision steps with gradient through all of them.
+def full_steps(model: TRMForCausalLM, prepared: Prepared, numbers: range) -> Iterator[TokenLosses]:
+    """The supervision steps `numbers`, with gradient through all of them; those before, from 0, run without.
 
     Activations are recomputed in the backward pass: only the states, the losses and their gradient at the states
     of a step are kept.
@@ -192,7 +192,10 @@ def full_steps(model: TRMForCausalLM, prepared: Prepared, depth: int) -> Iterato
         return model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
 
     y = z = torch.zeros_like(prepared.x)
-    for number in range(depth):
+    with torch.no_grad():
+        for _ in range(numbers.start):
+            y, z = step(y, z)
+    for number in numbers:
         y, z = recompute_in_backward(step, y, z, use_reentrant=False, preserve_rng_state=False)
         yield token_losses(model, y, prepared, number)
 

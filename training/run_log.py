@@ -27,10 +27,13 @@ REPORT_EVERY_S = 60  # beside the lines of log.jsonl, for steps that take long
 
 
 class RunLog:
-    """A context manager; `step` is the number of optimiser steps already taken. Raises OSError on a full disk."""
+    """A context manager; `step` is the number of optimiser steps already taken, `deepest` the last supervision step.
 
-    def __init__(self, run_dir: Path, step: int, total_steps: int, n_supervision: int) -> None:
-        self.run_dir, self.step, self.total_steps, self.n_supervision = run_dir, step, total_steps, n_supervision
+    Raises OSError on a full disk.
+    """
+
+    def __init__(self, run_dir: Path, step: int, total_steps: int, deepest: int) -> None:
+        self.run_dir, self.step, self.total_steps, self.deepest = run_dir, step, total_steps, deepest
         self.last: dict[str, Any] = {}  # the line written last
         self._reports: list[dict[str, Any]] = []
         self._open = ExitStack()
@@ -61,7 +64,7 @@ class RunLog:
         is_due, is_time = is_last or step % LOG_EVERY == 0, now - self._told > REPORT_EVERY_S
         if not is_due and not is_time:
             return
-        line = summarise(self._reports, self.n_supervision) | {"step": step}
+        line = summarise(self._reports, self.deepest) | {"step": step}
         line["tokens_per_s"] = round(line["tokens"] / max(now - self._since, 1e-9), 1)
         self._bar.set_postfix_str(f"loss {line['loss']:.4g}, {line['tokens_per_s']:,.0f} tokens/s")
         if is_time:
@@ -145,7 +148,7 @@ def above_the_bar() -> Iterator[None]:
         root.handlers = before
 
 
-def summarise(reports: list[dict[str, Any]], n_supervision: int) -> dict[str, Any]:
+def summarise(reports: list[dict[str, Any]], deepest: int) -> dict[str, Any]:
     """Means of several reports, per supervision step where they have them; None for a step that none of them took.
 
     `lr` is the last one, `tokens` the sum: labels that carried a loss.
@@ -157,7 +160,7 @@ def summarise(reports: list[dict[str, Any]], n_supervision: int) -> dict[str, An
         "tokens": sum(report["tokens"] for report in reports),
     }
     for name in PER_STEP:
-        values: list[list[float]] = [[] for _ in range(n_supervision)]
+        values: list[list[float]] = [[] for _ in range(deepest)]
         for report in reports:
             first = (report["supervision_step"] or 1) - 1
             for index, value in enumerate(report[name], start=first):

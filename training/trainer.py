@@ -109,7 +109,8 @@ class Trainer:
                 f"the run is at step {self.step} of {self.total_steps} already; raise --max-steps or --epochs"
             )
         started = time.monotonic() - self.wall_s
-        log = RunLog(run_dir, self.step, self.total_steps, self.settings.n_supervision) if workers.rank() == 0 else None
+        deepest = self.settings.n_supervision + self.settings.skip_supervision
+        log = RunLog(run_dir, self.step, self.total_steps, deepest) if workers.rank() == 0 else None
         with log or nullcontext():
             while True:
                 try:
@@ -150,7 +151,7 @@ class Trainer:
         self.step += 1
         return {
             "loss": float((importance * losses).sum()),
-            "supervision_step": steps[0] + 1 if settings.gradient == "paper" and not feed.mixed else None,
+            "supervision_step": None if feed.mixed else steps[0] + 1,  # the first of those that follow
             "losses": losses.tolist(),
             "halting_losses": halting.tolist(),
             "token_accuracies": right.tolist(),
@@ -175,7 +176,7 @@ class Trainer:
                     carry.append((y, z))
                     steps = [token_losses]
                 else:
-                    steps = list(full_steps(self.model, prepared, len(importance)))
+                    steps = list(full_steps(self.model, prepared, numbers))
             found = objective(steps, importance, None if is_paper else self.settings.halt_delta)
             (found.loss / labels).backward()
             parts += found.parts
@@ -192,7 +193,9 @@ class Trainer:
             return range(number, number + 1)
         deepest = self.settings.n_supervision
         rng = random.Random(f"{self.settings.seed}/depth/{self.step}")
-        return range(rng.randint(self.settings.min_supervision or deepest, deepest))
+        depth = rng.randint(self.settings.min_supervision or deepest, deepest)
+        skipped = rng.randint(1, limit) if (limit := self.settings.skip_supervision) and rng.random() < 0.5 else 0
+        return range(skipped, skipped + depth)
 
     def validate(self) -> Validation | None:
         """Losses of the averaged weights on the validation problems; None without any."""

@@ -65,7 +65,7 @@ def test_the_first_step_is_told_at_once_and_each_line_once(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(logging.getLogger(), "handlers", [LineHandler(2)])
 
-    with RunLog(tmp_path, 0, 300, n_supervision=1) as log:
+    with RunLog(tmp_path, 0, 300, deepest=1) as log:
         for step in range(1, 6):  # long before a line of log.jsonl is due
             log.training(step, report, is_last=False)
 
@@ -102,7 +102,7 @@ def test_means_are_per_supervision_step() -> None:
         values = {name: [loss] for name in ("losses", "halting_losses", "token_accuracies")}
         return values | {"loss": loss, "supervision_step": step, "grad_norm": 2.0, "lr": loss, "tokens": 10}
 
-    line = summarise([report(2, 1.0), report(3, 5.0), report(2, 3.0)], n_supervision=3)
+    line = summarise([report(2, 1.0), report(3, 5.0), report(2, 3.0)], deepest=3)
 
     assert line["losses"] == [None, 2.0, 5.0]
     assert (line["loss"], line["lr"], line["tokens"], line["grad_norm"]) == (3.0, 3.0, 30, 2.0)

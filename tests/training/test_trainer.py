@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.training.comparing import differing_tensors
 from training.batches import collate
 from training.checkpoints import STATE_JSON, STATE_TENSORS
 from training.config import TrainSettings
-from training.loss import full_steps
+from training.loss import TokenLosses, full_steps, token_losses
 from training.optim import EMA, learning_rate_scale, make_optimizers
 from training.problems.data import encode_problems, load_problems
 from training.run import train
@@ -177,6 +177,56 @@ def test_the_depth_of_a_batch_is_drawn_between_its_bounds(settings: Settings) ->
     assert set(depths) == {2, 3, 4}
 
 
+def test_half_of_the_batches_begin_behind_skipped_steps(settings: Settings, tmp_path: Path) -> None:
+    last = train(settings(skip_supervision=3, n_supervision=2, epochs=5))
+
+    trainer, firsts = make_trainer(settings(skip_supervision=3)), []
+    for trainer.step in range(400):
+        numbers = trainer._supervision_steps()
+        assert len(numbers) == 3
+        firsts.append(numbers.start)
+    assert set(firsts) == {0, 1, 2, 3}
+    assert 150 < firsts.count(0) < 250
+    lines = [json.loads(line) for line in (last.parent / "log.jsonl").read_text().splitlines()]
+    losses = [line["losses"] for line in lines if "losses" in line]
+    assert {len(each) for each in losses} == {5}
+    assert all(any(each[step] is not None for each in losses) for step in range(5))
+
+
+@pytest.mark.parametrize("autocast", ["on", "off"])
+def test_skipped_steps_are_the_same_steps_without_gradient(settings: Settings, autocast: str) -> None:
+    trainer = make_trainer(settings(autocast=autocast))
+    for _ in range(3):
+        trainer.train_step()
+    trainer.feed.fetch(3)
+    model, prepared = trainer.model, trainer.feed.prepared[0]
+
+    def gradients(losses: Sequence[TokenLosses]) -> dict[str, torch.Tensor]:
+        torch.stack([each.cross_entropy for each in losses]).sum().backward()
+        return {name: p.grad.clone() for name, p in model.decoder.named_parameters() if p.grad is not None}
+
+    with trainer._autocast():
+        key_values = prepared.key_values(model)
+        with torch.no_grad():
+            y = z = torch.zeros_like(prepared.x)
+            for _ in range(2):
+                y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
+        expected = []
+        for number in (2, 3):
+            y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
+            expected.append(token_losses(model, y, prepared, number))
+        wanted = gradients(expected)
+        model.zero_grad()
+        losses = list(full_steps(model, prepared, range(2, 4)))
+        found = gradients(losses)
+        whole = list(full_steps(model, prepared, range(4)))
+
+    assert all(torch.equal(a.cross_entropy, b.cross_entropy) for a, b in zip(losses, whole[2:], strict=True))
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
 def test_step_weights_scale_the_losses_of_the_steps(settings: Settings) -> None:
     reports = {}
     for kind in ("uniform", "linear", "last"):
@@ -197,6 +247,7 @@ def test_step_weights_scale_the_losses_of_the_steps(settings: Settings) -> None:
     [
         ({"min_supervision": 4}, "--min-supervision 4: must be at most --n-supervision 3"),
         ({"min_supervision": 2, "gradient": "paper"}, "--min-supervision 2: --gradient paper runs every"),
+        ({"skip_supervision": 2, "gradient": "paper"}, "--skip-supervision 2: --gradient paper carries"),
         ({"step_weights": "last", "gradient": "paper"}, "--step-weights last: with --gradient paper"),
         ({"mix_depths": "steps"}, "--mix-depths steps: only detached steps"),
         (
@@ -223,7 +274,7 @@ def test_a_resumed_run_ends_in_the_same_bits(settings: Settings, tmp_path: Path,
     # Checkpoints every two steps: with "paper" and three supervision steps they fall inside batches.
     changes = {"gradient": gradient, "kv_source": kv_source, "max_steps": 7, "save_steps": 2, "optimizer": "muon"}
     if gradient == "full":
-        changes["min_supervision"] = 1
+        changes |= {"min_supervision": 1, "skip_supervision": 2}
     changes["keep_last"] = 4
     straight = train(settings(**changes))
 
@@ -410,7 +461,7 @@ def test_every_step_learns_its_own_target(settings: Settings, jsonl: Callable[..
     trainer.feed.examples = [replace(example, step_replies=()) for example in trainer.feed.examples]
     answers_only = trainer.feed.prepare(range(8))
     with torch.no_grad():
-        right = [losses.right.float().mean().item() for losses in full_steps(trainer.model, answers_only, 4)]
+        right = [losses.right.float().mean().item() for losses in full_steps(trainer.model, answers_only, range(4))]
     assert right == pytest.approx([4 / 6, 4 / 6, 1, 1])  # the first steps say their results, not the answer
 
 
