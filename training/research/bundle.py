@@ -36,6 +36,14 @@ DECODER: dict[str, Any] = {
     "lr": 6e-3,
     "num_threads": 1,
 }
+DEEPER: dict[str, Any] = DECODER | {  # what is right must stay right at any depth
+    "dataset": "synthetic:easy,all,mental*114",
+    "num_problems": 96_000,
+    "seed": 1,
+    "skip_supervision": 10,
+    "lr": 1.5e-3,
+}
+RUNS = {"decoder": DECODER, "deeper": DEEPER}  # the second begins with what the first reached
 AT_ONCE = "at once"
 EVALUATIONS = {
     AT_ONCE: ("synthetic:mental", 3000, [0, 1, 2, 3, 4, 6, 8, 12]),
@@ -47,7 +55,7 @@ COMPARED = (AT_ONCE, "worked")  # with the controls
 MAX_TOKENS = 256
 PICTURES = ("accuracy.png", "operations.png", "halting.png")  # of the answers at once
 REPORT = "report.json"
-RECORD = "training.json"  # how the decoder was trained
+RECORD = "training.json"  # how long each run of the decoder was
 NO_STEP_TARGETS = "no-step-targets"
 CONTROLS = NAMES | {NO_STEP_TARGETS: "the same recursion, the answer at every step"}
 
@@ -65,7 +73,7 @@ step. It does **not** solve GSM8K, and it knows nothing but such problems.
 | decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from a mix of backbone layers {context_layers}, gradient through the whole recursion, a target for each supervision step |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
 | data | generated word problems (`training/problems/synthetic.py`), new ones in every batch; for the backbone{text} |
-| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes; CPU, two threads and one |
+| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes, then {deeper_steps} on {deeper_problems} more, half of them behind 1 to {skipped} steps without gradient, {deeper_minutes:.0f} minutes; CPU, two threads and one |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
@@ -117,13 +125,14 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
     pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=2)
     if not _is_finished(backbone, pretraining.max_steps):
         pretrain(pretraining)
-    last = finish(TrainSettings(**DECODER, backbone=str(backbone), output_dir=work / "decoder"))
+    last = train_decoder(backbone, work)
 
     aside = checkpoint.make_aside(target)
     export(last, aside)
     shutil.copy(backbone / "pretrain.json", aside)
-    run = checkpoint.read_json(last.parent / checkpoints.RUN_JSON)
-    record = {"steps": run["total_steps"], "problems": run["num_examples"], "seconds": run["wall_s"]}
+    runs = {name: checkpoint.read_json(work / name / checkpoints.RUN_JSON) for name in RUNS}
+    counted = {"steps": "total_steps", "problems": "num_examples", "seconds": "wall_s"}
+    record = {name: {key: run[field] for key, field in counted.items()} for name, run in runs.items()}
     checkpoint.write_json(aside / RECORD, record)
     data = EVALUATIONS | ({"gsm8k": (str(gsm8k), *GSM8K[1:])} if gsm8k else {})
     checkpoint.write_json(aside / REPORT, {name: evaluate(aside, name, work / "reports", *data[name]) for name in data})
@@ -133,12 +142,12 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
 
 def compare(work: Path, target: Path) -> None:
     """Train the controls of the model in `target`, then put what they reach into its report and its card."""
-    settings = TrainSettings(**DECODER, backbone=str(target))
+    runs = [TrainSettings(**run, backbone=str(target)) for run in RUNS.values()]
     kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
         if not (work / kind / CONTROL_JSON).exists():
-            train_control(kind, settings, work / kind)
-    last = finish(settings.model_copy(update={"step_targets": False, "output_dir": work / "run"}))
+            train_control(kind, runs, work / kind)
+    last = train_decoder(target, work, step_targets=False)
     recursive = work / NO_STEP_TARGETS
     if not recursive.exists():
         aside = checkpoint.make_aside(recursive)
@@ -153,6 +162,13 @@ def compare(work: Path, target: Path) -> None:
         )
     checkpoint.write_json(target / REPORT, reports)
     illustrate(target, work / "reports")
+
+
+def train_decoder(backbone: Path, work: Path, **changes: Any) -> Path:
+    """The last checkpoint of a decoder trained by the recipe, with `changes`, in directories of `work`."""
+    first, second = RUNS
+    last = finish(TrainSettings(**RUNS[first] | changes, backbone=str(backbone), output_dir=work / first))
+    return finish(TrainSettings(**RUNS[second] | changes, init_from=last, output_dir=work / second))
 
 
 def finish(settings: TrainSettings) -> Path:
@@ -205,7 +221,8 @@ def render_card(directory: Path, reports: dict[str, Any]) -> str:
     """The model card, filled in from the model, its reports and the records of its training."""
     model = TRMForCausalLM.from_pretrained(directory)
     config = model.config
-    grown, trained = checkpoint.read_json(directory / "pretrain.json"), checkpoint.read_json(directory / RECORD)
+    grown, runs = checkpoint.read_json(directory / "pretrain.json"), checkpoint.read_json(directory / RECORD)
+    trained, deeper = (runs[name] for name in RUNS)
     at_once = reports[AT_ONCE]
     efforts = " ".join(str(row["effort"]) for row in at_once["efforts"])
     compared = ABOUT_CONTROLS.format(n_supervision=config.n_supervision) if "controls" in at_once else ""
@@ -231,6 +248,10 @@ def render_card(directory: Path, reports: dict[str, Any]) -> str:
         train_steps=trained["steps"],
         train_minutes=trained["seconds"] / 60,
         problems=trained["problems"],
+        deeper_steps=deeper["steps"],
+        deeper_minutes=deeper["seconds"] / 60,
+        deeper_problems=deeper["problems"],
+        skipped=DEEPER["skip_supervision"],
         megabytes=sum(file.stat().st_size for file in directory.rglob("*.safetensors")) / 1e6,
         about_controls=compared,
         at_once=_table(at_once) + "\n\n" + _operations(at_once),

@@ -9,7 +9,7 @@ directory of the backbone's family that `trm-eval --control` takes, with `contro
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from training.batches import Batch, collate, epoch_order
 from training.building import backbone_source, build_trainer
+from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
 from training.loss import reply_loss
 from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
@@ -52,7 +53,10 @@ class ControlSettings(Settings):
     command: ClassVar[str] = "python -m training.research.controls"
 
     kind: Kind = Field("continued", description="what is trained: all weights, one layer more, or low-rank updates")
-    run: Path = Field(Path("runs/trm"), description="the decoder's run directory: data, order, optimiser, compute")
+    run: Path = Field(
+        Path("runs/trm"),
+        description="the decoder's run directory: data, order, optimiser, compute; and the runs it began with",
+    )
     output_dir: Path = Field(Path("runs/control"), description="where the model goes")
     lr: float | None = Field(None, gt=0, description="peak learning rate; default the decoder's")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
@@ -70,32 +74,40 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-def train_control(kind: Kind, run: TrainSettings, output_dir: Path, lr: float | None = None) -> Path:
-    """Train one control of a decoder's run to the end, into `output_dir`, with its peak rate unless `lr` is given.
+def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, lr: float | None = None) -> Path:
+    """Train one control of a decoder to the end, into `output_dir`.
 
+    The decoder was trained in `runs`, one after the other. The control's optimiser is that of the first of them, and
+    so is its peak rate unless `lr` is given.
     Raises DeviceError where its gradient is not finite.
     """
+    run = runs[0]
     device = use_device("auto", run.num_threads)
-    run = run.model_copy(update={"cache_states": "off", "init_from": None})
-    trainer = build_trainer(run, *backbone_source(run), device)
-    decoder_weights = sum(p.numel() for p in trainer.weights.parameters.values())
-    with FlopCounterMode(display=False) as counted:
-        for _ in range(COUNTED_STEPS):
-            trainer.train_step()
-    decoder_flops = counted.get_total_flops() / COUNTED_STEPS * trainer.total_steps
+    trainers = [
+        build_trainer(each.model_copy(update={"cache_states": "off", "init_from": None}), *backbone_source(run), device)
+        for each in runs
+    ]
+    decoder_weights = sum(p.numel() for p in trainers[0].weights.parameters.values())
+    decoder_flops = 0.0
+    for trainer in trainers:
+        with FlopCounterMode(display=False) as counted:
+            for _ in range(min(COUNTED_STEPS, trainer.total_steps)):
+                trainer.train_step()
+        decoder_flops += counted.get_total_flops() / trainer.step * trainer.total_steps
     torch.manual_seed(run.seed)
+    trainer = trainers[0]
     model = trainer.model.backbone.to_transformers().to(device)
     trained = add_weights(model, kind, decoder_weights)
     model.set_attn_implementation("eager")  # faster in training on a CPU
 
-    batches = _batches(trainer, run)
+    batches = _batches(trainers)
     with FlopCounterMode(display=False) as counted:
-        for batch in itertools.islice(_batches(trainer, run), COUNTED_STEPS):
+        for batch in itertools.islice(_batches(trainers), COUNTED_STEPS):
             reply_loss(model, batch).backward()
     model.zero_grad()
     flops_per_step = counted.get_total_flops() / COUNTED_STEPS
     steps = math.ceil(decoder_flops / flops_per_step)
-    logger.info("%s: %d steps, the decoder took %d", NAMES[kind], steps, trainer.total_steps)
+    logger.info("%s: %d steps, the decoder took %d", NAMES[kind], steps, sum(each.total_steps for each in trainers))
 
     optimizers = make_optimizers(trained.items(), run.optimizer, lr or run.lr, run.weight_decay)
     ema = EMA(trained)
@@ -152,12 +164,13 @@ def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dic
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _batches(trainer: Trainer, run: TrainSettings) -> Iterator[Batch]:
-    """The decoder's batches in its order, epoch after epoch."""
-    pad_id = trainer.pad_id
+def _batches(trainers: Sequence[Trainer]) -> Iterator[Batch]:
+    """The decoder's batches in its order, an epoch of each run, and so on from the beginning."""
     for epoch in itertools.count():
-        for indices in epoch_order(trainer.feed.lengths, run.batch_size, run.seed, epoch):
-            yield collate([trainer.feed.examples[i] for i in indices], pad_id).to(trainer.device)
+        for trainer in trainers:
+            run, examples = trainer.settings, trainer.feed.examples
+            for indices in epoch_order(trainer.feed.lengths, run.batch_size, run.seed, epoch):
+                yield collate([examples[i] for i in indices], trainer.pad_id).to(trainer.device)
 
 
 def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
@@ -178,9 +191,13 @@ def main() -> None:
     def command() -> None:
         settings = ControlSettings.from_command_line()
         configure_logging()
-        stored = checkpoint.read_json(settings.run / "run.json")["settings"]
-        run = TrainSettings(**(stored | {"num_threads": settings.num_threads}))
-        print(train_control(settings.kind, run, settings.output_dir, settings.lr))  # noqa: T201 - the command's result
+        runs: list[TrainSettings] = []
+        directory: Path | None = settings.run
+        while directory is not None:  # back to the run that began with a random decoder
+            stored = checkpoint.read_json(directory / RUN_JSON)["settings"]
+            runs.insert(0, TrainSettings(**(stored | {"num_threads": settings.num_threads})))
+            directory = runs[0].init_from and runs[0].init_from.parent
+        print(train_control(settings.kind, runs, settings.output_dir, settings.lr))  # noqa: T201 - the command's result
 
     run_command(command, ControlSettings.command)
 

@@ -22,7 +22,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.pretrain.NUM_EVALUATIONS", 1)
     monkeypatch.setattr("training.research.controls.COUNTED_STEPS", 2)
     tiny = {"num_problems": 16, "batch_size": 4, "context_layers": [0, 1], "lr": 1e-3}
-    monkeypatch.setattr(bundle, "DECODER", bundle.DECODER | tiny)
+    monkeypatch.setattr(bundle, "RUNS", {name: run | tiny for name, run in bundle.RUNS.items()})
     evaluations = {"at once": ("synthetic:mental", 12, [0, 2, 6]), "worked": ("synthetic", 3, [0, 6])}
     monkeypatch.setattr(bundle, "EVALUATIONS", evaluations)
     monkeypatch.setattr(bundle, "MAX_TOKENS", 6)

@@ -49,7 +49,7 @@ def test_a_control_starts_as_the_backbone(backbone_dir: Path, kind: Kind, share:
 def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
     run: TrainSettings, backbone_dir: Path, tmp_path: Path, kind: Kind
 ) -> None:
-    directory = train_control(kind, run, tmp_path / kind)
+    directory = train_control(kind, [run], tmp_path / kind)
 
     record = json.loads((directory / CONTROL_JSON).read_text())
     assert record["tflop"] >= record["decoder_tflop"] > 0
@@ -75,7 +75,8 @@ def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
 def test_the_command_takes_the_settings_of_a_run(
     run: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(run.model_copy(update={"output_dir": tmp_path / "run"}))
+    first = train(run.model_copy(update={"output_dir": tmp_path / "first"}))
+    train(TrainSettings(dataset=run.dataset, num_problems=8, init_from=first, lr=1e-3, output_dir=tmp_path / "run"))
     asked = ["--run", str(tmp_path / "run"), "--kind", "layer", "--output-dir", str(tmp_path / "more")]
     monkeypatch.setattr("sys.argv", ["controls", *asked, "--num-threads", "1"])
     monkeypatch.setattr(controls, "configure_logging", lambda: None)
@@ -83,9 +84,13 @@ def test_the_command_takes_the_settings_of_a_run(
     controls.main()
 
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "more")]
-    again = train_control("layer", run, tmp_path / "again")
+    runs = [run, run.model_copy(update={"num_problems": 8, "lr": 1e-3})]
+    again = train_control("layer", runs, tmp_path / "again")
     weights = [AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (tmp_path / "more", again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    alone = train_control("layer", [run], tmp_path / "alone")
+    costs = [json.loads((directory / CONTROL_JSON).read_text()) for directory in (again, alone)]
+    assert costs[0]["decoder_tflop"] > 1.1 * costs[1]["decoder_tflop"], "both runs count"
 
 
 def test_a_run_that_names_no_backbone_stands_on_the_bundled_one() -> None:
