@@ -17,7 +17,7 @@ from server.serving import Call, Serving
 from server.streaming import EventStream
 from server.worker import Submission
 from trm.answers import extract_boxed
-from trm.engine.request import Event, Reply, SamplingParams, Usage
+from trm.engine.request import Event, FinishReason, Reply, SamplingParams, Usage
 
 Found = TypeVar("Found")
 
@@ -35,8 +35,8 @@ class Wording(ABC):
         self._end_id = None if params.ignore_eos else serving.engine.chat.end_id
 
     @abstractmethod
-    def whole(self, text: str) -> dict[str, Any]:
-        """The text of a finished choice."""
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The text of a finished choice, and its finish_reason."""
 
     @abstractmethod
     def opening(self) -> dict[str, Any] | None:
@@ -46,9 +46,13 @@ class Wording(ABC):
     def piece(self, text: str) -> dict[str, Any]:
         """The next text of a streamed choice."""
 
+    def pieces(self, index: int, text: str) -> list[dict[str, Any]]:
+        """What a streamed choice says of its next text."""
+        return [self.piece(text)] if text else []
+
     @abstractmethod
-    def ending(self) -> dict[str, Any]:
-        """What a streamed choice says with its finish_reason."""
+    def ending(self, index: int, finish_reason: FinishReason) -> list[dict[str, Any]]:
+        """What a streamed choice says at its end, the last with its finish_reason."""
 
     @abstractmethod
     def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
@@ -58,10 +62,14 @@ class Wording(ABC):
         """The tokens, each with what was found of it. The end token is no content and is left out."""
         return [(id_, one) for id_, one in zip(said.token_ids, found, strict=True) if id_ != self._end_id]
 
-    def has_content(self, event: Event) -> bool:
-        """Whether a stream must tell of it: of a token whose text is held back, what else is said comes at once."""
+    def told(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """What a stream tells of an event: of a token whose text is held back, what else is said comes at once."""
+        told = self.pieces(index, event.text)
         found = event.logprobs or event.traces
-        return bool(event.text or (found and self.content(event, found)))
+        if not told and not (found and self.content(event, found)):
+            return []
+        first, *others = told or [self.piece("")]
+        return [{**first, **self.about(index, event)}, *others]
 
 
 async def respond(
@@ -79,9 +87,8 @@ async def respond(
     choices = [
         {
             "index": index,
-            **wording.whole(reply.text),
+            **wording.whole(reply),
             **wording.about(index, reply),
-            "finish_reason": reply.finish_reason,
             "boxed_answer": extract_boxed(reply.text),
         }
         for index, reply in enumerate(replies)
@@ -106,8 +113,8 @@ async def _chunks(
     def usage() -> dict[str, Any]:
         return usage_body(usages, n).model_dump()
 
-    def chunk(index: int, said: dict[str, Any], **more: Any) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": None, **more}
+    def chunk(index: int, said: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "logprobs": None, "finish_reason": None, **said}
         body = {**head, "choices": [choice]}
         if options.include_usage:
             body["usage"] = usage() if options.continuous_usage_stats else None
@@ -120,10 +127,12 @@ async def _chunks(
             opened.add(index)
             if (opening := wording.opening()) is not None:
                 yield chunk(index, opening)
-        if wording.has_content(event):
-            yield chunk(index, wording.piece(event.text), **wording.about(index, event))
+        for said in wording.told(index, event):
+            yield chunk(index, said)
         if event.finish_reason is not None:
-            boxed = extract_boxed(texts[index])
-            yield chunk(index, wording.ending(), finish_reason=event.finish_reason, boxed_answer=boxed)
+            *others, last = wording.ending(index, event.finish_reason)
+            for said in others:
+                yield chunk(index, said)
+            yield chunk(index, {**last, "boxed_answer": extract_boxed(texts[index])})
     if options.include_usage:
         yield {**head, "choices": [], "usage": usage()}

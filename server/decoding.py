@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.schemas.chat import ChatMessage
 from server.schemas.common import (
     ChoiceFormat,
     Decoding,
@@ -22,6 +21,7 @@ from server.schemas.common import (
     TRMUsage,
     UsageBody,
 )
+from server.schemas.messages import SYSTEM_ROLES, ChatMessage
 from server.serving import Call, Serving
 from server.worker import Submission
 from trm.chat import SYSTEM_PROMPTS, Message, TooLong, Work
@@ -30,6 +30,7 @@ from trm.engine.grammar import GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
 from trm.errors import BadRequest
+from trm.tools import Tools
 
 
 def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingParams:
@@ -91,8 +92,8 @@ def conversation(messages: Sequence[ChatMessage], serving: Serving, work: Work |
     """
     said = f"there are {len(messages)} messages"
     at_most(serving.settings.max_messages, "--max-messages", len(messages), said, "messages")
-    turns: list[Message] = [{"role": message.role, "content": message.text} for message in messages]
-    if not messages[0].is_system:
+    turns = [message.turn() for message in messages]
+    if messages[0].role not in SYSTEM_ROLES:
         turns.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[work or "full"]})
     return turns
 
@@ -134,6 +135,7 @@ async def submit(
     n: int,
     param: str,
     response_format: ResponseFormat | None = None,
+    tools: Tools | None = None,
 ) -> Submission:
     """n requests for each of `count` prompts, its samples side by side.
 
@@ -151,7 +153,7 @@ async def submit(
     try:
         grammar, prompts = await submission.prepare(
             asyncio.to_thread(
-                lambda: (response_grammar(response_format, serving.grammars), [tuple(ids) for ids in encode(limit)])
+                lambda: (reply_grammar(response_format, tools, serving.grammars), [tuple(ids) for ids in encode(limit)])
             )
         )
     except TooLong:

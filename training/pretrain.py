@@ -28,7 +28,7 @@ from training.problems.problem import Problem
 from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
 from trm.answers import is_correct
-from trm.chat import ROLES, SYSTEM_PROMPT, ChatFormat, Example, solve_messages
+from trm.chat import SYSTEM_PROMPT, ChatFormat, Example, solve_messages
 from trm.device import has_fast_bfloat16, use_device
 from trm.errors import DeviceError
 
@@ -48,6 +48,7 @@ WEIGHT_DECAY = 0.01
 POOL_STEPS = 8  # lengths are sorted within pools of this many steps
 NUM_EVALUATIONS = 20  # points on the curve in the record
 NUM_TEST_PROBLEMS = 300
+TURNS = ("system", "developer", "user", "assistant")  # whose names the tokenizer must know well
 TOKENIZER_PROBLEMS = 20_000
 
 
@@ -150,7 +151,7 @@ def pretrain(settings: PretrainSettings) -> None:
     sample = list(problems(parse_families("all"), "train", settings.seed, TOKENIZER_PROBLEMS))
     corpus = [part for p in sample + list(text) for part in (p.question, p.solution)]
     tokenizer = train_tokenizer(
-        [*corpus, *[SYSTEM_PROMPT, *(f"{role}\n" for role in ROLES)] * 1000], settings.vocab_size, MAX_POSITIONS
+        [*corpus, *[SYSTEM_PROMPT, *(f"{role}\n" for role in TURNS)] * 1000], settings.vocab_size, MAX_POSITIONS
     )
     chat = ChatFormat(tokenizer)
     model = make_backbone(settings, tokenizer.pad_token_id, chat.end_id).to(device)

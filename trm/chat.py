@@ -9,11 +9,13 @@ that have no rendering and ConfigError for a tokenizer that cannot be used.
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from trm.errors import BadRequest, ConfigError
+from trm.tools import written
 
 Work = Literal["full", "equations", "none"]  # what a reply shows before its answer
 
@@ -28,15 +30,32 @@ START_TOKEN = "<|im_start|>"  # opens a turn
 END_TOKEN = "<|im_end|>"  # closes a turn, and ends a reply
 PAD_TOKEN = "<|endoftext|>"
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
+CHAT_TEMPLATE = r"""
+{%- if tools -%}
+    {{- '<|im_start|>system\n' -}}
+    {%- if messages[0].role == 'system' -%}{{- messages[0].content + '\n\n' -}}{%- endif -%}
+    {{- 'These functions can be called:\n<tools>' -}}
+    {%- for tool in tools -%}{{- '\n' + tool | tojson -}}{%- endfor -%}
+    {{- '\n</tools>\nA call is written as\n<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message.role == 'tool' -%}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' -}}
+    {%- elif not (tools and loop.first and message.role == 'system') -%}
+        {{- '<|im_start|>' + message.role + '\n' + message.content -}}
+        {%- for call in message.tool_calls or [] -%}
+            {{- '\n' if message.content or not loop.first -}}
+            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' -}}
+            {{- call.function.arguments | tojson + '}\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+""".strip()
 """ChatML without defaults, used for tokenizers that bring no template of their own."""
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Role in a request -> role in the prompt."""
 
 _TYPOGRAPHIC = str.maketrans(
@@ -61,7 +80,7 @@ _TYPOGRAPHIC = str.maketrans(
     }
 )
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role and content, and what only some turns have: name, tool_calls, tool_call_id
 
 
 def normalize_text(text: str) -> str:
@@ -149,29 +168,50 @@ class ChatFormat:
         """Ids of a prompt without turns: text as in a message, but without template. `at_most`: see `encode_text`."""
         return self.encode_text(self._clean(text, param="prompt"), at_most)
 
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template shows tools to the model, and has it call them in the form of `trm.tools`."""
+        call = {"id": "call", "type": "function", "function": {"name": "probe", "arguments": {"a": 1}}}
+        try:
+            text = self._render(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+                [{"type": "function", "function": {"name": "sonde", "description": "", "parameters": {}}}],
+                add_generation_prompt=True,
+            )
+        except BadRequest:
+            return False
+        return "sonde" in text and written("probe", '{"a": 1}') in text
+
     def encode(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, at_most: int | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        at_most: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Ids of a conversation, by default up to where the reply begins. `at_most`: see `encode_text`.
 
-        Special-token strings in the content are swapped for private-use characters while
+        Special-token strings in what callers bring are swapped for private-use characters while
         the template runs, so that only the template's own specials become special ids.
-        Raises BadRequest where a role is unknown or the template refuses the conversation.
+        `tools`: what the model may call, as templates expect them, {"type": "function", "function": {...}}.
+        Raises BadRequest where a role is unknown, the template refuses the conversation or knows no tools.
         """
-        contents = [self._clean(message["content"], param="messages") for message in messages]
-        guards = self._guards(contents)
-        turns = []
-        for message, content in zip(messages, contents, strict=True):
+        for message in messages:
             if message["role"] not in ROLES:
                 raise BadRequest(f"role {message['role']!r} is not one of {', '.join(ROLES)}", param="messages")
-            guarded = self._specials.sub(lambda match: guards[match[0]], content)
-            turns.append({"role": ROLES[message["role"]], "content": guarded})
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template may raise anything, jinja's own errors included
-            raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error
+        calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if (tools or calls) and not self.knows_tools:
+            param = "tools" if tools else "messages"
+            raise BadRequest(f"this model's chat template knows no tools; leave them out of {param}", param=param)
+        turns = [_mapped(message, lambda text: self._clean(text, "messages")) for message in messages]
+        offered = [_mapped(tool, lambda text: self._clean(text, "tools")) for tool in tools]
+        guards = self._guards([*_strings(turns), *_strings(offered)])
+
+        def guarded(text: str) -> str:
+            return self._specials.sub(lambda match: guards[match[0]], text)
+
+        turns = [_mapped(turn, guarded) | {"role": ROLES[turn["role"]]} for turn in turns]
+        text = self._render(turns, [_mapped(tool, guarded) for tool in offered], add_generation_prompt)
         restore = {ord(char): special for special, char in guards.items()}
         ids: list[int] = []
         for piece in self._specials.split(text):
@@ -180,6 +220,20 @@ class ChatFormat:
             elif piece:
                 ids.extend(self.encode_text(piece.translate(restore), at_most, "messages"))
         return ids
+
+    def _render(self, turns: Sequence[Message], tools: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The template's text. Raises BadRequest where the template refuses."""
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(turns),
+                tools=list(tools) or None,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template may raise anything, jinja's own errors included
+            raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error
+        return text
 
     def encode_example(self, question: str, solution: str, work: Work = "full") -> Example:
         """Ids of a solved problem and where its reply starts, found in the ids themselves."""
@@ -221,6 +275,22 @@ class ChatFormat:
         used = set().union(*contents)
         free = (char for char in _private_use() if char not in used)
         return {special: next(free) for special in sorted(found)}
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with all its strings changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _mapped(inner, change) for key, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def _strings(value: Any) -> list[str]:
+    """All strings of a JSON value, keys included."""
+    found: list[str] = []
+    _mapped(value, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    return found
 
 
 def _pieces(text: str) -> Iterator[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: n replies to a conversation, whole or streamed."""
 
+import secrets
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,10 +11,12 @@ from server.choices import Wording, respond
 from server.decoding import conversation, generation_params, num_samples, submit
 from server.logprobs import choice_logprobs, choice_trace
 from server.schemas.chat import ChatCompletion, ChatRequest
-from server.serving import CallDep, ServingDep
+from server.schemas.tools import chosen_tools
+from server.serving import CallDep, Serving, ServingDep
 from server.streaming import STREAMED
 from server.strict_json import StrictRoute
-from trm.engine.request import Event, Reply
+from trm.engine.request import Event, FinishReason, Reply, SamplingParams
+from trm.tools import Arguments, Call, CallReader, Tools, read_reply
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
@@ -31,28 +34,41 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         trace=body.trace,
     )
     messages = conversation(body.messages, serving, body.work)
+    tools = chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     submission = await submit(
         serving,
         call,
         1,
-        lambda limit: [serving.engine.chat.encode(messages, at_most=limit)],
+        lambda limit: [serving.engine.chat.encode(messages, at_most=limit, tools=tools.described() if tools else ())],
         params,
         n,
         param="messages",
         response_format=body.response_format,
+        tools=tools,
     )
-    return await respond(ChatWording(serving, params), submission, n, body, call)
+    return await respond(ChatWording(serving, params, n, tools), submission, n, body, call)
 
 
 class ChatWording(Wording):
-    """A message, and in streams the deltas of one."""
+    """A message, and in streams the deltas of one. Where there are `tools`, calls are told apart from text."""
 
     id_prefix = "chatcmpl"
     completion = ChatCompletion
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, text: str) -> dict[str, Any]:
-        return {"message": {"content": text}}
+    def __init__(self, serving: Serving, params: SamplingParams, num_choices: int, tools: Tools | None) -> None:
+        super().__init__(serving, params)
+        self._calls = [CallReader() for _ in range(num_choices)] if tools else None
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        if self._calls is None:
+            return {"message": {"content": reply.text}, "finish_reason": reply.finish_reason}
+        said, calls, calling = read_reply(reply.text)
+        message: dict[str, Any] = {"content": said or (None if calls else "")}
+        if calls:
+            message["tool_calls"] = [_call(call.name, call.arguments) for call in calls]
+        ended = "tool_calls" if calling and reply.finish_reason == "stop" else reply.finish_reason
+        return {"message": message, "finish_reason": ended}
 
     def opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
@@ -60,8 +76,19 @@ class ChatWording(Wording):
     def piece(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}}
 
-    def ending(self) -> dict[str, Any]:
-        return {"delta": {}}
+    def pieces(self, index: int, text: str) -> list[dict[str, Any]]:
+        if self._calls is None:
+            return super().pieces(index, text)
+        return [{"delta": _delta(said)} for said in self._calls[index].feed(text)]
+
+    def ending(self, index: int, finish_reason: FinishReason) -> list[dict[str, Any]]:
+        if self._calls is None:
+            return [{"delta": {}, "finish_reason": finish_reason}]
+        reader = self._calls[index]
+        held = reader.finish()
+        ended = "tool_calls" if reader.calling and finish_reason == "stop" else finish_reason
+        last = {"delta": {}, "finish_reason": ended}
+        return [self.piece(held), last] if held else [last]
 
     def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -70,3 +97,18 @@ class ChatWording(Wording):
         if self.params.trace is not None:
             found["trace"] = choice_trace(self.serving.token_bytes, self.content(said, said.traces))
         return found
+
+
+def _delta(said: str | Call | Arguments) -> dict[str, Any]:
+    match said:
+        case Call(index, name):
+            return {"tool_calls": [{"index": index, **_call(name, "")}]}
+        case Arguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    return {"content": said}
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    """A call under an id of its own."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -13,7 +13,7 @@ from server.schemas.completions import Completion, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
 from server.streaming import STREAMED
 from server.strict_json import StrictRoute
-from trm.engine.request import Event, Reply, SamplingParams
+from trm.engine.request import Event, FinishReason, Reply, SamplingParams
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
@@ -49,8 +49,8 @@ class CompletionWording(Wording):
         super().__init__(serving, params)
         self._offsets = [Offsets(serving.engine.chat, serving.token_bytes) for _ in range(num_choices)]
 
-    def whole(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        return {"text": reply.text, "finish_reason": reply.finish_reason}
 
     def opening(self) -> None:
         return None
@@ -58,8 +58,8 @@ class CompletionWording(Wording):
     def piece(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def ending(self) -> dict[str, Any]:
-        return {"text": ""}
+    def ending(self, index: int, finish_reason: FinishReason) -> list[dict[str, Any]]:
+        return [{"text": "", "finish_reason": finish_reason}]
 
     def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
         if self.params.logprobs is None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 from server.decoding import conversation
 from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.schemas.tools import chosen_tools
 from server.serving import ServingDep
 from server.strict_json import StrictRoute
 from trm.errors import BadRequest
@@ -24,7 +25,9 @@ async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeRespon
     encode: Callable[[], list[int]]
     if body.messages is not None:
         messages = conversation(body.messages, serving, body.work)
-        encode = partial(chat.encode, messages, body.add_generation_prompt is not False, limit)
+        tools = chosen_tools(body.tools, None, None)
+        described = tools.described() if tools else ()
+        encode = partial(chat.encode, messages, body.add_generation_prompt is not False, limit, described)
     else:
         encode = partial(chat.encode_prompt, body.prompt or "", limit)
 

@@ -2,51 +2,14 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
-from server.schemas.common import Body, Generation, Integer, UsageBody
+from server.schemas.common import Generation, Integer, NothingInIt, UsageBody, or_say
+from server.schemas.messages import SYSTEM_ROLES, ChatMessage
 from server.schemas.rules import Rule, at_most_one, needs_true
-from trm.chat import ROLES, Work
+from server.schemas.tools import Tool, ToolChoice
+from trm.chat import Work
 from trm.engine.request import MAX_TOP_LOGPROBS, MAX_TRACE, FinishReason
-
-Role = Literal["system", "developer", "user", "assistant"]
-SYSTEM_ROLES = {role for role, rendered in ROLES.items() if rendered == "system"}
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-Parts = Annotated[list[TextPart], Field(min_length=1)]
-
-
-def _parts(content: Any) -> Any:
-    """A string as its one text part, so that an error's path needs no union in it."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise PydanticCustomError("content_type", "Input should be a string or a list of text parts")
-    return content
-
-
-class ChatMessage(Body):
-    role: Role
-    content: Annotated[
-        list[TextPart],
-        Field(min_length=1, fail_fast=True),
-        BeforeValidator(_parts, json_schema_input_type=str | Parts),
-    ]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(part.text for part in self.content)
-
-    @property
-    def is_system(self) -> bool:
-        return self.role in SYSTEM_ROLES
-
 
 WorkOfMessages = Annotated[
     Work | None, Field(description="how much work the reply shows; not together with a system message of one's own")
@@ -54,7 +17,7 @@ WorkOfMessages = Annotated[
 WORK_IS_THE_SYSTEM_PROMPT = Rule(
     "work",
     "work puts its own system prompt in front of the messages; leave it out, or leave your system message out",
-    lambda body: body.work is None or not any(message.is_system for message in body.messages or ()),
+    lambda body: body.work is None or not any(message.role in SYSTEM_ROLES for message in body.messages or ()),
     {},  # a condition on the items of a list is more than tools can make requests from; the field says it in words
 )
 
@@ -76,16 +39,59 @@ class ChatRequest(Generation):
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     work: WorkOfMessages = None
     max_completion_tokens: Integer | None = Field(None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     trace: Integer | None = Field(None, ge=1, le=MAX_TRACE)
 
+    # Of OpenAI's, labels and what changes nothing here. Other values ask for what there is not.
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory"] | None, or_say("prompts are kept in memory only; leave it out")
+    ] = None
+    store: Annotated[Literal[False] | None, or_say("replies are not stored; leave it out")] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, or_say("there is one tier of service; leave it out")] = (
+        None
+    )
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
+        or_say("this model writes text only; leave it out"),
+    ] = None
+    verbosity: Annotated[Literal["medium"] | None, or_say("verbosity cannot be set; use work, or max_tokens")] = None
+    audio: Annotated[None, or_say("this model writes text only; leave it out")] = None
+    prediction: Annotated[None, or_say("a predicted reply cannot be used; leave it out")] = None
+    web_search_options: Annotated[None, or_say("this server cannot search; leave it out")] = None
+    functions: Annotated[NothingInIt | None, or_say("the old form of tools; use tools")] = None
+    function_call: Annotated[Literal["none", "auto"] | None, or_say("the old form of tool_choice; use that")] = None
+
+
+class SaidFunction(BaseModel):
+    """arguments: JSON that fits the function's schema."""
+
+    name: str
+    arguments: str
+
+
+class SaidToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: SaidFunction
+
 
 class ReplyMessage(BaseModel):
-    """Only what a client may send back as history."""
+    """Only what a client may send back as history. content is null where the reply only calls functions."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[SaidToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_there_is_not(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = serialize(self)
+        return {name: value for name, value in said.items() if value is not None or name == "content"}
 
 
 class SpeltToken(BaseModel):
@@ -125,7 +131,7 @@ class ChatChoice(BaseModel):
     message: ReplyMessage
     logprobs: ChoiceLogprobs | None = None
     trace: list[TracedToken] | None = None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     boxed_answer: str | None
 
 

@@ -5,8 +5,9 @@ for an optional field means its default. Ranges of sampling parameters are check
 they are defined, in `trm.engine.request.SamplingParams`.
 """
 
+import contextlib
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +16,9 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -31,6 +35,34 @@ def _integral(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_integral)]
+NothingInIt = Annotated[list[Any], Field(max_length=0)]
+
+
+def or_say(message: LiteralString) -> WrapValidator:
+    """Refuse what the field's type does not take with one message for all of it, at the field itself."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        with contextlib.suppress(ValidationError):
+            if type(taken := handler(value)) is type(value):  # Literal takes 0 for False
+                return taken
+        raise PydanticCustomError("field_type", message)
+
+    return WrapValidator(check)
+
+
+def one_of(kinds: dict[str, type[BaseModel]], key: str) -> BeforeValidator:
+    """Reads the body that `key` names, so that an error's path needs no union in it."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind = value.get(key)
+        if not isinstance(kind, str) or kind not in kinds:
+            problem = PydanticCustomError("kind", "should be one of {known}", {"known": ", ".join(kinds)})
+            raise ValidationError.from_exception_data(key, [{"type": problem, "loc": (key,), "input": kind}])
+        return kinds[kind].model_validate(value)
+
+    return BeforeValidator(read)
 
 
 class Body(BaseModel):
@@ -129,29 +161,17 @@ class ChoiceFormat(Body):
     choice: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
 
 
-_FORMATS: dict[str, type[Body]] = {
+_FORMATS: dict[str, type[BaseModel]] = {
     "text": TextFormat,
     "json_object": JsonObjectFormat,
     "json_schema": JsonSchemaFormat,
     "regex": RegexFormat,
     "choice": ChoiceFormat,
 }
-
-
-def _format(value: Any) -> Any:
-    """The format that `type` names, so that an error's path needs no union in it."""
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("type")
-    if not isinstance(kind, str) or kind not in _FORMATS:
-        raise PydanticCustomError("response_format", f"type should be one of {', '.join(_FORMATS)}")
-    return _FORMATS[kind].model_validate(value)
-
-
 ResponseFormat = Annotated[
     TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat,
     Field(discriminator="type"),
-    BeforeValidator(_format),
+    one_of(_FORMATS, "type"),
 ]
 
 
@@ -164,6 +184,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Literal[False] | None, or_say("chunks are not padded; leave it out")] = None
 
 
 class Generation(Decoding):

@@ -1,30 +1,16 @@
 """Bodies of POST /v1/completions."""
 
-import contextlib
-from typing import Annotated, Any, Literal, LiteralString
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field
 
-from server.schemas.common import Generation, Integer, UsageBody
+from server.schemas.common import Generation, Integer, UsageBody, or_say
 from trm.engine.request import MAX_TOP_LOGPROBS, FinishReason
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[Integer, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompt = Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-
-
-def _or_say(message: LiteralString) -> WrapValidator:
-    """Refuse what the field's type does not take with one message for all of it, at the field itself."""
-
-    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        with contextlib.suppress(ValidationError):
-            if type(taken := handler(value)) is type(value):  # Literal takes 0 for False
-                return taken
-        raise PydanticCustomError("field_type", message)
-
-    return WrapValidator(check)
 
 
 class CompletionRequest(Generation):
@@ -34,12 +20,12 @@ class CompletionRequest(Generation):
     """
 
     prompt: Annotated[
-        Prompt, _or_say("Input should be a text, a list of token ids, or a list of either, none of them empty")
+        Prompt, or_say("Input should be a text, a list of token ids, or a list of either, none of them empty")
     ]
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: Annotated[Literal[False] | None, _or_say("the prompt cannot be echoed; leave it out")] = None
-    suffix: Annotated[Literal[""] | None, _or_say("text cannot be inserted before a suffix; leave it out")] = None
-    best_of: Annotated[Literal[1] | None, _or_say("samples are not ranked; use n instead")] = None
+    echo: Annotated[Literal[False] | None, or_say("the prompt cannot be echoed; leave it out")] = None
+    suffix: Annotated[Literal[""] | None, or_say("text cannot be inserted before a suffix; leave it out")] = None
+    best_of: Annotated[Literal[1] | None, or_say("samples are not ranked; use n instead")] = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -54,13 +54,13 @@ def needs(field: str, other: str) -> Rule:
 
 
 def needs_true(field: str, switch: str) -> Rule:
-    """A field, unless it says false, only where a switch is on."""
-    off: JSONSchema = {"properties": {field: {"enum": [None, False]}}}
+    """A field, unless it says false or 0, only where a switch is on."""
+    off: JSONSchema = {"properties": {field: {"enum": [None, False, 0]}}}
     on: JSONSchema = {"properties": {switch: {"const": True}}, "required": [switch]}
     return Rule(
         field,
         f"{field} needs {switch}: true",
-        lambda body: getattr(body, field) is None or getattr(body, field) is False or getattr(body, switch) is True,
+        lambda body: not getattr(body, field) or getattr(body, switch) is True,
         {"anyOf": [off, on]},
     )
 

@@ -4,9 +4,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, Field
 
-from server.schemas.chat import WORK_IS_THE_SYSTEM_PROMPT, ChatMessage, WorkOfMessages
+from server.schemas.chat import WORK_IS_THE_SYSTEM_PROMPT, WorkOfMessages
 from server.schemas.common import Body, Integer
+from server.schemas.messages import ChatMessage
 from server.schemas.rules import Rule, at_least_one, at_most_one, needs
+from server.schemas.tools import Tool
 
 
 class TokenizeRequest(Body):
@@ -21,6 +23,7 @@ class TokenizeRequest(Body):
         at_least_one("prompt", "messages"),
         needs("add_generation_prompt", "messages"),
         needs("work", "messages"),
+        needs("tools", "messages"),
         WORK_IS_THE_SYSTEM_PROMPT,
         Rule(
             "add_special_tokens",
@@ -33,6 +36,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
     work: WorkOfMessages = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None

@@ -88,9 +88,11 @@ class FakeChat:
 
     def __init__(self):
         self.conversations = []
+        self.tools = []
         self.tokenizer = byte_tokenizer()
 
-    def encode(self, messages, add_generation_prompt=True, at_most=None):
+    def encode(self, messages, add_generation_prompt=True, at_most=None, tools=()):
+        self.tools.append(list(tools))
         self.conversations.append([dict(message) for message in messages])
         turns = [f"{message['role']}:{message['content']};" for message in messages]
         return self.encode_prompt("".join([*turns, "assistant:"] if add_generation_prompt else turns), at_most)

@@ -4,9 +4,10 @@ from typing import get_args
 
 import pytest
 
-from server.schemas.chat import ChatRequest, Role
+from server.schemas.chat import ChatRequest
 from server.schemas.common import Effort
 from server.schemas.completions import CompletionRequest
+from server.schemas.messages import MESSAGES
 from trm.chat import ROLES
 from trm.config import EFFORT_NAMES
 
@@ -15,17 +16,42 @@ pytestmark = pytest.mark.anyio
 
 def test_names_are_those_of_trm():
     assert get_args(Effort) == EFFORT_NAMES
-    assert set(get_args(Role)) == set(ROLES)
+    assert set(MESSAGES) == set(ROLES)
 
 
+TOOL = {"type": "function", "function": {"name": "a"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
 CHAT_REFUSALS = [
-    ({"tools": []}, "tools"),
+    ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools.0.type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]}, "tools.0.function.parameters"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "custom", "custom": {"name": "a"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+    ({"functions": [{"name": "a"}]}, "functions"),
+    ({"function_call": {"name": "a"}}, "function_call"),
     ({"store": True}, "store"),
+    ({"store": 0}, "store"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"modalities": []}, "modalities"),
+    ({"audio": {"format": "wav", "voice": "alloy"}}, "audio"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"prediction": {"type": "content", "content": "a"}}, "prediction"),
+    ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"safety_identifier": 5}, "safety_identifier"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"best_of": 2}, "best_of"),
     ({"response_format": "json"}, "response_format"),
-    ({"response_format": {}}, "response_format"),
-    ({"response_format": {"type": "xml"}}, "response_format"),
-    ({"response_format": {"type": ["text"]}}, "response_format"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": ["text"]}}, "response_format.type"),
     ({"response_format": {"type": "text", "text": "a"}}, "response_format.text"),
     ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -62,8 +88,24 @@ CHAT_REFUSALS = [
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "messages.1.role"),
-    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name"),
+    ({"messages": [{"content": "a"}]}, "messages.0.role"),
+    ({"messages": [{"role": "function", "name": "f", "content": "a"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "messages.1.tool_call_id"),
+    ({"messages": [{"role": "user", "content": "a", "name": 5}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content"),
+    ({"messages": [{"role": "assistant", "content": "a", "audio": {"id": "b"}}]}, "messages.0.audio"),
+    ({"messages": [{"role": "assistant", "content": "a", "annotations": [{}]}]}, "messages.0.annotations"),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "a", "arguments": ""}}]},
+        "messages.0.function_call",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]},
+        "messages.0.content.0.type",
+    ),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}]}, "messages.0.tool_calls.0.type"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
     ({"model": 5}, "model"),
@@ -76,12 +118,12 @@ CHAT_REFUSALS = [
     ({"temperature": "1"}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_p": 1.1}, "top_p"),
-    ({"top_k": -1}, "top_k"),
+    ({"top_k": -2}, "top_k"),
     ({"min_p": 1.1}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
-    ({"repetition_penalty": 2.1}, "repetition_penalty"),
+    ({"repetition_penalty": 10.1}, "repetition_penalty"),
     ({"repetition_penalty": "1"}, "repetition_penalty"),
     ({"presence_penalty": -2.1}, "presence_penalty"),
     ({"presence_penalty": 2.1}, "presence_penalty"),
@@ -107,7 +149,6 @@ CHAT_REFUSALS = [
     ({"logprobs": 1}, "logprobs"),
     ({"logprobs": "yes"}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"top_logprobs": 0}, "top_logprobs"),
     ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -223,7 +264,7 @@ TOKENIZE_REFUSALS = [
     ("/tokenize", {"prompt": "a", "work": "full"}, "work"),
     ("/tokenize", {"messages": [{"role": "system", "content": "a"}], "work": "full"}, "work"),
     ("/tokenize", {"messages": []}, "messages"),
-    ("/tokenize", {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
+    ("/tokenize", {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.tool_call_id"),
     ("/detokenize", {}, "tokens"),
     ("/detokenize", {"tokens": "a"}, "tokens"),
     ("/detokenize", {"tokens": [1.5]}, "tokens.0"),
@@ -322,9 +363,9 @@ async def test_solve_refuses_by_name(client, engine, body, param):
 
 
 async def test_an_unknown_field_is_called_so(client, chat_body):
-    response = await client.post("/v1/chat/completions", json=chat_body(functions=[]))
+    response = await client.post("/v1/chat/completions", json=chat_body(funktions=[]))
 
-    assert response.json()["error"]["message"] == "functions: unknown or unsupported field; remove it"
+    assert response.json()["error"]["message"] == "funktions: unknown or unsupported field; remove it"
 
 
 @pytest.mark.parametrize(

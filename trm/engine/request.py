@@ -37,13 +37,13 @@ class Range:
 RANGES: Mapping[str, Range] = {
     "max_tokens": Range(1),
     "temperature": Range(0, 2),
-    "top_p": Range(0, 1, open_least=True),
-    "top_k": Range(0),
+    "top_p": Range(0, 1),
+    "top_k": Range(-1),
     "min_p": Range(0, 1),
-    "repetition_penalty": Range(0.01, 2),
+    "repetition_penalty": Range(0.01, 10),
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
-    "seed": Range(0, 2**63 - 1),
+    "seed": Range(-(2**63), 2**63 - 1),
     "halt_threshold": Range(0, 1, open_least=True, open_most=True),
     "halt_tolerance": Range(0, 1, open_least=True),
     "logprobs": Range(0, MAX_TOP_LOGPROBS),
@@ -70,6 +70,7 @@ class SamplingParams:
     a request that is traced is not drafted for.
     halt_threshold, halt_tolerance: end a token's recursion early, when the halting head's probability
     exceeds the one, or the token's probabilities move less than the other in a step (total variation).
+    top_k 0 and -1 keep all tokens, top_p 0 the likeliest alone: it makes the temperature 0.
     stop: strings that end the reply and are not part of it. ignore_eos: go on past the end token.
     """
 
@@ -97,6 +98,11 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise BadRequest(f"{name} is {value}; it must be {allowed}", param=name)
+        if self.top_p == 0:
+            object.__setattr__(self, "temperature", 0.0)
+            object.__setattr__(self, "top_p", 1.0)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         if not all(bias in BIASES for _, bias in self.logit_bias):
             given = reprlib.repr(self.logit_bias)
             raise BadRequest(f"logit_bias is {given}; it must be numbers {BIASES}", param="logit_bias")

@@ -1,0 +1,183 @@
+"""The turns of a conversation, as OpenAI's clients send them.
+
+What a client repeats of an earlier reply is taken, whatever fields that had: what no model can see of it changes
+nothing, and what would change something is refused by its name.
+"""
+
+import contextlib
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError, from_json
+
+from server.schemas.common import Body, NothingInIt, one_of, or_say
+from server.schemas.rules import Rule
+from trm.chat import ROLES, Message
+
+SYSTEM_ROLES = {role for role, rendered in ROLES.items() if rendered == "system"}
+Name = Annotated[str | None, Field(description="shown to chat templates that use it")]
+FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]+$", max_length=128)]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Body):
+    """What an assistant said instead of an answer; the model reads it like any other text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1)]
+ReplyPart = Annotated[
+    TextPart | RefusalPart,
+    Field(discriminator="type"),
+    one_of({"text": TextPart, "refusal": RefusalPart}, "type"),
+]
+ReplyParts = Annotated[list[ReplyPart], Field(min_length=1)]
+
+
+def _parts(content: Any) -> Any:
+    """A string as its one text part, so that an error's path needs no union in it."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise PydanticCustomError("content_type", "Input should be a string or a list of text parts")
+    return content
+
+
+def _parts_or_none(content: Any) -> Any:
+    return None if content is None else _parts(content)
+
+
+Content = Annotated[
+    list[TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_parts, json_schema_input_type=str | Parts)
+]
+
+
+class _Turn(Body):
+    role: str
+    content: Any
+    name: Name = None
+
+    def turn(self) -> Message:
+        """As chat templates want it."""
+        said = "\n".join(part.text for part in self.content or ())
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": said} | named
+
+
+class SystemMessage(_Turn):
+    """What the model is to be, in the place of our own system prompt."""
+
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Turn):
+    """What a person says."""
+
+    role: Literal["user"]
+    content: Content
+
+
+class CalledFunction(Body):
+    """arguments: JSON, as the model wrote it. parsed_arguments is what OpenAI's Python client makes of it: no news."""
+
+    name: FunctionName
+    arguments: str
+    parsed_arguments: Any = None
+
+
+class ToolCall(Body):
+    """A call of a function that an earlier reply made."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+    def as_made(self) -> dict[str, Any]:
+        """As chat templates want it: with the arguments themselves, where the model wrote them well."""
+        arguments: Any = self.function.arguments
+        with contextlib.suppress(ValueError):
+            arguments = from_json(arguments, allow_inf_nan=False)
+        if not isinstance(arguments, dict):
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class AssistantMessage(_Turn):
+    """An earlier reply. Its reasoning, and what clients have parsed it into, the model does not see again."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "content",
+            "give content, or tool_calls",
+            lambda body: bool(body.content is not None or body.refusal is not None or body.tool_calls),
+            {
+                "anyOf": [
+                    {"properties": {"content": {"not": {"type": "null"}}}, "required": ["content"]},
+                    {"properties": {"refusal": {"type": "string"}}, "required": ["refusal"]},
+                    {"properties": {"tool_calls": {"type": "array", "minItems": 1}}, "required": ["tool_calls"]},
+                ]
+            },
+        ),
+    )
+
+    role: Literal["assistant"]
+    content: Annotated[
+        list[ReplyPart] | None,
+        Field(min_length=1, fail_fast=True),
+        BeforeValidator(_parts_or_none, json_schema_input_type=str | ReplyParts | None),
+    ] = None
+    refusal: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: Annotated[None, or_say("the old form of a call; use tool_calls")] = None
+    audio: Annotated[None, or_say("this model cannot hear; leave it out")] = None
+    annotations: Annotated[NothingInIt | None, or_say("this model cannot see annotations; leave them out")] = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    parsed: Any = None
+
+    def turn(self) -> Message:
+        """As chat templates want it."""
+        turn = super().turn()
+        if self.refusal is not None:
+            turn |= {"content": "\n".join(filter(None, (turn["content"], self.refusal)))}
+        if self.tool_calls:
+            turn |= {"tool_calls": [call.as_made() for call in self.tool_calls]}
+        return turn
+
+
+class ToolMessage(_Turn):
+    """What a called function returned."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+    def turn(self) -> Message:
+        """As chat templates want it."""
+        return super().turn() | {"tool_call_id": self.tool_call_id}
+
+
+MESSAGES: dict[str, type[BaseModel]] = {
+    "system": SystemMessage,
+    "developer": SystemMessage,
+    "user": UserMessage,
+    "assistant": AssistantMessage,
+    "tool": ToolMessage,
+}
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+    one_of(MESSAGES, "role"),
+]

@@ -1,0 +1,68 @@
+"""Calls in replies: told apart from text, however the text comes in pieces."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trm.tools import Arguments, Call, Called, CallReader, read_reply, written
+
+ADD = written("add", '{"a": 1, "b": "}\\n</tool_call> <tool_call>"}')
+REPLIES = {
+    "plain text": ("It is 2.\n", ("It is 2.\n", [], False)),
+    "a call": (ADD, ("", [Called("add", '{"a": 1, "b": "}\\n</tool_call> <tool_call>"}')], True)),
+    "text before a call": (f"Let me see. \n{ADD}", ("Let me see.", [Called("add", ADD[41:-14])], True)),
+    "two calls": (
+        written("a", "{}") + "\n" + written("b", '{"c": [1]}'),
+        ("", [Called("a", "{}"), Called("b", '{"c": [1]}')], True),
+    ),
+    "cut in the mark": ("So <tool_c", ("So <tool_c", [], False)),
+    "cut in the name": ('So\n<tool_call>\n{"name": "ad', ("So", [], False)),
+    "cut in the arguments": ('<tool_call>\n{"name": "ad", "arguments": {"a": 1', ("", [Called("ad", '{"a": 1')], False)),
+    "cut behind a call": (ADD + "\n<tool", ("", [Called("add", ADD[41:-14])], True)),
+    "a mark that is none": ("a <tool> b </tool_call> c", ("a <tool> b </tool_call> c", [], False)),
+}
+
+
+@pytest.mark.parametrize("case", REPLIES)
+def test_text_and_calls_are_told_apart(case: str) -> None:
+    text, expected = REPLIES[case]
+
+    assert read_reply(text) == expected
+
+
+@given(case=st.sampled_from(sorted(REPLIES)), cuts=st.lists(st.integers(0, 120)))
+def test_pieces_tell_the_same_as_the_whole(case: str, cuts: list[int]) -> None:
+    text, expected = REPLIES[case]
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    reader, said, calls = CallReader(), "", dict[int, list[str]]()
+
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        for piece in reader.feed(text[start:end]):
+            match piece:
+                case Call(index, name):
+                    assert index == len(calls)
+                    calls[index] = [name, ""]
+                case Arguments(index, more):
+                    assert more
+                    calls[index][1] += more
+                case str():
+                    assert piece
+                    said += piece
+    said += reader.finish()
+
+    assert (said, [Called(*call) for call in calls.values()], reader.calling) == expected
+
+
+def test_what_is_certain_is_not_held_back() -> None:
+    reader = CallReader()
+
+    assert list(reader.feed("So I ask")) == ["So I ask"]
+    assert list(reader.feed(' <\n<tool_call>\n{"name": "add", "arguments": {"a"')) == [
+        " <", Call(0, "add"), Arguments(0, '{"a"'),
+    ]  # fmt: skip
+    assert list(reader.feed(": 1")) == [Arguments(0, ": 1")]
+    assert list(reader.feed("}")) == []
+    assert list(reader.feed("}\n</tool_call>")) == [Arguments(0, "}")]
+    assert json.loads('{"a": 1}') == {"a": 1}
