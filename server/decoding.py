@@ -26,7 +26,7 @@ from server.serving import Call, Serving
 from server.worker import Submission
 from trm.chat import SYSTEM_PROMPTS, Message, TooLong, Work
 from trm.engine.engine import Engine
-from trm.engine.grammar import GrammarCompiler
+from trm.engine.grammar import Form, GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
 from trm.errors import BadRequest
@@ -112,18 +112,19 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1, param:
     return n
 
 
-def response_grammar(wanted: ResponseFormat | None, compiler: GrammarCompiler) -> Grammar | None:
-    """The grammar of a response_format, None where any text will do."""
+def reply_grammar(wanted: ResponseFormat | None, tools: Tools | None, compiler: GrammarCompiler) -> Grammar | None:
+    """The grammar of a response_format and of the calls of tools, None where any text will do."""
+    form = None
     match wanted:
         case JsonObjectFormat():
-            return compiler.json_schema({"type": "object"})
+            form = Form.json({"type": "object"})
         case JsonSchemaFormat(json_schema=described):
-            return compiler.json_schema(described.schema_)
+            form = Form.json(described.schema_)
         case RegexFormat(regex=pattern):
-            return compiler.regex(pattern)
+            form = Form.regex(pattern)
         case ChoiceFormat(choice=options):
-            return compiler.choice(options)
-    return None
+            form = Form.choice(options)
+    return compiler.compile(form, tools) if form or tools else None
 
 
 async def submit(

@@ -11,12 +11,15 @@ from decimal import Decimal
 from enum import Enum, auto
 from typing import NamedTuple
 
+from trm.tools import OPENING
+
 DIGITS = re.compile(rb"[0-9]*")
 
 
 class Part(Enum):
     """Of a JSON text, as far as numbers go."""
 
+    TEXT = auto()  # of no JSON: before a call
     OUTSIDE = auto()
     STRING = auto()
     ESCAPE = auto()  # behind a backslash
@@ -26,7 +29,7 @@ class Part(Enum):
 
 
 class Place(NamedTuple):
-    """Where a text stops: in which part, and behind how many digits of it."""
+    """Where a text stops: in which part, and behind how many digits of it, or characters of a call's mark."""
 
     part: Part = Part.OUTSIDE
     digits: int = 0
@@ -44,7 +47,10 @@ def read(place: Place, text: bytes) -> Place:
     part, digits = place
     for byte in text:
         char = chr(byte)
-        if part is Part.ESCAPE:
+        if part is Part.TEXT:
+            digits = digits + 1 if char == OPENING[digits] else int(char == OPENING[0])
+            part, digits = (Part.OUTSIDE, 0) if digits == len(OPENING) else (part, digits)
+        elif part is Part.ESCAPE:
             part = Part.STRING
         elif part is Part.STRING:
             part = {"\\": Part.ESCAPE, '"': Part.OUTSIDE}.get(char, part)

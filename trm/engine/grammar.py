@@ -1,4 +1,4 @@
-"""Grammars that replies must follow: a JSON schema, a regular expression, a choice of strings.
+"""Grammars that replies must follow: a JSON schema, a regular expression, a choice of strings, calls of tools.
 
 Compiles them, and says token by token what may follow. llguidance does the work; nothing else here
 knows it. What the library does not implement is a BadRequest with its reason. `trm.engine.schemas`
@@ -10,22 +10,109 @@ the text is whole; a token without text is never in it.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import chain
+from typing import Any, Self
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
-from trm.engine.digits import Digits, DigitTokens, Place
+from trm.engine.digits import Digits, DigitTokens, Part, Place
 from trm.engine.request import Follow
-from trm.engine.schemas import check_depth, prepare, refused
+from trm.engine.schemas import Refused, check_depth, prepare
+from trm.tools import BEFORE_ARGUMENTS, BEFORE_NAME, CLOSING, OPENING, Tools
 
 MAX_SOURCE_CHARS = 2**16
 MAX_CACHED = 16  # grammars; each may hold as many lexer states as the limit says, of about 1 kB
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 SPACE = {"x-guidance": {"whitespace_pattern": " ?"}}  # at most one: a small model would go on with spaces for ever
+UNNAMED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref"}
+"""Keywords that may say something of properties that `properties` does not name."""
 HEAD = (
     '%llguidance {"no_forcing": true}\nstart: '  # forced text would come in the tokenizer's cut, which may be special
 )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a text must look like. source: a JSON schema, or else a regular expression as the library writes it."""
+
+    source: str
+    is_schema: bool
+
+    @classmethod
+    def json(cls, schema: Mapping[str, Any]) -> Self:
+        """JSON that `schema` describes, on one line."""
+        check_depth(schema)
+        try:
+            return cls(json.dumps(schema, allow_nan=False), True)
+        except ValueError:
+            raise Refused("a number in it is infinite, or too long to be read") from None
+
+    @classmethod
+    def regex(cls, pattern: str) -> Self:
+        """Text that all of `pattern` matches, in the syntax of Rust's regex crate, so without look-around."""
+        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+            raise Refused("the regular expression ends in a lone backslash")
+        return cls(f"/{regex_to_lark(pattern)}/", False)
+
+    @classmethod
+    def choice(cls, options: Sequence[str]) -> Self:
+        """One of `options`, as it is."""
+        return cls.regex("|".join(map(re.escape, options)))
+
+    @classmethod
+    def arguments(cls, parameters: Mapping[str, Any] | None) -> Self:
+        """The arguments of a function; none that its parameters do not name, unless they say more of that."""
+        schema = {"type": "object", **({"properties": {}} if parameters is None else parameters)}
+        if schema["type"] != "object":
+            raise Refused("its parameters are not of type object")
+        if "properties" in schema and not UNNAMED & schema.keys():
+            schema["additionalProperties"] = False
+        return cls.json(schema)
+
+    def rule(self) -> tuple[str, list[int | float]]:
+        """What the library reads, and the numbers that a schema names."""
+        if not self.is_schema:
+            return self.source, []
+        schema = json.loads(self.source)
+        named = prepare(schema)
+        return "%json " + json.dumps(schema | SPACE), named
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls that a reply may make: functions by name, with the form of their arguments."""
+
+    functions: tuple[tuple[str, Form], ...]
+    required: bool
+    parallel: bool
+
+    @classmethod
+    def of(cls, tools: Tools) -> Self:
+        """Raises Refused for parameters that are none."""
+        functions = []
+        for function in tools.callable:
+            try:
+                functions.append((function.name, Form.arguments(function.parameters)))
+            except Refused as error:
+                raise Refused(f"{function.name}: {error.reason}", "tools") from None
+        return cls(tuple(functions), tools.required, tools.parallel)
+
+    def source(self, answer: str | None, arguments: Sequence[str]) -> str:
+        """What the library reads, from the rules of the answer, None for any text, and of each function's arguments."""
+        opening, again = json.dumps(OPENING), json.dumps("\n" + OPENING)
+        more = f" ({again} call)*" if self.parallel else ""
+        either = "ANY | before" if answer is None else f"answer | {opening}"
+        lines = [f"{opening if self.required else either} call{more}"]
+        if not self.required:
+            text = [f"ANY: /(?s:.*)/ & ~/(?s:.*{OPENING}.*)/", f"before[lazy]: /(?s:.*)/ {opening}"]
+            lines += text if answer is None else [f"answer: {answer}"]
+        lines.append(f"call: {' | '.join(f'call_{index}' for index in range(len(self.functions)))}")
+        for index, ((name, _), rule) in enumerate(zip(self.functions, arguments, strict=True)):
+            before, after = json.dumps(BEFORE_NAME + name + BEFORE_ARGUMENTS), json.dumps(CLOSING)
+            lines += [f"call_{index}: {before} arguments_{index} {after}", f"arguments_{index}: {rule}"]
+        return "\n".join(lines)
 
 
 class GrammarCompiler:
@@ -40,57 +127,69 @@ class GrammarCompiler:
         self._digits = DigitTokens(token_bytes)
         self._compiled = lru_cache(MAX_CACHED)(self._compile)
 
-    def json_schema(self, schema: Mapping[str, Any]) -> "CompiledGrammar":
-        """JSON that `schema` describes, on one line. Raises BadRequest where it cannot be served."""
-        check_depth(schema)
+    def compile(self, form: Form | None = None, tools: Tools | None = None) -> "CompiledGrammar":
+        """Text of a form, or calls of tools in its place; with no form any text, and calls behind it.
+
+        Raises Refused where it cannot be served.
+        """
+        if tools is None:
+            return self._compiled(form, None)
+        calls = Calls.of(tools)
         try:
-            source = json.dumps(schema, allow_nan=False)
-        except ValueError:
-            raise refused("a number in it is infinite, or too long to be read") from None
-        return self._compiled(source, is_schema=True)
+            return self._compiled(form, calls)
+        except Refused as error:
+            for name, arguments in calls.functions:
+                try:
+                    self._compiled(arguments, None)
+                except Refused as found:
+                    raise Refused(f"{name}: {found.reason}", "tools") from None
+            raise Refused(error.reason, "tools" if form is None else error.param) from None
+
+    def json_schema(self, schema: Mapping[str, Any]) -> "CompiledGrammar":
+        """JSON that `schema` describes, on one line. Raises Refused where it cannot be served."""
+        return self.compile(Form.json(schema))
 
     def regex(self, pattern: str) -> "CompiledGrammar":
         """Text that all of `pattern` matches, in the syntax of Rust's regex crate, so without look-around."""
-        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
-            raise refused("the regular expression ends in a lone backslash")
-        return self._compiled(f"/{regex_to_lark(pattern)}/")
+        return self.compile(Form.regex(pattern))
 
     def choice(self, options: Sequence[str]) -> "CompiledGrammar":
         """One of `options`, as it is."""
-        return self.regex("|".join(map(re.escape, options)))
+        return self.compile(Form.choice(options))
 
-    def _compile(self, source: str, is_schema: bool = False) -> "CompiledGrammar":
-        if len(source) > MAX_SOURCE_CHARS:
-            raise refused(f"the grammar has {len(source)} characters; the limit is {MAX_SOURCE_CHARS}")
-        digits = None
-        if is_schema:
-            schema = json.loads(source)
-            digits = Digits(self._digits, prepare(schema))
-            source = "%json " + json.dumps(schema | SPACE)
-        grammar = CompiledGrammar(self._tokenizer, HEAD + source, digits)
+    def _compile(self, form: Form | None, calls: Calls | None) -> "CompiledGrammar":
+        forms = [*([form] if form else []), *(arguments for _, arguments in (calls.functions if calls else ()))]
+        if (length := sum(len(each.source) for each in forms)) > MAX_SOURCE_CHARS:
+            raise Refused(f"the grammar has {length} characters; the limit is {MAX_SOURCE_CHARS}")
+        rules, named = zip(*(each.rule() for each in forms), strict=True)
+        source = rules[0] if calls is None else calls.source(rules[0] if form else None, rules[-len(calls.functions) :])
+        digits = Digits(self._digits, chain(*named)) if any(each.is_schema for each in forms) else None
+        is_json = form.is_schema if form else calls is not None and calls.required
+        grammar = CompiledGrammar(self._tokenizer, HEAD + source, digits, Place() if is_json else Place(Part.TEXT))
         first = grammar.matcher(may_end=True).follow()
         if first.failure:
-            raise refused(first.failure)
+            raise Refused(first.failure)
         if first.complete:
-            raise refused("it allows only the empty text")
+            raise Refused("it allows only the empty text")
         return grammar
 
 
 class CompiledGrammar:
-    """What replies may look like. `digits` bounds the numbers in it.
+    """What replies may look like. `digits` bounds the numbers in it, read from `place` on.
 
     All its matchers share the states of one lexer, which grow with use up to a limit. A matcher that meets the
     limit starts the grammar afresh and goes on there, so that nobody's reply depends on what others have used up.
     """
 
-    def __init__(self, tokenizer: LLTokenizer, source: str, digits: Digits | None) -> None:
+    def __init__(self, tokenizer: LLTokenizer, source: str, digits: Digits | None, place: Place) -> None:
         self._tokenizer = tokenizer
         self._source = source
         self.digits = digits
+        self.place = place
         self.end = 1 << tokenizer.eos_token  # the mask of the end token alone, as a number
         self.renew()
         if self.start.is_error():
-            raise refused(_reason(self.start))
+            raise Refused(_reason(self.start))
 
     def renew(self) -> None:
         """Forget all states."""
@@ -114,7 +213,7 @@ class GrammarMatcher:
     def follow(self, draft: Sequence[int] = ()) -> Follow:
         """What may follow the reply and `draft`."""
         if not self._walked:
-            self._walked.append(self._look(self._grammar.start.deep_copy(), Place(), self._reply))
+            self._walked.append(self._look(self._grammar.start.deep_copy(), self._grammar.place, self._reply))
         for place, token in enumerate(draft):
             if self._ahead[place : place + 1] != [token]:
                 del self._ahead[place:], self._walked[place + 1 :]

@@ -32,6 +32,14 @@ TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 Schema = dict[str, Any]
 
 
+class Refused(BadRequest):
+    """A grammar that cannot be kept to. param: the field that asks for it."""
+
+    def __init__(self, reason: str, param: str | None = "response_format") -> None:
+        super().__init__(f"{param} cannot be served: {reason}", param=param)
+        self.reason = reason
+
+
 def prepare(schema: Schema) -> list[int | float]:
     """Change a freshly read schema, in place, so that the library makes the right grammar of it.
 
@@ -39,22 +47,17 @@ def prepare(schema: Schema) -> list[int | float]:
     """
     nodes = _Nodes(schema)
     if math.lcm(*nodes.multiples()) > MAX_MULTIPLE:
-        raise refused(f"the least common multiple of its multipleOf values is above {MAX_MULTIPLE}")
+        raise Refused(f"the least common multiple of its multipleOf values is above {MAX_MULTIPLE}")
     named = [number for node in nodes for number in _numbers([node.get("const"), node.get("enum")])]
     for number in named:
         if not _is_exact(number):
-            raise refused(f"{number} has more digits than a double keeps")
+            raise Refused(f"{number} has more digits than a double keeps")
     for node in nodes:
         if isinstance(node.get("format"), str) and node["format"] not in FORMATS:
             del node["format"]
     _bound_multiples(nodes, named)
     _Finiteness(nodes).prune()
     return named
-
-
-def refused(reason: str) -> BadRequest:
-    """What is said of a response_format that cannot be kept."""
-    return BadRequest(f"response_format cannot be served: {reason}", param="response_format")
 
 
 def check_depth(schema: Any) -> None:
@@ -65,7 +68,7 @@ def check_depth(schema: Any) -> None:
         level = [value for values in inside for value in values if isinstance(value, dict | list)]
         if not level:
             return
-    raise refused(f"it nests more than {MAX_DEPTH} levels deep")
+    raise Refused(f"it nests more than {MAX_DEPTH} levels deep")
 
 
 class _Nodes:
@@ -135,7 +138,7 @@ class _Finiteness:
         What is inside stays in its place, for a $ref may point there.
         """
         if self._is_shut(self._of[id(self._nodes.root)]):
-            raise refused("no finite text meets the schema: what it requires never ends, or contradicts itself")
+            raise Refused("no finite text meets the schema: what it requires never ends, or contradicts itself")
         shut = [node for node in self._nodes if self._is_shut(self._of[id(node)])]
         shut += (node for node, gate in self._branches if self._is_shut(gate) and not self._nodes.is_target(node))
         for node in shut:
