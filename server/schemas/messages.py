@@ -5,6 +5,7 @@ nothing, and what would change something is refused by its name.
 """
 
 import contextlib
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -107,9 +108,9 @@ class ToolCall(Body):
         """As chat templates want it: with the arguments themselves, where the model wrote them well."""
         arguments: Any = self.function.arguments
         with contextlib.suppress(ValueError):
-            arguments = from_json(arguments, allow_inf_nan=False)
-        if not isinstance(arguments, dict):
-            arguments = self.function.arguments
+            read = from_json(arguments)
+            json.dumps(read, allow_nan=False)  # a template would write Infinity
+            arguments = read if isinstance(read, dict) else arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}
 

@@ -166,7 +166,7 @@ CHAT_REFUSALS = [
     ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": "a" * 257}, "stop"),
-    ({"seed": -1}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 2**63}, "seed"),
     ({"seed": 10**400}, "seed"),
     ({"stream": "yes"}, "stream"),
@@ -230,7 +230,7 @@ COMPLETION_REFUSALS = [
     ({"best_of": 2}, "best_of"),
     ({"best_of": True}, "best_of"),
     ({"use_beam_search": False}, "use_beam_search"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"n": 65}, "n"),
 ]

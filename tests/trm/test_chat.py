@@ -191,7 +191,7 @@ def test_developer_is_rendered_as_system(any_chat):
     assert encode("developer") == encode("system")
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "System", "", "user\n"])
+@pytest.mark.parametrize("role", ["function", "System", "", "user\n"])
 def test_unknown_role_is_refused_by_name(role, chat):
     with pytest.raises(BadRequest, match="is not one of system, developer, user, assistant") as caught:
         chat.encode([{"role": role, "content": "x"}])

@@ -86,6 +86,12 @@ def test_filters_by_hand(params, expected):
     assert allowed(logits, **params) == expected
 
 
+def test_the_neutral_values_of_other_servers_are_ours():
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    assert SamplingParams(temperature=1.5, top_p=0) == SamplingParams(temperature=0, top_p=1)
+    assert SamplingParams(temperature=1.5, top_p=0).plain_greedy
+
+
 def test_top_p_that_is_met_exactly_needs_no_more_tokens():
     assert allowed(torch.zeros(4), top_p=0.5) == {0, 1}
     assert allowed(torch.zeros(4), top_p=0.51) == {0, 1, 2}
@@ -609,15 +615,15 @@ def test_penalties_of_a_draft_are_those_of_a_reply():
         ("temperature", 2.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_p", math.nan),
-        ("top_k", -1),
+        ("top_k", -2),
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
-        ("repetition_penalty", 2.1),
+        ("repetition_penalty", 10.1),
         ("repetition_penalty", math.nan),
         ("presence_penalty", -2.1),
         ("presence_penalty", 2.1),
@@ -636,7 +642,7 @@ def test_penalties_of_a_draft_are_those_of_a_reply():
         ("halt_tolerance", 0.0),
         ("halt_tolerance", 1.1),
         ("halt_tolerance", math.nan),
-        ("seed", -1),
+        ("seed", -(2**63) - 1),
         ("seed", 2**63),
         ("stop", ("",)),
     ],

@@ -19,7 +19,10 @@ REPLIES = {
     ),
     "cut in the mark": ("So <tool_c", ("So <tool_c", [], False)),
     "cut in the name": ('So\n<tool_call>\n{"name": "ad', ("So", [], False)),
-    "cut in the arguments": ('<tool_call>\n{"name": "ad", "arguments": {"a": 1', ("", [Called("ad", '{"a": 1')], False)),
+    "cut in the arguments": (
+        '<tool_call>\n{"name": "ad", "arguments": {"a": 1',
+        ("", [Called("ad", '{"a": 1')], False),
+    ),
     "cut behind a call": (ADD + "\n<tool", ("", [Called("add", ADD[41:-14])], True)),
     "a mark that is none": ("a <tool> b </tool_call> c", ("a <tool> b </tool_call> c", [], False)),
 }
