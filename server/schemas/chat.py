@@ -52,6 +52,8 @@ class ChatRequest(Generation):
     prompt_cache_retention: Annotated[
         Literal["in_memory"] | None, or_say("prompts are kept in memory only; leave it out")
     ] = None
+    prompt_cache_options: Annotated[None, or_say("there is one cache, and nothing to set; leave it out")] = None
+    moderation: Annotated[None, or_say("this server does not moderate; leave it out")] = None
     store: Annotated[Literal[False] | None, or_say("replies are not stored; leave it out")] = None
     service_tier: Annotated[Literal["auto", "default"] | None, or_say("there is one tier of service; leave it out")] = (
         None

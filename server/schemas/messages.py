@@ -20,12 +20,18 @@ Name = Annotated[str | None, Field(description="shown to chat templates that use
 FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]+$", max_length=128)]
 
 
-class TextPart(Body):
+class _Part(Body):
+    """prompt_cache_breakpoint: a hint. Prompts that begin alike share what is computed, wherever that ends."""
+
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+class TextPart(_Part):
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(Body):
+class RefusalPart(_Part):
     """What an assistant said instead of an answer; the model reads it like any other text."""
 
     type: Literal["refusal"]
