@@ -88,10 +88,8 @@ class Digits:
         for number in named:
             whole, _, fraction = format(Decimal(repr(number)), "f").lstrip("-").partition(".")
             self._most[Part.WHOLE] = max(self._most[Part.WHOLE], len(whole))
-            if (
-                len(fraction) > self._most[Part.FRACTION]
-            ):  # more, for the library may get a small double's last bit wrong
-                self._most[Part.FRACTION] = len(fraction) + 17
+            if len(fraction) > self._most[Part.FRACTION]:
+                self._most[Part.FRACTION] = len(fraction) + 17  # the library may get a small double's last bit wrong
 
     def read(self, place: Place, token: int) -> Place:
         """The place behind `token`."""
