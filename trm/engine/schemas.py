@@ -1,8 +1,8 @@
 """Reads JSON schemas as schemas, and prepares them for the library that makes grammars of them.
 
 Knows which keywords hold schemas, and nothing of the library but what it does with some of them. An unknown `format`
-is an annotation and goes. A subschema that no finite text meets becomes `false`, so that no reply nests for ever in
-it; unknown keywords count as met, for the library refuses what it does not keep. Raises BadRequest where nothing
+is an annotation and goes. A subschema that no finite text meets is made unsatisfiable, so that no reply nests for ever
+in it; unknown keywords count as met, for the library refuses what it does not keep. Raises BadRequest where nothing
 finite is left. All lists of keywords end here; nothing else walks a schema.
 """
 
