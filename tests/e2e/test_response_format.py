@@ -51,6 +51,23 @@ def test_the_client_parses_a_reply(client: openai.OpenAI, temperature: float) ->
     assert len({choice.message.content for choice in completion.choices}) == (1 if temperature == 0 else 8)
 
 
+class Answer(BaseModel):
+    """The first thing that anybody asks for. Nothing here is bounded."""
+
+    answer: int
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_is_any_integer_comes_to_an_end(client: openai.OpenAI, temperature: float) -> None:
+    completion = client.chat.completions.parse(
+        model="qwen-trm", messages=MESSAGES, response_format=Answer, temperature=temperature, seed=1, n=8, max_tokens=64
+    )
+
+    for choice in completion.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, Answer)
+
+
 def test_the_client_parses_a_stream(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
         model="qwen-trm", messages=MESSAGES, response_format=Solution, temperature=1.0, seed=3

@@ -1,11 +1,13 @@
 """response_format: what becomes of it on its way to the engine, and what is refused."""
 
+import json
 import threading
 from enum import Enum
+from pathlib import Path
 
 import anyio
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from tests.server.conftest import END_ID, byte_ids, read_stream
 from trm.engine.grammar import GrammarCompiler
@@ -100,6 +102,46 @@ async def test_what_cannot_be_kept_is_refused_with_the_reason_and_gives_its_plac
         assert error["message"] == 'response_format cannot be served: Unimplemented keys: ["uniqueItems"]'
     assert (await client.post(url, json=URLS[url] | {"n": 12})).status_code == 200
     assert len(engine.requests) == 12
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "object", "properties": {"n": {"$ref": "#"}}, "required": ["n"]}, "no finite text meets the schema"),
+        ({"enum": [2**53 + 1]}, "9007199254740993 has more digits than a double keeps"),
+    ],
+)
+async def test_schema_that_no_reply_can_meet_is_refused(client, engine, chat_body, schema, reason):
+    response = await client.post("/v1/chat/completions", json=chat_body(response_format=schema_format(schema)))
+
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "response_format"
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("levels", [130, 180, 10_000])
+@pytest.mark.parametrize(("start", "end"), [('{"items":', "}"), ('{"allOf":[', "]}"), ('{"enum":[', "]}")])
+async def test_schema_that_nests_deeply_is_refused(client, chat_body, levels, start, end):
+    body = json.dumps(chat_body(response_format=schema_format("deep")))
+    body = body.replace('"deep"', start * levels + "{}" + end * levels)
+
+    response = await client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+
+    assert response.status_code == 400, response.text
+
+
+async def test_formats_that_are_only_annotations_are_served(client, engine, chat_body):
+    class File(BaseModel):
+        path: Path
+        key: SecretStr
+        format: bytes
+
+    schema = File.model_json_schema()
+    response = await client.post("/v1/chat/completions", json=chat_body(response_format=schema_format(schema)))
+
+    assert response.status_code == 200, response.text
+    assert is_text_of(engine.requests[0].grammar, '{"path":"/tmp","key":"a b","format":"c"}')
 
 
 async def test_the_loop_answers_while_a_grammar_is_compiled(client, chat_body, monkeypatch):

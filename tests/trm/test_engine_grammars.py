@@ -318,6 +318,27 @@ def test_sampled_replies_are_what_the_grammar_describes(kind, bundled):
             assert reply.text in OPTIONS
 
 
+@pytest.mark.parametrize("type_", ["integer", "number"])
+@pytest.mark.parametrize("bias", [0.0, 100.0])
+def test_a_number_ends_long_before_the_tokens_do(type_, bias, bundled):
+    """`{"answer": integer}`, the first thing that anybody asks for, even of a model that loves digits."""
+    engine, compiler = bundled
+    schema = {"type": "object", "properties": {"answer": {"type": type_}}, "required": ["answer"]}
+    grammar = compiler.json_schema(schema | {"additionalProperties": False})
+    texts = TokenBytes(engine.chat.tokenizer).texts(engine.model.config.vocab_size)
+    digits = tuple((token, bias) for token, text in enumerate(texts) if text and text.isdigit())
+    requests = [
+        ask(engine, grammar, index, temperature=float(index % 2), seed=index, max_tokens=64, logit_bias=digits)
+        for index in range(8)
+    ]
+
+    replies = engine.generate(requests)
+
+    assert [reply.finish_reason for reply in replies] == ["stop"] * 8
+    for reply in replies:
+        jsonschema.validate(json.loads(reply.text), schema)
+
+
 def test_any_json_object_is_one_unless_it_is_cut(bundled):
     engine, compiler = bundled
     grammars = [compiler.json_schema({"type": "object", "minProperties": least}) for least in (0, 2)]

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from server.token_bytes import TokenBytes
 from tests.trm.conftest import END
 from tests.trm.engines import TEXTS
+from tests.trm.grammars import allowed, nested
 from trm.engine import grammar as grammars
 from trm.engine.grammar import CompiledGrammar, GrammarCompiler
 from trm.engine.request import Follow
@@ -50,14 +50,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "date": {"type": "string", "format": "date"},
     "tree": TREE,
 }
-
-
-def allowed(follow: Follow, count: int) -> set[int]:
-    bits = np.unpackbits(np.frombuffer(follow.mask, np.uint8), bitorder="little")
-    assert not bits[count:].any()
-    found = set(np.flatnonzero(bits).tolist())
-    assert all(follow.allows(token) == (token in found) for token in range(count))
-    return found
 
 
 def text_of(tokens: Sequence[int], texts: Sequence[bytes | None] = TEXTS) -> bytes:
@@ -337,18 +329,29 @@ def test_dead_end_says_so():
         ({"items": {"dependentRequired": {"a": ["b"]}}}, "Unimplemented keys"),
         ({"not": {}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
         ({"type": "strin"}, "Invalid type: strin"),
-        ({"type": "string", "format": "odd"}, "Unknown format: odd"),
+        ({"type": "string", "format": 3}, "Expected string for 'format', got 3"),
         ({"type": "string", "pattern": "(?=a)"}, "look-around"),
         ({"$ref": "#/$defs/a"}, "does not exist"),
         ({"$ref": "https://example.com/a.json"}, "not present"),
-        ({"$ref": "#"}, "no token"),
+        ({"$ref": "#/properties/9"}, "does not exist"),
+        ({"const": 3}, "no token"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum (5) is greater than maximum (3)"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf constraints are not supported; use anyOf"),
         ({"type": "integer", "multipleOf": 10_007}, "multipleOf"),
         ({"allOf": [{"type": "number", "multipleOf": n} for n in (0.97, 89, 8.3)]}, "multipleOf"),
         ({"multipleOf": True}, "Expected f64 for 'multipleOf', got true"),
         ({"multipleOf": 0}, "multiple"),
-        ({"enum": ["a" * 70_000]}, "70064 characters; the limit is 65536"),
+        ({"$ref": "#a", "$defs": {"a": {"$anchor": "a", "multipleOf": 10_007}}}, "multipleOf"),
+        ({"$ref": "b#/c", "$defs": {"a": {"$id": "b", "c": {"multipleOf": 10_007}}}}, "multipleOf"),
+        ({"$ref": "#/a", "a": {"multipleOf": 10_007}}, "multipleOf"),
+        ({"enum": ["a" * 70_000]}, "70014 characters; the limit is 65536"),
+        ({"enum": [[{"a": 2**53 + 1}]]}, "9007199254740993 has more digits than a double keeps"),
+        ({"const": 10**4000}, "more digits than a double keeps"),
+        pytest.param({"const": 10**5000}, "too long to be read", id="long"),
+        ({"maximum": float("inf")}, "infinite"),
+        (nested(127, "items"), "nests more than 127 levels deep"),
+        pytest.param(nested(10_000, "items"), "nests more than 127 levels deep", id="deep"),
+        pytest.param({"const": nested(1_000_000, "a")}, "nests more than 127 levels deep", id="deeper"),
     ],
     ids=lambda value: str(value)[:60],
 )

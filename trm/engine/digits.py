@@ -37,8 +37,8 @@ class Place(NamedTuple):
 
 ENOUGH = {
     Part.WHOLE: 19,  # a signed 64-bit integer
-    Part.FRACTION: 17,  # a double
-    Part.EXPONENT: 2,  # no number is too large for a double
+    Part.FRACTION: 20,  # a double from 0.0001 on; smaller ones have exponents
+    Part.EXPONENT: 2,  # which no reader takes for infinite
 }
 
 
@@ -94,7 +94,8 @@ class Digits:
         for number in named:
             whole, _, fraction = format(Decimal(repr(number)), "f").lstrip("-").partition(".")
             self._most[Part.WHOLE] = max(self._most[Part.WHOLE], len(whole))
-            self._most[Part.FRACTION] = max(self._most[Part.FRACTION], len(fraction))
+            if len(fraction) > self._most[Part.FRACTION]:
+                self._most[Part.FRACTION] = len(fraction) + 17  # the library may get a small double's last bit wrong
 
     def read(self, place: Place, token: int) -> Place:
         """The place behind `token`."""

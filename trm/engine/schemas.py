@@ -1,8 +1,8 @@
 """Reads JSON schemas as schemas, and prepares them for the library that makes grammars of them.
 
 Knows which keywords hold schemas, and nothing of the library but what it does with some of them. An unknown `format`
-is an annotation and goes. A subschema that no finite text meets becomes `false`, so that no reply nests for ever in
-it; unknown keywords count as met, for the library refuses what it does not keep. Raises BadRequest where nothing
+is an annotation and goes. A subschema that no finite text meets is made unsatisfiable, so that no reply nests for ever
+in it; unknown keywords count as met, for the library refuses what it does not keep. Raises BadRequest where nothing
 finite is left. All lists of keywords end here; nothing else walks a schema.
 """
 
@@ -16,7 +16,7 @@ from trm.errors import BadRequest
 
 MAX_DEPTH = 127  # what the library reads
 MAX_MULTIPLE = 10_000  # the library needs a state for every remainder, and no limit of its own stops it in time
-MAX_PARTS = 16  # of a schema, under allOf and behind $ref, that are looked at together
+MAX_PARTS = 16  # of a schema, under allOf or behind $ref, and alternatives, that are looked at together
 LARGE = 10**18  # the library's integers have 64 bits
 FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"}
 """Those that the library keeps."""
@@ -184,13 +184,14 @@ class _Finiteness:
             inputs.append(self._gate_of(target))
         for keyword in ("anyOf", "oneOf"):
             if isinstance(branches := node.get(keyword), list):
-                inputs.append(self._any([self._branch(parts, branch) for branch in branches]))
+                together = parts if len(branches) <= MAX_PARTS else []
+                inputs.append(self._any([self._branch(together, branch) for branch in branches]))
         self._connect(self._of[id(node)], len(inputs), inputs)
 
     def _branch(self, parts: list[Schema], branch: Any) -> int:
         """A schema under anyOf or oneOf, met together with the parts around it."""
         gate = self._gate_of(branch)
-        if isinstance(branch, dict):
+        if parts and isinstance(branch, dict):
             gate = self._all([gate, self._shape([*parts, *self._parts(branch)])])
             self._branches.append((branch, gate))
         return gate
