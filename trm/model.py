@@ -319,11 +319,13 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             all_halt_logits=torch.stack([self.decoder.halt_logits(a) for a in answers]) if answers else None,
         )
 
-    def encode(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Tensor:
-        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `state_layers`,
-        scaled by rms. The last is x.
+    def encode(
+        self, embedded: Tensor, rope: Rope, key_values: KeyValues, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `layers`, scaled by
+        rms; None for `state_layers`. The last is x.
         """
-        layers, streams = self.config.state_layers, self.backbone.streams(embedded, rope, key_values)
+        layers, streams = layers or self.config.state_layers, self.backbone.streams(embedded, rope, key_values)
         return torch.stack([rms(r) for count, r in enumerate(streams) if count in layers], dim=-2)
 
     def readout(self, y: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def make_engine(chat: ChatFormat, kv_source: str = "context", *, draft: int = 0,
     sizes = {"max_rows": 4, "max_model_len": 64, "max_draft_tokens": draft}
     engine = Engine(exact_model(kv_source), chat, EngineConfig(**(sizes | config)))
     if draft:
-        engine.loop.drafter.length = lambda rows, num_running: draft
+        engine.decoders[None].drafter.length = lambda rows, num_running: draft
     return engine
 
 

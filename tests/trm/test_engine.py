@@ -185,7 +185,7 @@ def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
     prepare_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=5, max_model_len=256))
-    engine.loop.drafter.length = lambda rows, num_running: 3
+    engine.decoders[None].drafter.length = lambda rows, num_running: 3
     stories = [
         "Tom has 12 apples and buys 7 more.",
         "Each of 4 boxes holds 6 pens.",

@@ -95,7 +95,7 @@ def test_replies_are_the_same_to_the_bit_in_any_company(kv_source, quantize, see
         solo, max_rows=data.draw(st.integers(2, 8)), prefill_chunk=data.draw(st.sampled_from((1, 7, 64, 256)))
     )
     drafted = data.draw(st.sampled_from((0, 0, 1, 3)))
-    engine.loop.drafter.length = lambda rows, num_running: drafted
+    engine.decoders[None].drafter.length = lambda rows, num_running: drafted
 
     expected = [bits(solo.generate([one])[0]) for one in requests]
     order = rng.sample(range(len(requests)), len(requests))
