@@ -25,10 +25,12 @@ TEXTS = (None, None, None, b"a", b"b", b"ab", b"ba", b"1", b"2", b"12", b" ", b"
 """What the tokens of `exact_model` spell, in the eyes of a grammar."""
 
 
-def request(length: int = 4, seed: int = 0, *, grammar: Grammar | None = None, **params: Any) -> Request:
+def request(
+    length: int = 4, seed: int = 0, *, grammar: Grammar | None = None, decoder: str | None = None, **params: Any
+) -> Request:
     """A random prompt for `exact_model`."""
     prompt = some_prompt(length, seed, vocab_size=16)
-    return Request(tuple(prompt), SamplingParams(**({"max_tokens": 5} | params)), grammar)
+    return Request(tuple(prompt), SamplingParams(**({"max_tokens": 5} | params)), grammar, decoder=decoder)
 
 
 def make_engine(
