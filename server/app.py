@@ -85,5 +85,5 @@ def attach(app: FastAPI, engine: Engine) -> None:
         model_id=settings.model_id,
         decoder=engine.decoder(None),
         settings=settings,
-        may_load=bool(settings.keys()) and not app.state.one_of_many,
+        may_load=bool(settings.keys() and settings.decoder_dir) and not app.state.one_of_many,
     )

@@ -1,6 +1,6 @@
 """POST /v1/decoders/load and /unload: decoders on the server's backbone that come and go while it runs.
 
-Only for a server with keys: see `server.middleware.CLOSED_PATHS`. Which directories are read the operator has said.
+Only where the operator has said so, by keys and a directory to read: see `server.middleware.CLOSED_PATHS`.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def bring(serving: Serving, name: str) -> None:
 def _check_allowed(serving: Serving) -> None:
     if not serving.may_load:
         raise Forbidden(
-            "decoders are loaded and unloaded while the server runs only if it has keys (--api-key) and is not one of "
-            "several replicas; name them with --decoder when it starts",
+            "decoders come and go while the server runs only if it has keys (--api-key) and a --decoder-dir, and is "
+            "not one of several replicas; name them with --decoder when it starts",
             code="decoders_fixed",
         )

@@ -323,13 +323,14 @@ async def test_decoders_are_loaded_one_at_a_time(serve, make_engine, files, monk
 
 
 @pytest.mark.parametrize("way", ["load", "unload"])
-async def test_without_a_key_of_the_server_nobody_may(way, serve, engine):
-    client = serve(engine, api_key=[])
+@pytest.mark.parametrize("missing", [{"api_key": []}, {"decoder_dir": None}], ids=["key", "directory"])
+async def test_nobody_may_unless_the_operator_gave_keys_and_a_directory(way, missing, serve, engine):
+    client = serve(engine, **missing)
 
     refused = refusal(await client.post(f"/v1/decoders/{way}", json={"name": "one"}))
 
     assert refused[:3] == (403, None, "decoders_fixed")
-    assert "--api-key" in refused[3]
+    assert "--api-key) and a --decoder-dir" in refused[3]
     assert 'trm_request_rejected_total{reason="forbidden"} 1.0' in (await client.get("/metrics")).text
 
 
@@ -347,7 +348,7 @@ async def test_a_key_is_asked_for_whatever_is_public(way, public, headers, serve
 
 async def test_one_of_several_replicas_stays_like_the_others(engine, files):
     """Ray sends each request to any of them."""
-    app = create_app(engine, settings(files, api_key=["key"]), one_of_many=True)
+    app = create_app(engine, settings(files, api_key=["key"], decoder_dir=files / "more"), one_of_many=True)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=KEY) as client:
         assert refusal(await unload(client, "one"))[:3] == (403, None, "decoders_fixed")
         assert await listed(client) == ["base", "one", "three"]
