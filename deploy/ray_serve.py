@@ -65,7 +65,7 @@ class Decoder:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._engine = load_engine(settings)
         self._engine.start()
-        self._app = create_app(self._engine, settings)
+        self._app = create_app(self._engine, settings, one_of_many=True)
         gc.collect()
         gc.freeze()
 

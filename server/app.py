@@ -1,14 +1,12 @@
 """Put the HTTP app together: state, routes, errors, middleware. Owns no engine: it is given a started one."""
 
-import time
-
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from server import errors, openapi
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS, HeadAsGet, ReadBody, Record, RequireKey, RootPath
-from server.routes import chat, completions, models, playground, solve, status, tokens
+from server.routes import chat, completions, decoders, models, playground, solve, status, tokens
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -17,17 +15,19 @@ from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
 from trm.errors import ConfigError
 
-ROUTES = (chat, completions, models, playground, solve, status, tokens)
+ROUTES = (chat, completions, decoders, models, playground, solve, status, tokens)
 
 
-def create_app(engine: Engine | None, settings: ServeSettings) -> FastAPI:
+def create_app(engine: Engine | None, settings: ServeSettings, one_of_many: bool = False) -> FastAPI:
     """An app that serves `engine`, or is starting until `attach` gives it one.
 
-    Of the settings it reads what concerns requests. Raises ConfigError for a root path that is one of its own paths.
+    `one_of_many`: requests reach it or another that is its like, and must stay so. Of the settings it reads what
+    concerns requests. Raises ConfigError for a root path that is one of its own paths.
     """
     metrics = Metrics()
     app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
     app.state.settings = settings
+    app.state.one_of_many = one_of_many
     app.state.metrics = metrics
     app.state.serving = None
     for routes in ROUTES:
@@ -83,6 +83,7 @@ def attach(app: FastAPI, engine: Engine) -> None:
         token_bytes=token_bytes,
         grammars=GrammarCompiler(token_bytes.texts(engine.model.config.vocab_size), engine.chat.end_id),
         model_id=settings.model_id,
+        decoder=engine.decoder(None),
         settings=settings,
-        created=int(time.time()),
+        may_load=bool(settings.keys() and settings.decoder_dir) and not app.state.one_of_many,
     )

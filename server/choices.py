@@ -32,7 +32,7 @@ class Wording(ABC):
     def __init__(self, serving: Serving, params: SamplingParams) -> None:
         self.serving = serving
         self.params = params
-        self._end_id = None if params.ignore_eos else serving.engine.chat.end_id
+        self._end_id = None if params.ignore_eos else serving.decoder.chat.end_id
 
     @abstractmethod
     def whole(self, reply: Reply) -> dict[str, Any]:

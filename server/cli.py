@@ -133,17 +133,18 @@ def load_engine(settings: ServeSettings) -> "Engine":
     """The model and tokenizer that the settings name, in an engine that is not started."""
     from trm import bundled_model_path
     from trm.chat import ChatFormat
-    from trm.checkpoint import read_tokenizer
-    from trm.engine.engine import Engine, EngineConfig
-    from trm.loading import load_for_decoding
+    from trm.checkpoint import locate, read_config, read_tokenizer
+    from trm.engine.engine import Engine, EngineConfig, host
+    from trm.loading import load_beside, load_for_decoding
 
-    source = settings.model or str(bundled_model_path())
+    source, sources = settings.model or str(bundled_model_path()), settings.decoder_sources()
     model = load_for_decoding(
         source,
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
         num_threads=settings.num_threads,
+        keep_head=any(not read_config(locate(path)).own_lm_head for path in sources.values()),
     )
     chat = ChatFormat(read_tokenizer(source), normalize=model.config.normalize_text)
     config = EngineConfig(
@@ -154,7 +155,10 @@ def load_engine(settings: ServeSettings) -> "Engine":
         max_draft_tokens=settings.max_draft_tokens,
         max_step_s=settings.max_step_seconds,
     )
-    engine = Engine(model, chat, config)
+    others = {name: host(*load_beside(path, model, chat)) for name, path in sources.items()}
+    engine = Engine(model, chat, config, others)
+    for name, path in sources.items():
+        logger.info("loaded decoder %s from %s", name, path)
     logger.info(
         "loaded %s on %s in %s%s; cache for %d rows of %d positions, %d bytes a position",
         source,

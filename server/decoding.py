@@ -25,7 +25,6 @@ from server.schemas.messages import SYSTEM_ROLES, ChatMessage
 from server.serving import Call, Serving
 from server.worker import Submission
 from trm.chat import SYSTEM_PROMPTS, Message, TooLong, Work
-from trm.engine.engine import Engine
 from trm.engine.grammar import Form, GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
@@ -33,14 +32,14 @@ from trm.errors import BadRequest
 from trm.tools import Tools
 
 
-def sampling_params(fields: Decoding, engine: Engine, **given: Any) -> SamplingParams:
+def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> SamplingParams:
     """The parameters of sample 0: the body's shared fields, overridden by `given`; None means the default.
 
     A sampled reply without a seed gets a fresh one.
     """
     steps = fields.supervision_steps
     if fields.reasoning_effort is not None:
-        steps = engine.model.config.effort_steps(fields.reasoning_effort)
+        steps = serving.decoder.model.config.effort_steps(fields.reasoning_effort)
     values = {
         "max_tokens": fields.max_tokens,
         "temperature": fields.temperature,
@@ -65,7 +64,7 @@ def generation_params(fields: Generation, serving: Serving, **given: Any) -> Sam
         at_most(settings.max_stop_chars, "--max-stop-chars", len(string), said, "stop")
     return sampling_params(
         fields,
-        serving.engine,
+        serving,
         top_p=fields.top_p,
         top_k=fields.top_k,
         min_p=fields.min_p,
@@ -160,12 +159,14 @@ async def submit(
     except TooLong:
         raise too_long(f"more than {limit}") from None
     requests: list[EngineRequest] = []
+    decoder = serving.decoder_name
     for prompt in prompts:
         room = limit - len(prompt)
         if room < 1:
             raise too_long(str(len(prompt)))
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
-        requests += [EngineRequest(prompt, replace(fitting, sample_index=index), grammar, param) for index in range(n)]
+        samples = [replace(fitting, sample_index=index) for index in range(n)]
+        requests += [EngineRequest(prompt, one, grammar, param, decoder) for one in samples]
     serving.worker.submit(submission, requests)
     return submission
 

@@ -13,17 +13,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMError
+from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMError, UnknownModel
 
 MAX_PATH_CHARS = 200  # of a client's own field name in a message
 
 
-class UnknownModel(BadRequest):
-    """A model id that this server does not serve."""
-
-
 class Unauthorized(BadRequest):
     """No API key, or a wrong one."""
+
+
+class Forbidden(BadRequest):
+    """What this server, as it was started, lets nobody do."""
 
 
 class BodyTooLarge(BadRequest):
@@ -59,6 +59,7 @@ class Unavailable(TRMError):
 STATUS: Mapping[type[TRMError], tuple[int, str]] = {
     BadRequest: (400, "invalid_request_error"),
     Unauthorized: (401, "invalid_request_error"),
+    Forbidden: (403, "invalid_request_error"),
     UnknownModel: (404, "invalid_request_error"),
     SlowBody: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),

@@ -32,6 +32,7 @@ from server.serving import Call
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
+CLOSED_PATHS = "/v1/decoders/"  # what begins so no setting opens: it changes what others are served
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
 
@@ -136,6 +137,8 @@ class Record:
 
 def is_public(path: str, public: Sequence[str]) -> bool:
     """Whether a path needs no key. What ends in /* stands for all that begin so."""
+    if path.startswith(CLOSED_PATHS):
+        return False
     prefixes = tuple(pattern.removesuffix("*") for pattern in public if pattern.endswith("/*"))
     return path in OPEN_PATHS or path in public or path.startswith(prefixes)
 

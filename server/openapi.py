@@ -11,11 +11,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.errors import STATUS, Unavailable
-from server.middleware import is_public
+from server.middleware import CLOSED_PATHS, is_public
 from server.schemas.common import ErrorBody
 from server.serving import Serving
-from server.settings import ServeSettings
-from trm.engine.engine import Engine
 from trm.engine.request import BIASES, RANGES, Range
 
 JSONSchema = dict[str, Any]
@@ -40,13 +38,14 @@ def install(app: FastAPI) -> None:
     app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-def limits(engine: Engine, settings: ServeSettings) -> dict[str, JSONSchema]:
-    """What the fields of request bodies may hold, by name."""
+def limits(serving: Serving) -> dict[str, JSONSchema]:
+    """What the fields of request bodies may hold, by name, whichever model is asked."""
+    engine, settings, models = serving.engine, serving.settings, serving.models
     vocabulary = engine.model.config.vocab_size
     stop = {"type": "string", "minLength": 1, "maxLength": settings.max_stop_chars}
     return {name: _range(allowed) for name, allowed in RANGES.items()} | {
         "n": {"minimum": 1, "maximum": min(settings.max_n, engine.config.max_rows + engine.config.max_queue)},
-        "supervision_steps": {"minimum": 0, "maximum": engine.max_supervision},
+        "supervision_steps": {"minimum": 0, "maximum": max(one.max_supervision for one in models.values())},
         "max_completion_tokens": _range(RANGES["max_tokens"]),
         "top_logprobs": {"minimum": 0, "maximum": min(RANGES["logprobs"].most, vocabulary)},
         "logit_bias": {
@@ -55,7 +54,7 @@ def limits(engine: Engine, settings: ServeSettings) -> dict[str, JSONSchema]:
         },
         "stop": {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": settings.max_stop}, {"type": "null"}]},
         "messages": {"maxItems": settings.max_messages},
-        "model": {"enum": [settings.model_id, None]},
+        "model": {"enum": [*models, None]},
     }
 
 
@@ -70,8 +69,10 @@ def document(app: FastAPI, serving: Serving) -> JSONSchema:
         for method, operation in operations.items():
             parameters = operation.get("parameters", [])
             for parameter in parameters:  # all there is in paths is the model's name
-                parameter["schema"]["enum"] = [settings.model_id]
+                parameter["schema"]["enum"] = list(serving.models)
             possible = UNASKED | ({status for status, _ in STATUS.values()} if method == "post" else READING)
+            if not path.startswith(CLOSED_PATHS):
+                possible = possible - {403}
             if not keys:
                 possible = possible - {401}
             if method == "get" and not parameters:
@@ -82,7 +83,7 @@ def document(app: FastAPI, serving: Serving) -> JSONSchema:
                 operation["security"] = []
     for name in {"HTTPValidationError", "ValidationError"} & schemas.keys():
         del schemas[name]
-    narrowed = limits(serving.engine, settings)
+    narrowed = limits(serving)
     for schema in schemas.values():
         if schema.get("additionalProperties") is False:  # what clients send
             for name in schema["properties"].keys() & narrowed.keys():

@@ -1,18 +1,23 @@
 """What the routes share: the engine and its bridge, and the record of the request at hand."""
 
+import threading
 import time
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Self
 
 from fastapi import Depends, Request
 
-from server.errors import Unavailable, UnknownModel
+from server.errors import Unavailable
 from server.metrics import Metrics
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Submission, Worker
 from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
+from trm.engine.hosted import Hosted
+from trm.errors import UnknownModel
+
+LISTED = 10  # models that an error names
 
 
 @dataclass
@@ -42,7 +47,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Serving:
-    """One model being served."""
+    """What is being served, by the server's own model or by the decoder that a request has chosen.
+
+    may_load: whether decoders may come and go while it runs; `loading` is then held by whoever brings one.
+    """
 
     engine: Engine
     worker: Worker
@@ -50,19 +58,35 @@ class Serving:
     token_bytes: TokenBytes
     grammars: GrammarCompiler
     model_id: str
+    decoder: Hosted  # of this id
     settings: ServeSettings
-    created: int  # unix time
+    may_load: bool = False
+    loading: threading.Lock = field(default_factory=threading.Lock)
 
     def reserve(self, call: Call, count: int) -> Submission:
         """`Worker.reserve`, on behalf of an HTTP request."""
         call.submission = self.worker.reserve(count)
         return call.submission
 
-    def check_model(self, name: str | None) -> None:
-        """Raise UnknownModel unless `name` is the served model, or None for it."""
-        if name not in (None, self.model_id):
-            message = f"model {name[:200]!r} does not exist; this server has {self.model_id!r}"
-            raise UnknownModel(message, param="model", code="model_not_found")
+    @property
+    def models(self) -> dict[str, Hosted]:
+        """Everything that requests may choose now, by its id, the server's own model first."""
+        return {name or self.settings.model_id: decoder for name, decoder in list(self.engine.decoders.items())}
+
+    @property
+    def decoder_name(self) -> str | None:
+        """What the engine calls the decoder."""
+        return None if self.model_id == self.settings.model_id else self.model_id
+
+    def choose(self, name: str | None) -> Self:
+        """The same with the model of that id, None for the server's own. Raises UnknownModel."""
+        if name is None:
+            return self
+        models = self.models
+        if name not in models:
+            there = ", ".join(map(repr, list(models)[:LISTED])) + (", …" if len(models) > LISTED else "")
+            raise UnknownModel(f"model {name[:200]!r} does not exist; this server has {there}")
+        return replace(self, model_id=name, decoder=models[name])
 
 
 async def _serving_or_none(request: Request) -> Serving | None:

@@ -1,5 +1,6 @@
 """What `trm-serve` can be told. Every knob here is read; `trm.settings` says from where."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from trm.logs import LogFormat
 from trm.settings import Settings
 
 BUNDLED_MODEL_ID = "qwen-trm"
+DECODER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]*(/[A-Za-z0-9_][A-Za-z0-9._:-]*)*", re.ASCII)
 
 ApiKey = Annotated[str, Field(min_length=1)]
 PublicPath = Annotated[str, Field(pattern=r"^/([^*]*|[^*]*/\*)$")]
 RootPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")]
-LISTS = ("api_key", "public_paths", "cors_origins")  # flags that take several values at once
+LISTS = ("api_key", "public_paths", "cors_origins", "decoder")  # flags that take several values at once
+REPEATED = ("decoder",)  # those of them that may also be given several times
 
 
 class ServeSettings(Settings):
@@ -31,7 +34,7 @@ class ServeSettings(Settings):
     command: ClassVar[str] = "trm-serve"
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
-        "model": ("model", "served_model_name", "device", "dtype", "quantize", "num_threads"),
+        "model": ("model", "served_model_name", "decoder", "decoder_dir", "device", "dtype", "quantize", "num_threads"),
         "address": ("host", "port", "root_path", "cors_origins"),
         "keys": ("api_key", "api_key_file", "public_paths"),
         "engine": ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"),
@@ -56,6 +59,16 @@ class ServeSettings(Settings):
 
     model: str | None = Field(None, description="checkpoint directory or hub id; without it the bundled model")
     served_model_name: str | None = Field(None, description="the model's id in requests; by default --model as given")
+    decoder: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="NAME=DIR, as often as needed: a checkpoint on the same backbone, whose memory and calls it "
+        "shares, and the id that requests call it by",
+    )
+    decoder_dir: Path | None = Field(
+        None,
+        description="directory of such checkpoints, which are served by their folders' names; with --api-key those "
+        "below it can be loaded while the server runs",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -148,11 +161,12 @@ class ServeSettings(Settings):
         for name in LISTS:
             flag = f"--{name.replace('_', '-')}"
             times = sum(arg.partition("=")[0] == flag for arg in given)
-            if times > 1:
+            if times > 1 and name not in REPEATED:
                 raise ConfigError(f"{flag} is given {times} times; give it once, followed by all its values")
             if times and not getattr(settings, name):
                 raise ConfigError(f"{flag} has no value; give it one, or leave it out")
         settings.keys()  # now, before a model is loaded
+        settings.decoder_sources()
         return settings
 
     @field_validator(*LISTS, mode="before")
@@ -178,6 +192,39 @@ class ServeSettings(Settings):
         if not found:
             raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key; add one, or leave the flag out")
         return [*self.api_key, *found]
+
+    def decoder_sources(self) -> dict[str, str]:
+        """Where the decoders lie that are served from the start, by the ids of requests.
+
+        Raises ConfigError for what cannot be an id, for an id that two have, and for a folder that cannot be read.
+        """
+        given = [(f"--decoder {one}", *one.partition("=")[::2]) for one in self.decoder]
+        if self.decoder_dir is not None:
+            try:
+                folders = sorted(path for path in self.decoder_dir.iterdir() if not path.name.startswith("."))
+            except OSError as error:
+                raise ConfigError(f"--decoder-dir {self.decoder_dir}: {error.strerror}") from None
+            some = [path for path in folders if (path / "config.json").is_file()]
+            given += [(f"--decoder-dir {self.decoder_dir}", path.name, str(path)) for path in some]
+        found: dict[str, str] = {}
+        for said, name, source in given:
+            if not DECODER_ID.fullmatch(name) or not source:
+                raise ConfigError(f"{said}: {name!r} must be a name of letters, digits and ._:/-, as in NAME=DIR")
+            if name in found or name == self.model_id:
+                raise ConfigError(f"{said}: {name!r} is the id of another model too; choose another name")
+            found[name] = source
+        return found
+
+    def decoder_source(self, name: str) -> str | None:
+        """Where the decoder of an id lies, if it may be loaded now: one of --decoder, or below --decoder-dir."""
+        for one in self.decoder:
+            known, _, source = one.partition("=")
+            if name == known:
+                return source
+        if self.decoder_dir is None or not DECODER_ID.fullmatch(name):  # which no path out of the directory matches
+            return None
+        path = self.decoder_dir / name
+        return str(path) if (path / "config.json").is_file() else None
 
     @property
     def model_id(self) -> str:

@@ -121,6 +121,7 @@ class Backbone(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         # No buffers: rounded to bfloat16 with the weights, they would turn distant positions by radians.
         self.rope_frequencies, self.rope_scale = _rope(config, head_dim)  # (d / 2,)
+        self.identity: str | None = None  # fingerprint of the weights as files hold them, where somebody has looked
         self.fingerprints: dict[torch.dtype, str] = {}
         """What `trm.checkpoint.fingerprint` found, by the type of the weights, which are frozen."""
 

@@ -76,8 +76,7 @@ def read(model: str | Path, revision: str | None = None, dtype: torch.dtype = to
     """Read a checkpoint directory or hub id, backbone included, in `dtype`; the decoder's own weights in float32."""
     directory = locate(model, revision)
     config = read_config(directory)
-    weights = read_tensors(directory / WEIGHTS_FILE)
-    _check_finite(weights, directory / WEIGHTS_FILE)
+    weights = read_decoder(directory)
     if (directory / BACKBONE_DIR).is_dir():
         backbone = read_backbone(directory / BACKBONE_DIR, None, dtype)
     elif config.backbone_source is not None:
@@ -90,13 +89,32 @@ def read(model: str | Path, revision: str | None = None, dtype: torch.dtype = to
         backbone.to(dtype)
     else:
         raise CheckpointError(f"{directory / BACKBONE_DIR}: missing, and {CONFIG_FILE} names no backbone_source")
+    check_structure(directory, config, backbone)
+    return Loaded(config, weights, backbone)
+
+
+def read_decoder(directory: Path) -> dict[str, Tensor]:
+    """The tensors that training owns, of a checkpoint directory, in float32."""
+    weights = read_tensors(directory / WEIGHTS_FILE)
+    _check_finite(weights, directory / WEIGHTS_FILE)
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def check_structure(directory: Path, config: TRMConfig, backbone: Backbone) -> None:
+    """Raise CheckpointError unless a checkpoint's sizes are those of the backbone."""
     for name in STRUCTURE:
         ours, theirs = getattr(config.backbone_config, name, None), getattr(backbone.config, name, None)
         if ours != theirs:
             raise CheckpointError(
                 f"{directory / CONFIG_FILE}: {name} is {ours} in backbone_config, {theirs} in the backbone"
             )
-    return Loaded(config, {name: tensor.float() for name, tensor in weights.items()}, backbone)
+
+
+def backbone_identity(directory: Path, config: TRMConfig) -> str | None:
+    """The fingerprint of a checkpoint's backbone as files hold it; None where its source was recorded without."""
+    if (directory / BACKBONE_DIR).is_dir():
+        return fingerprint(read_backbone(directory / BACKBONE_DIR, None, None))
+    return config.backbone_fingerprint
 
 
 def _read_recorded(config: TRMConfig) -> Backbone:

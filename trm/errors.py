@@ -22,6 +22,13 @@ class BadRequest(TRMError):
         self.code = code
 
 
+class UnknownModel(BadRequest):
+    """A model that nobody has, or has any more."""
+
+    def __init__(self, message: str, param: str = "model") -> None:
+        super().__init__(message, param, "model_not_found")
+
+
 class Overloaded(TRMError):
     """No room in the queue now; the same request may be sent again, best after `retry_after_s`."""
 

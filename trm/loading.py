@@ -1,6 +1,9 @@
-"""Load a model for decoding: on its device, in its type, with its linear layers packed."""
+"""Load a model for decoding: on its device, in its type, with its linear layers packed.
 
-from collections.abc import Callable
+And further decoders, on the backbone of one that was loaded before.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ from torch import nn
 
 from trm import bundled_model_path, checkpoint
 from trm.backbone import Backbone
+from trm.chat import ChatFormat
 from trm.device import has_fast_bfloat16, lay_out_by_columns, own_memory, use_device
-from trm.errors import ConfigError
+from trm.errors import CheckpointError, ConfigError
 from trm.linear import pack
 from trm.model import TRMForCausalLM
 
@@ -25,11 +29,13 @@ def load_for_decoding(
     dtype: str = "auto",
     quantize: str | None = None,
     num_threads: int | None = None,
+    keep_head: bool = False,
 ) -> TRMForCausalLM:
     """A checkpoint, None for the bundled one, ready for `trm.engine`; it can no longer be trained or saved.
 
     dtype: "float32", "bfloat16", or "auto": bfloat16 where the device computes it natively and the model is large
     enough to gain by it. quantize: "int8" for the backbone's linear layers, on a CPU; the recursion stays in bfloat16.
+    keep_head: keep the backbone's head for decoders beside this one, even if this one has its own.
     Raises CheckpointError, and ConfigError for what this device cannot do.
     """
     place = use_device(device, num_threads)
@@ -38,7 +44,51 @@ def load_for_decoding(
         dtype, quantize, place, lambda: checkpoint.read_config(checkpoint.locate(source)).backbone_config
     )
     model = TRMForCausalLM.from_pretrained(source, dtype=DTYPES[chosen], device_map=place)
-    return prepare_for_decoding(model, quantize)
+    model.backbone.identity = checkpoint.backbone_identity(checkpoint.locate(source), model.config)
+    return prepare_for_decoding(model, quantize, keep_head)
+
+
+def load_beside(source: str | Path, first: TRMForCausalLM, chat: ChatFormat) -> tuple[TRMForCausalLM, ChatFormat]:
+    """The decoder of another checkpoint on the backbone of `first`, which was loaded for decoding, and its prompts.
+
+    `chat`: that of `first`, whose tokenizer they share. Of the checkpoint's own backbone nothing stays in memory.
+    Raises CheckpointError, also where the checkpoint stands on another backbone or has another tokenizer.
+    """
+    directory = checkpoint.locate(source)
+    config = checkpoint.read_config(directory)
+    backbone, identity = first.backbone, checkpoint.backbone_identity(directory, config)
+    if identity is None or backbone.identity is None:
+        whose = f"{directory}: its {checkpoint.CONFIG_FILE}" if identity is None else "the served model"
+        raise CheckpointError(f"{whose} records no fingerprint of its backbone; save it again with this version")
+    if identity != backbone.identity:
+        raise CheckpointError(
+            f"{directory}: was trained on a backbone with fingerprint {identity}, "
+            f"but the served one has {backbone.identity}; serve it with a backbone of its own"
+        )
+    checkpoint.check_structure(directory, config, backbone)
+    if not config.own_lm_head and isinstance(backbone.lm_head, nn.Identity):
+        raise CheckpointError(
+            f"{directory}: needs the backbone's head, which was left out since the served model has its own; "
+            "name the decoder when the server starts"
+        )
+    _check_tokenizer(directory, chat.tokenizer)
+    model = TRMForCausalLM(config, backbone)
+    model.load_trained(checkpoint.read_decoder(directory), str(directory))
+    parts = [part.to(first.device, first.decoder.dtype) for part in (model.decoder, model.lm_head) if part is not None]
+    _lay_out(model, parts)
+    return model.eval(), ChatFormat(chat.tokenizer, config.normalize_text)
+
+
+def _check_tokenizer(directory: Path, served: Any) -> None:
+    """Raise CheckpointError unless a checkpoint's tokenizer and chat template are those that are served."""
+    own = checkpoint.read_tokenizer(directory)
+    for what, ours, theirs in (
+        ("tokenizer", own.backend_tokenizer.to_str(), served.backend_tokenizer.to_str()),
+        ("chat template", own.chat_template, served.chat_template),
+        ("end token", own.eos_token_id, served.eos_token_id),
+    ):
+        if ours != theirs:
+            raise CheckpointError(f"{directory}: its {what} is not that of the served model; serve it by itself")
 
 
 def choose_dtype(dtype: str, quantize: str | None, device: str, read_backbone_config: Callable[[], Any]) -> str:
@@ -63,18 +113,25 @@ def best_dtype(backbone_config: Any, device: str) -> str:
     return "bfloat16" if has_fast_bfloat16(device) and weights >= LARGE else "float32"
 
 
-def prepare_for_decoding(model: TRMForCausalLM, quantize: str | None = None) -> TRMForCausalLM:
+def prepare_for_decoding(model: TRMForCausalLM, quantize: str | None = None, keep_head: bool = False) -> TRMForCausalLM:
     """Give a loaded model the layout that its device decodes fastest from; see `load_for_decoding`."""
     short = model.backbone.dtype == model.decoder.dtype == torch.bfloat16
     if quantize is not None and not (short and model.device.type == "cpu"):
         raise ConfigError(f"--quantize {quantize}: needs a model in bfloat16 on a CPU")
-    if model.device.type != "cpu":
-        return model
-    if model.lm_head is not None:
+    if model.device.type == "cpu" and model.lm_head is not None and not keep_head:
         model.backbone.lm_head = nn.Identity()  # nobody reads it
-    if short:
-        model.exact = pack(model, model.backbone if quantize == "int8" else None)
-    else:
-        lay_out_by_columns(model)
-    own_memory(model)
+    _lay_out(model, [model], quantize)
     return model
+
+
+def _lay_out(model: TRMForCausalLM, parts: Sequence[nn.Module], quantize: str | None = None) -> None:
+    """Give parts of a model on a CPU the layout that is read fastest, in memory of their own."""
+    if model.device.type != "cpu":
+        return
+    if model.backbone.dtype == model.decoder.dtype == torch.bfloat16:
+        model.exact = pack(model, model.backbone if quantize == "int8" else None)  # what is packed stays as it is
+    else:
+        for part in parts:
+            lay_out_by_columns(part)
+    for part in parts:
+        own_memory(part)

@@ -173,7 +173,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
         self.exact = False  # whether products are the same to the bit in any company; see `trm.linear`
-        if self.lm_head is not None:
+        if self.lm_head is not None and isinstance(self.backbone.lm_head, Linear):  # else it is packed, or left out
             self.lm_head.weight.data.copy_(self.backbone.lm_head.weight)
         self.post_init()
 
@@ -221,7 +221,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training owns: decoder, and head if it is our own. Everything else is the backbone's."""
-        if self.backbone.is_packed:
+        if not isinstance(self.decoder.layers[0].attention.o_proj, Linear):
             raise ConfigError("the weights are packed for decoding; load the model again to save or train it")
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
 
@@ -229,7 +229,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         """Load what `trained_state` gave. Raises CheckpointError naming the first tensor that does not fit."""
         own = self.trained_state()
         checkpoint.check_tensors(weights, {name: tensor.shape for name, tensor in own.items()}, source)
-        self.load_state_dict({**self.state_dict(), **weights})
+        self.load_state_dict(weights, strict=False)  # all that is missing is the backbone's, which others may be using
 
     def forward(
         self,
@@ -319,11 +319,13 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             all_halt_logits=torch.stack([self.decoder.halt_logits(a) for a in answers]) if answers else None,
         )
 
-    def encode(self, embedded: Tensor, rope: Rope, key_values: KeyValues) -> Tensor:
-        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `state_layers`,
-        scaled by rms. The last is x.
+    def encode(
+        self, embedded: Tensor, rope: Rope, key_values: KeyValues, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """States (N, C, D) of embedded tokens (N, D): the backbone's residual stream after each of `layers`, scaled by
+        rms; None for `state_layers`. The last is x.
         """
-        layers, streams = self.config.state_layers, self.backbone.streams(embedded, rope, key_values)
+        layers, streams = layers or self.config.state_layers, self.backbone.streams(embedded, rope, key_values)
         return torch.stack([rms(r) for count, r in enumerate(streams) if count in layers], dim=-2)
 
     def readout(self, y: Tensor) -> Tensor:

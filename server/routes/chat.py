@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode n replies to a conversation."""
-    serving.check_model(body.model)
+    serving = serving.choose(body.model)
     n = num_samples(body, serving)
     params = generation_params(
         body,
@@ -39,7 +39,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
         serving,
         call,
         1,
-        lambda limit: [serving.engine.chat.encode(messages, at_most=limit, tools=tools.described() if tools else ())],
+        lambda limit: [serving.decoder.chat.encode(messages, at_most=limit, tools=tools.described() if tools else ())],
         params,
         n,
         param="messages",

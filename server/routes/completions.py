@@ -21,8 +21,8 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 @router.post("/completions", response_model=Completion, responses=STREAMED)
 async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Continue one prompt, or a list of them, all or none. The choices of one prompt stand side by side."""
-    serving.check_model(body.model)
-    prompts, chat = body.prompts, serving.engine.chat
+    serving = serving.choose(body.model)
+    prompts, chat = body.prompts, serving.decoder.chat
     n = num_samples(body, serving, len(prompts), param="prompt")
     params = generation_params(body, serving, logprobs=body.logprobs)
     submission = await submit(
@@ -47,7 +47,7 @@ class CompletionWording(Wording):
 
     def __init__(self, serving: Serving, params: SamplingParams, num_choices: int) -> None:
         super().__init__(serving, params)
-        self._offsets = [Offsets(serving.engine.chat, serving.token_bytes) for _ in range(num_choices)]
+        self._offsets = [Offsets(serving.decoder.chat, serving.token_bytes) for _ in range(num_choices)]
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         return {"text": reply.text, "finish_reason": reply.finish_reason}

@@ -1,4 +1,4 @@
-"""The models under /v1: the one that is served."""
+"""The models under /v1: the server's own, and the other decoders on its backbone."""
 
 from fastapi import APIRouter
 
@@ -10,24 +10,24 @@ router = APIRouter(prefix="/v1")
 
 @router.get("/models")
 async def models(serving: ServingDep) -> ModelList:
-    """The one model there is."""
-    return ModelList(data=[_model(serving)])
+    """All that there are, the server's own first."""
+    return ModelList(data=[model_body(serving.choose(name)) for name in serving.models])
 
 
 @router.get("/models/{model:path}")
 async def model_by_name(model: str, serving: ServingDep) -> ModelBody:
-    """The model, if that is its name; ids may hold slashes."""
-    serving.check_model(model)
-    return _model(serving)
+    """The model of that name; ids may hold slashes."""
+    return model_body(serving.choose(model))
 
 
-def _model(serving: Serving) -> ModelBody:
-    engine = serving.engine
+def model_body(serving: Serving) -> ModelBody:
+    """What there is to say of the model that was chosen."""
+    decoder = serving.decoder
     return ModelBody(
         id=serving.model_id,
-        created=serving.created,
-        max_model_len=engine.max_model_len,
-        n_supervision=engine.model.config.n_supervision,
-        max_supervision=engine.max_supervision,
-        work=engine.model.config.work,
+        created=decoder.loaded_at,
+        max_model_len=serving.engine.max_model_len,
+        n_supervision=decoder.model.config.n_supervision,
+        max_supervision=decoder.max_supervision,
+        work=decoder.model.config.work,
     )

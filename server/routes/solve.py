@@ -25,13 +25,14 @@ async def solve(
     body: SolveRequest, serving: ServingDep, call: CallDep
 ) -> SolveResult | SolveResults | StreamingResponse:
     """Solve one question, or a list of them, all or none."""
+    serving = serving.choose(body.model)
     questions = [body.question] if isinstance(body.question, str) else body.question
     n = num_samples(body, serving, len(questions), param="question")
     temperature = body.temperature
     if n > 1 and temperature is None:
         temperature = VOTING_TEMPERATURE
-    params = sampling_params(body, serving.engine, temperature=temperature)
-    chat = serving.engine.chat
+    params = sampling_params(body, serving, temperature=temperature)
+    chat = serving.decoder.chat
     submission = await submit(
         serving,
         call,

@@ -20,8 +20,8 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeResponse:
     """The ids of a prompt or a conversation, as the decoding routes encode them."""
-    serving.check_model(body.model)
-    chat, limit = serving.engine.chat, serving.engine.max_model_len
+    serving = serving.choose(body.model)
+    chat, limit = serving.decoder.chat, serving.engine.max_model_len
     encode: Callable[[], list[int]]
     if body.messages is not None:
         messages = conversation(body.messages, serving, body.work)
@@ -42,12 +42,12 @@ async def tokenize(body: TokenizeRequest, serving: ServingDep) -> TokenizeRespon
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, serving: ServingDep) -> DetokenizeResponse:
     """The text of token ids."""
-    serving.check_model(body.model)
+    serving = serving.choose(body.model)
 
     def decode() -> str:
         unknown = next((id_ for id_ in body.tokens if serving.token_bytes(id_) is None), None)
         if unknown is not None:
             raise BadRequest(f"tokens holds {reprlib.repr(unknown)}, which is no token of this model", param="tokens")
-        return serving.engine.chat.decode_with_specials(body.tokens)
+        return serving.decoder.chat.decode_with_specials(body.tokens)
 
     return DetokenizeResponse(prompt=await asyncio.to_thread(decode))

@@ -49,6 +49,7 @@ class SolveRequest(Decoding):
 
     rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)
 
+    model: str | None = None
     question: Annotated[str | list[str], BeforeValidator(_questions, json_schema_input_type=Question | Questions)]
     work: Work | None = None
     stream: bool | None = None

@@ -37,7 +37,7 @@ def in_table(name: str) -> int:
 def test_the_bytes_of_the_bundled_model() -> None:
     model = TRMForCausalLM.from_pretrained(bundled_model_path())
 
-    assert in_table("bundled") == Runner.bytes_per_position(model, model.config.max_supervision)
+    assert in_table("bundled") == Runner.bytes_per_position(model, model.config.n_layers)
 
 
 @pytest.mark.parametrize(

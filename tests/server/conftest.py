@@ -17,6 +17,7 @@ from trm.chat import PIECE_CHARS, TooLong
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
 from trm.engine.handle import Reservation
+from trm.engine.hosted import Hosted
 from trm.engine.request import Event, Request, Stats, TokenLogprobs, Usage
 from trm.errors import TRMError
 
@@ -131,7 +132,7 @@ class FakeEngine:
         self.chat = FakeChat()
         self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
         self.max_model_len = max_model_len
-        self.max_supervision = 16
+        self.decoders = {None: Hosted(self.model, self.chat, max_supervision=16)}
         self.dtype, self.exact = "float32", False
         self.script = script or say("so ", r"\boxed{72}")
         self.refuse: TRMError | None = None
@@ -145,6 +146,9 @@ class FakeEngine:
     @property
     def requests(self) -> list[Request]:
         return [handle.request for handle in self.handles]
+
+    def decoder(self, name):
+        return self.decoders[name]
 
     def reserve(self, count: int):
         if self.refuse is not None:

@@ -3,8 +3,10 @@
 import itertools
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+from trm.engine.hosted import Hosted
 from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Request, SamplingParams
 from trm.engine.row import Pass, Row
@@ -14,11 +16,19 @@ NO_TEXT: Any = None  # in place of a reply's text stream, which a schedule does 
 NEVER_SEEN = itertools.count(1000)
 
 
-def make_row(prompt: int | Sequence[int] = 3, steps: int = 2, **params: Any) -> Row:
+def some_decoder(kv_source: str = "context") -> Hosted:
+    """A decoder as far as a schedule knows it."""
+    return Hosted(SimpleNamespace(config=SimpleNamespace(kv_source=kv_source)), NO_TEXT, 4)
+
+
+CONTEXT, OTHER, STATE = some_decoder(), some_decoder(), some_decoder("state")
+
+
+def make_row(prompt: int | Sequence[int] = 3, steps: int = 2, decoder: Hosted = CONTEXT, **params: Any) -> Row:
     """A row with these prompt ids, or with so many that no other row begins with."""
     if isinstance(prompt, int):
         prompt = [next(NEVER_SEEN) for _ in range(prompt)]
-    return Row(Request(tuple(prompt), SamplingParams(**params)), steps, ignore, NO_TEXT, Prefix(prompt))
+    return Row(Request(tuple(prompt), SamplingParams(**params)), decoder, steps, ignore, NO_TEXT, Prefix(prompt))
 
 
 def ignore(event: Event) -> None:
@@ -34,9 +44,9 @@ def admit(scheduler: Scheduler, *rows: Row) -> list[Copy]:
     return scheduler.admit()
 
 
-def keep(scheduler: Scheduler, ids: Sequence[int], steps: int = 2) -> int:
+def keep(scheduler: Scheduler, ids: Sequence[int], steps: int = 2, decoder: Hosted = CONTEXT) -> int:
     """Let a row come and go that leaves `ids` in its slot, which is returned."""
-    row = make_row([*ids, 0], steps)
+    row = make_row([*ids, 0], steps, decoder)
     admit(scheduler, row)
     row.cached, slot = len(ids), row.slot
     scheduler.release(row, keep=True)
@@ -44,13 +54,13 @@ def keep(scheduler: Scheduler, ids: Sequence[int], steps: int = 2) -> int:
 
 
 class Loop:
-    """The engine's loop without a model: a slot holds pairs of token and depth, as they were computed or copied."""
+    """The engine's loop without a model: a slot holds tokens, depths and decoders, as they were computed or copied."""
 
     def __init__(self, scheduler: Scheduler, prefill_chunk: int = 100, seed: int = 0) -> None:
         self.scheduler = scheduler
         self.prefill_chunk = prefill_chunk
         self.rng = random.Random(seed)
-        self.slots: list[list[tuple[int, int]]] = [[] for _ in range(scheduler.max_rows)]
+        self.slots: list[list[tuple[int, int, Hosted]]] = [[] for _ in range(scheduler.max_rows)]
         self.fed: list[list[Row]] = []  # by step
         self.clocks: dict[Row, int] = {}  # at a row's first token
         self.copies = 0
@@ -68,12 +78,13 @@ class Loop:
             assert row.settled
             assert row.cached == 0
             assert 0 < copy.length < len(row.request.prompt_ids), "the last prompt token is never shared"
-            assert [token for token, _ in taken] == list(row.request.prompt_ids[: copy.length])
-            if self.scheduler.depth_matters:
-                assert all(depth >= row.steps for _, depth in taken)
+            assert [token for token, _, _ in taken] == list(row.request.prompt_ids[: copy.length])
+            assert all(decoder is row.decoder for _, _, decoder in taken)
+            if row.decoder.depth_matters:
+                assert all(depth >= row.steps for _, depth, _ in taken)
             self.copies += 1
             if self.rng.random() < 0.9:  # else it was not finite, and the row computes its own
-                self.slots[row.slot] = [(token, min(depth, row.steps)) for token, depth in taken]
+                self.slots[row.slot] = [(token, min(depth, row.steps), owner) for token, depth, owner in taken]
                 row.cached = copy.length
         for row in self.scheduler.running:
             del self.slots[row.slot][row.cached :]  # whatever lay here is lost
@@ -117,9 +128,9 @@ class Loop:
 
     def _cache(self, row: Row, tokens: Sequence[int]) -> None:
         assert len(self.slots[row.slot]) == row.cached
-        self.slots[row.slot] += [(token, row.steps) for token in tokens]
+        self.slots[row.slot] += [(token, row.steps, row.decoder) for token in tokens]
         row.cached += len(tokens)
-        assert tuple(token for token, _ in self.slots[row.slot]) == row.cached_ids
+        assert tuple(token for token, _, _ in self.slots[row.slot]) == row.cached_ids
 
 
 def check(scheduler: Scheduler) -> None:

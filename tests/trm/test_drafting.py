@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trm.scheduling import NO_TEXT
+from tests.trm.scheduling import CONTEXT, NO_TEXT
 from trm.engine.drafting import FIRST_GUESS, MEMORY, PROBE_EVERY, Costs, Drafter
 from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Request, SamplingParams
@@ -22,7 +22,9 @@ FREE = Costs(POSITIONS, backbone_s=(1.0, 1.0, 1.0), step_s=(1.0, 1.0, 1.0), head
 
 
 def make_row(acceptance: float | None = None, steps: int = 4, max_tokens: int = 100, **params: Any) -> Row:
-    row = Row(Request((1, 2), SamplingParams(max_tokens=max_tokens, **params)), steps, ignore, NO_TEXT, Prefix())
+    row = Row(
+        Request((1, 2), SamplingParams(max_tokens=max_tokens, **params)), CONTEXT, steps, ignore, NO_TEXT, Prefix()
+    )
     row.acceptance = acceptance
     return row
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tests.conftest import byte_fallback_tokenizer, make_model
 from tests.trm.conftest import END, NEAR_TIE, assert_same_tokens, some_prompt
 from tests.trm.engines import (
-    KV_SOURCES,
     TEXTS,
     Listener,
     assert_empty,
@@ -35,7 +34,8 @@ from trm.loading import prepare_for_decoding
 @dataclass(frozen=True)
 class Case:
     request: Request
-    halting: dict[str, float | None]  # where the model can
+    halting: dict[str, float | None]  # where the decoder can
+    decoder: int  # of those that there are
     arrival: int
     cancel_at: int | None
 
@@ -93,12 +93,17 @@ CASES = st.builds(
     Case,
     st.builds(Request, PROMPTS, PARAMS, GRAMMARS),
     halting=HALTING,
+    decoder=st.integers(0, 5),
     arrival=st.integers(0, 12),
     cancel_at=st.one_of(st.none(), st.none(), st.integers(0, 16)),
 )
 
 
-@pytest.mark.parametrize("kv_source", KV_SOURCES)
+@pytest.mark.parametrize(
+    ("kv_source", "others"),
+    [("context", []), ("state", []), ("context", ["wide", "state"])],
+    ids=["context", "state", "several"],
+)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     cases=st.lists(CASES, min_size=1, max_size=7),
@@ -106,14 +111,19 @@ CASES = st.builds(
     prefill_chunk=st.sampled_from([1, 3, 7, 256]),
     draft=st.integers(0, 3),
 )
-def test_every_reply_is_as_if_alone(chat, kv_source, cases, max_rows, prefill_chunk, draft):
-    """Whatever arrives when, waits, is cancelled or drafted, and shares a prefix, a slot or a tick with whomever."""
-    engine = make_engine(chat, kv_source, draft=draft, max_rows=max_rows, prefill_chunk=prefill_chunk)
-    if kv_source == "context":
-        cases = [
-            replace(case, request=replace(case.request, params=replace(case.request.params, **case.halting)))
-            for case in cases
-        ]
+def test_every_reply_is_as_if_alone(chat, kv_source, others, cases, max_rows, prefill_chunk, draft):
+    """Whatever arrives when, waits, is cancelled or drafted, and shares a prefix, a slot or a tick with whomever.
+
+    Also beside rows of other decoders on the same backbone, which differ in depth, layers, the source of their keys,
+    the states that they read and the head.
+    """
+    engine = make_engine(chat, kv_source, others=others, draft=draft, max_rows=max_rows, prefill_chunk=prefill_chunk)
+    names = list(engine.decoders)
+    for index, case in enumerate(cases):
+        name, params = names[case.decoder % len(names)], case.request.params
+        if not engine.decoders[name].depth_matters:
+            params = replace(params, **case.halting)
+        cases[index] = replace(case, request=replace(case.request, params=params, decoder=name))
     listener = Listener(engine)
     numbers: dict[int, int] = {}
     busy, now = True, 0
@@ -185,7 +195,7 @@ def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
     prepare_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=5, max_model_len=256))
-    engine.loop.drafter.length = lambda rows, num_running: 3
+    engine.decoders[None].drafter.length = lambda rows, num_running: 3
     stories = [
         "Tom has 12 apples and buys 7 more.",
         "Each of 4 boxes holds 6 pens.",

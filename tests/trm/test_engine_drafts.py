@@ -34,7 +34,7 @@ def test_untrained_decoder_accepts_every_draft_in_one_pass(chat, kv_source):
     """P1: it is the backbone, whatever the effort."""
     model = make_model(kv_source=kv_source, scale=0.0).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=5))
-    engine.loop.drafter.length = lambda rows, num_running: 5
+    engine.decoders[None].drafter.length = lambda rows, num_running: 5
 
     [reply] = engine.generate([Request(tuple(some_prompt(6)), SamplingParams(max_tokens=12, ignore_eos=True))])
 
@@ -98,7 +98,7 @@ def test_rows_that_draft_and_rows_that_cannot_share_their_calls(chat, kv_source)
 def test_float32_drafts_equal_the_reference_but_for_near_ties(chat, kv_source):
     model = make_model(kv_source=kv_source)
     engine = Engine(model, chat, EngineConfig(max_rows=3, max_model_len=256, max_draft_tokens=4))
-    engine.loop.drafter.length = lambda rows, num_running: 4
+    engine.decoders[None].drafter.length = lambda rows, num_running: 4
     requests = [Request(tuple(some_prompt(n)), SamplingParams(max_tokens=24)) for n in (1, 200, 30, 64, 65, 7)]
 
     for one, reply in zip(requests, engine.generate(requests), strict=True):
@@ -135,7 +135,7 @@ def test_draft_that_is_not_finite_costs_its_row_nothing_but_drafts(bad_offset, c
 def test_engine_measures_what_drafting_costs(chat, kv_source):
     engine = make_engine(chat, kv_source, max_draft_tokens=3)
 
-    costs = engine.loop.drafter.costs
+    costs = engine.decoders[None].drafter.costs
 
     assert costs.positions[0] == 1
     assert all(seconds > 0 for seconds in (*costs.backbone_s, *costs.step_s, *costs.head_s))

@@ -159,7 +159,7 @@ def test_untrained_decoder_accepts_every_draft(chat, kv_source):
     """P1: it is the backbone, so what is drafted under the grammar is what is chosen under it."""
     model = make_model(kv_source=kv_source, scale=0.0, sizes={"vocab_size": 16}).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=5))
-    engine.loop.drafter.length = lambda rows, num_running: 5
+    engine.decoders[None].drafter.length = lambda rows, num_running: 5
     one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=12, temperature=1.0), SMALL.regex("a{12}"))
 
     [reply] = engine.generate([one])
@@ -172,7 +172,7 @@ def test_untrained_decoder_accepts_every_draft(chat, kv_source):
 def test_nothing_is_drafted_behind_the_end_of_the_grammar(chat):
     model = make_model(scale=0.0, sizes={"vocab_size": 16}).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=7))
-    engine.loop.drafter.length = lambda rows, num_running: 7
+    engine.decoders[None].drafter.length = lambda rows, num_running: 7
     one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=40), SMALL.regex(":{4}"))
 
     [reply] = engine.generate([one])
@@ -270,7 +270,7 @@ def bundled() -> tuple[Engine, GrammarCompiler]:
     prepare_for_decoding(model)
     chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
     engine = Engine(model, chat, EngineConfig(max_rows=16, max_model_len=400))
-    engine.loop.drafter.length = lambda rows, num_running: 3
+    engine.decoders[None].drafter.length = lambda rows, num_running: 3
     return engine, GrammarCompiler(TokenBytes(chat.tokenizer).texts(model.config.vocab_size), chat.end_id)
 
 

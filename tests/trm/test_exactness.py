@@ -3,6 +3,8 @@
 import copy
 import functools
 import random
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +12,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from tests.conftest import make_model
 from trm import TRMForCausalLM, bundled_model_path
 from trm.chat import ChatFormat, solve_messages
 from trm.device import has_fast_bfloat16
 from trm.engine import Engine, EngineConfig, Reply, Request, SamplingParams
+from trm.engine.engine import host
 from trm.linear import has_int8, has_packed_bfloat16
-from trm.loading import load_for_decoding, prepare_for_decoding
+from trm.loading import load_beside, load_for_decoding, prepare_for_decoding
 
 pytestmark = pytest.mark.skipif(
     not (has_fast_bfloat16("cpu") and has_packed_bfloat16()), reason="this processor has no bfloat16 products"
@@ -39,6 +43,29 @@ def packed_model(kv_source: str, quantize: str | None) -> TRMForCausalLM:
     return prepare_for_decoding(model.to(torch.bfloat16), quantize)
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "wide": {"n_latent": 2, "n_cycles": 1, "n_layers": 2, "context_layers": [1, 2], "own_lm_head": True},
+    "state": {"n_latent": 1, "n_cycles": 1, "kv_source": "state"},
+}
+
+
+@functools.cache
+def beside(quantize: str | None) -> Mapping[str, TRMForCausalLM]:
+    """Decoders of other shapes on the packed backbone of the model with keys from the context, from their files."""
+    first, chat = packed_model("context", quantize), ChatFormat(AutoTokenizer.from_pretrained(bundled_model_path()))
+    first.backbone.identity = "the same"
+    found = {}
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr("trm.checkpoint.backbone_identity", lambda *args: "the same")  # packed weights have none
+        for name, shape in OTHERS.items():
+            model = make_model(scale=1.0, sizes=SIZES, n_supervision=2, **shape)
+            if model.lm_head is not None:
+                model.lm_head.weight.data = model.lm_head.weight.flip(0)
+            model.save_pretrained(f"{folder}/{name}", chat.tokenizer)
+            found[name], _ = load_beside(f"{folder}/{name}", first, chat)
+    return found
+
+
 def bits(reply: Reply) -> Any:
     """All that a reply says in numbers."""
     return reply.token_ids, reply.logprobs, reply.traces, reply.finish_reason
@@ -46,16 +73,21 @@ def bits(reply: Reply) -> Any:
 
 @functools.cache
 def alone(kv_source: str, quantize: str | None) -> Engine:
-    """An engine that decodes one request at a time, without drafts."""
-    chat = ChatFormat(pytest.importorskip("transformers").AutoTokenizer.from_pretrained(bundled_model_path()))
+    """An engine that decodes one request at a time, without drafts; with `kv_source` "several" that of any decoder."""
+    chat = ChatFormat(AutoTokenizer.from_pretrained(bundled_model_path()))
     chat.end_id = 2
-    sizes = {"max_rows": 1, "max_model_len": LONGEST, "max_draft_tokens": 0}
-    return Engine(packed_model(kv_source, quantize), chat, EngineConfig(**sizes))
+    config = EngineConfig(max_rows=1, max_model_len=LONGEST, max_draft_tokens=0)
+    if kv_source != "several":
+        return Engine(packed_model(kv_source, quantize), chat, config)
+    others = {name: host(model, chat) for name, model in beside(quantize).items()}
+    return Engine(packed_model("context", quantize), chat, config, others)
 
 
 def among(engine: Engine, **config: Any) -> Engine:
-    """An engine of the same model for company."""
-    return Engine(engine.model, engine.chat, EngineConfig(**({"max_model_len": LONGEST, "max_queue": 100} | config)))
+    """An engine of the same decoders for company."""
+    sizes = {"max_model_len": LONGEST, "max_queue": 100} | config
+    others = {name: host(other.model, other.chat) for name, other in engine.decoders.items() if name is not None}
+    return Engine(engine.model, engine.chat, EngineConfig(**sizes), others)
 
 
 def some_request(rng: random.Random, longest: int = 150) -> Request:
@@ -72,12 +104,11 @@ def some_request(rng: random.Random, longest: int = 150) -> Request:
     return Request(prompt, params)
 
 
-CASES = [("context", None), ("state", None), ("context", "int8"), ("state", "int8")]
+CASES = [(kv_source, quantize) for quantize in (None, "int8") for kv_source in ("context", "state", "several")]
 
 
 @pytest.mark.parametrize(("kv_source", "quantize"), CASES)
 def test_engine_says_that_it_is_exact(kv_source, quantize):
-    assert packed_model(kv_source, quantize).exact
     assert alone(kv_source, quantize).exact
     assert among(alone(kv_source, quantize), max_rows=8).exact
 
@@ -86,16 +117,18 @@ def test_engine_says_that_it_is_exact(kv_source, quantize):
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), data=st.data())
 def test_replies_are_the_same_to_the_bit_in_any_company(kv_source, quantize, seed, data):
-    """Lengths, order, arrival, slots, the pieces in which prompts are cached, drafts: nothing moves a bit."""
-    rng = random.Random(seed)
-    requests = [some_request(rng) for _ in range(rng.randint(2, 9))]
+    """Lengths, order, arrival, slots, the pieces in which prompts are cached, drafts, rows of other decoders on the
+    same backbone: nothing moves a bit.
+    """
+    rng, solo = random.Random(seed), alone(kv_source, quantize)
+    requests = [replace(some_request(rng), decoder=rng.choice(list(solo.decoders))) for _ in range(rng.randint(2, 9))]
     requests += [replace(one, params=replace(one.params, sample_index=1)) for one in requests[:2]]  # share a prompt
-    solo = alone(kv_source, quantize)
     engine = among(
         solo, max_rows=data.draw(st.integers(2, 8)), prefill_chunk=data.draw(st.sampled_from((1, 7, 64, 256)))
     )
     drafted = data.draw(st.sampled_from((0, 0, 1, 3)))
-    engine.loop.drafter.length = lambda rows, num_running: drafted
+    for decoder in engine.decoders.values():
+        decoder.drafter.length = lambda rows, num_running: drafted
 
     expected = [bits(solo.generate([one])[0]) for one in requests]
     order = rng.sample(range(len(requests)), len(requests))
@@ -127,7 +160,7 @@ def test_a_conversation_goes_on_the_same_whether_its_beginning_was_kept_or_not()
 
 def test_one_among_64_others_of_the_bundled_model():
     model = load_for_decoding(None, dtype="bfloat16")
-    chat = ChatFormat(pytest.importorskip("transformers").AutoTokenizer.from_pretrained(bundled_model_path()))
+    chat = ChatFormat(AutoTokenizer.from_pretrained(bundled_model_path()))
     questions = [
         f"Tom has {n} apples and buys {n + i} more. How many apples has he?" for n in range(5) for i in range(13)
     ]

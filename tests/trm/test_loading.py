@@ -147,7 +147,7 @@ def test_exact_engines_of_any_size_start_and_count_their_cache(length, vocabular
 @pytest.mark.skipif(not has_fast_bfloat16("cpu"), reason="this processor has no bfloat16 products")
 def test_a_cache_of_few_bytes_is_kept_within_them(chat):
     model = prepare_for_decoding(make_model().to(torch.bfloat16))
-    per_token = Runner.bytes_per_position(model, model.config.max_supervision)
+    per_token = Runner.bytes_per_position(model, model.config.n_layers)
 
     engine = Engine(model, chat, EngineConfig(max_rows=2, kv_cache_bytes=2 * 100 * per_token))
     assert engine.max_model_len == 64

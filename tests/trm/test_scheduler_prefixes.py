@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.trm.scheduling import admit, keep, make_row, slots_of
+from tests.trm.scheduling import CONTEXT, OTHER, STATE, admit, keep, make_row, slots_of
 from trm.engine.scheduler import Copy, Kept, Scheduler
 
 # Shared prefixes
@@ -101,7 +101,7 @@ def test_longest_match_wins(in_slots, in_rows, winner):
         row.settled, row.source, row.cached = True, None, len(row.request.prompt_ids)
     slots = {"row": slots_of(running), "slot": list(scheduler._free)}
     for slot, ids in zip(slots["slot"], in_slots, strict=False):
-        scheduler._free[slot] = Kept(tuple(ids), 2)
+        scheduler._free[slot] = Kept(CONTEXT, tuple(ids), 2)
     row = make_row([1, 2, 3, 4, 5])
     held = {"row": in_rows, "slot": in_slots}[winner[0]][winner[1]]
     length = next(n for n in range(5, 0, -1) if held[:n] == [1, 2, 3, 4][:n] and n <= len(held))
@@ -277,14 +277,14 @@ def test_row_whose_source_has_finished_takes_over_from_its_slot():
     [(False, 1, 4, True), (True, 1, 4, False), (True, 4, 4, True), (True, 4, 1, True), (True, 4, 0, True)],
 )
 def test_shallow_prefix_serves_no_deeper_row_where_depth_matters(place, depth_matters, there, wanted, shared):
-    scheduler = Scheduler(2, 0, depth_matters)
+    scheduler, decoder = Scheduler(2, 0), STATE if depth_matters else CONTEXT
     if place == "free slot":
-        slot = keep(scheduler, [1, 2, 3], there)
+        slot = keep(scheduler, [1, 2, 3], there, decoder)
     else:
-        source = make_row([1, 2, 3, 4], there)
+        source = make_row([1, 2, 3, 4], there, decoder)
         admit(scheduler, source)
         source.cached, slot = 0 if place == "row being cached" else 3, source.slot
-    row = make_row([1, 2, 3, 5], wanted)
+    row = make_row([1, 2, 3, 5], wanted, decoder)
 
     copies = admit(scheduler, row)
 
@@ -297,20 +297,56 @@ def test_shallow_prefix_serves_no_deeper_row_where_depth_matters(place, depth_ma
 
 
 def test_deep_prefix_is_preferred_to_a_longer_shallow_one_where_depth_matters():
-    scheduler = Scheduler(3, 0, depth_matters=True)
-    _, deep = keep(scheduler, [1, 2, 3], 1), keep(scheduler, [1, 2], 4)
-    row = make_row([1, 2, 3, 4], 4)
+    scheduler = Scheduler(3, 0)
+    _, deep = keep(scheduler, [1, 2, 3], 1, STATE), keep(scheduler, [1, 2], 4, STATE)
+    row = make_row([1, 2, 3, 4], 4, STATE)
 
     assert admit(scheduler, row) == [Copy(row, deep, 2)]
 
 
 def test_slot_is_as_deep_as_the_last_row_in_it():
     """A shallow row may have reused a deep prefix in place, and written its own tokens behind."""
-    scheduler = Scheduler(1, 0, depth_matters=True)
-    keep(scheduler, [1, 2, 3], 4)
-    shallow = make_row([1, 2, 3, 4, 5], 1)
+    scheduler = Scheduler(1, 0)
+    keep(scheduler, [1, 2, 3], 4, STATE)
+    shallow = make_row([1, 2, 3, 4, 5], 1, STATE)
     admit(scheduler, shallow)
     shallow.cached = 4
     scheduler.release(shallow, keep=True)
 
-    assert admit(scheduler, make_row([1, 2, 3, 4, 6], 4)) == []
+    assert admit(scheduler, make_row([1, 2, 3, 4, 6], 4, STATE)) == []
+
+
+# Decoders
+
+
+@pytest.mark.parametrize("place", ["free slot", "running row", "row being cached"])
+def test_prefix_of_another_decoder_is_none(place):
+    scheduler = Scheduler(3, 0)
+    if place == "free slot":
+        keep(scheduler, [1, 2, 3, 4], decoder=OTHER)
+        own = keep(scheduler, [1, 2])
+    else:
+        longer, shorter = make_row([1, 2, 3, 4], decoder=OTHER), make_row([1, 2, 9])
+        admit(scheduler, longer, shorter)
+        longer.cached, shorter.cached, own = (3, 2, shorter.slot) if place == "running row" else (0, 2, shorter.slot)
+    row = make_row([1, 2, 3, 5])
+
+    assert admit(scheduler, row) == [Copy(row, own, 2)]
+
+
+def test_what_slots_hold_of_a_decoder_can_be_forgotten():
+    scheduler = Scheduler(3, 0)
+    forgotten, kept = keep(scheduler, [1, 2], decoder=OTHER), keep(scheduler, [1, 2])
+    running = make_row([1, 2, 3], decoder=OTHER)
+    admit(scheduler, running)
+    running.cached = 2
+
+    OTHER.closed = True
+    try:
+        scheduler.forget(OTHER)
+        scheduler.release(running, keep=True)
+    finally:
+        OTHER.closed = False
+
+    assert [held.decoder for held in scheduler._free.values()] == [None, None, CONTEXT]
+    assert list(scheduler._free)[-1] == kept != forgotten, "and those slots are given up first"

@@ -169,7 +169,7 @@ class DecodeBench:
         deepest = with_params(requests, n_supervision=max(efforts))
         sizes = {"max_model_len": max(r.positions for r in requests), "max_queue": count, "max_draft_tokens": 0}
         free, rectangular, waiting, grouped = (self.engine(**sizes) for _ in range(4))
-        waiting.loop.scheduler = LockstepScheduler(self.max_rows, count, free.loop.scheduler.depth_matters)
+        waiting.loop.scheduler = LockstepScheduler(self.max_rows, count)
         by_effort = [requests[start :: len(efforts)] for start in range(len(efforts))]
         ways: dict[str, Callable[[], list[Decoded]]] = {
             "continuous": lambda: [decode_with_engine(free, requests)],
@@ -281,7 +281,7 @@ def reference_sizes() -> Raw:
         for kv_source in ("context", "state"):
             model = TRMForCausalLM.from_backbone(backbone, kv_source=kv_source).eval()
             prepare_for_decoding(model)
-            runner = Runner(model, 1, prompt + tokens + 1, model.config.n_supervision)
+            runner = Runner(model, 1, prompt + tokens + 1, model.config.cache_entries(model.config.n_supervision))
             runner.encode([Chunk(0, 0, [0] * prompt, steps=model.config.n_supervision)])
             started = time.perf_counter()
             for position in range(prompt, prompt + tokens):
@@ -307,7 +307,7 @@ def context_curve(model: TRMForCausalLM, kv_source: str, repeats: int) -> Raw:
         prepare_for_decoding(model.to(model.dtype))
     config = model.config
     longest = min(max(CONTEXTS), config.max_position_embeddings - 1)
-    runner = Runner(model, CURVE_ROWS, longest + 1, config.n_supervision)
+    runner = Runner(model, CURVE_ROWS, longest + 1, config.cache_entries(config.n_supervision))
     calls = config.backbone_config.num_hidden_layers + config.n_supervision * config.calls_per_step * config.n_layers
     heads = config.backbone_config.num_key_value_heads
     seconds = {}

@@ -9,8 +9,7 @@ it decodes, the costs once when the engine starts. Touches no tensors.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-
-from trm.engine.row import Row
+from typing import Protocol
 
 FIRST_GUESS = 0.7  # acceptance assumed before anything was measured
 MEMORY = 0.9  # weight of the past when an acceptance is learnt
@@ -47,6 +46,18 @@ class Costs:
         return rising[right - 1] + slope * (wanted - at[right - 1])
 
 
+class Drafted(Protocol):
+    """What is asked of a row: see `trm.engine.row.Row`."""
+
+    acceptance: float | None
+
+    @property
+    def room_for_draft(self) -> int: ...
+
+    @property
+    def expected_steps(self) -> float: ...
+
+
 class Drafter:
     """Chooses draft lengths up to `max_tokens`, and learns from what became of the drafts."""
 
@@ -56,7 +67,7 @@ class Drafter:
         self.acceptance = FIRST_GUESS  # where a new row starts
         self._rounds_without = 0
 
-    def length(self, rows: Sequence[Row], num_running: int) -> int:
+    def length(self, rows: Sequence[Drafted], num_running: int) -> int:
         """Tokens to draft for each of `rows`, which pass the backbone together, while `num_running` rows share steps.
 
         One length for all: each further token is a backbone call that they share.
@@ -74,13 +85,13 @@ class Drafter:
             return 1
         return length
 
-    def learn(self, row: Row, judged: int, accepted: int) -> None:
+    def learn(self, row: Drafted, judged: int, accepted: int) -> None:
         """Of a row's drafted tokens `judged` were compared with the recursion's choice and `accepted` were equal."""
         for agreed in [1.0] * accepted + [0.0] * (judged - accepted):
             row.acceptance = MEMORY * self._acceptance(row) + (1 - MEMORY) * agreed
             self.acceptance = MEMORY * self.acceptance + (1 - MEMORY) * agreed
 
-    def _acceptance(self, row: Row) -> float:
+    def _acceptance(self, row: Drafted) -> float:
         return self.acceptance if row.acceptance is None else row.acceptance
 
     def _best(self, acceptance: float, num_rows: int, num_running: int, steps: float, longest: int) -> int:

@@ -1,4 +1,4 @@
-"""Continuous batching in depth: one thread, one model, many requests at different steps.
+"""Continuous batching in depth: one thread, one backbone, many requests at different steps.
 
 A tick is one supervision step over every row that is inside the recursion, wherever it stands.
 A row that reaches its effort chooses a token, passes the backbone and starts again at step 0
@@ -9,7 +9,7 @@ events, from the engine's thread. Every accepted request ends in exactly one fin
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,13 +20,14 @@ from trm.chat import ChatFormat
 from trm.engine.detokenizer import TextStream
 from trm.engine.drafting import Drafter
 from trm.engine.handle import Handle, Reservation
+from trm.engine.hosted import Hosted
 from trm.engine.loop import Loop
 from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Reply, Request, Stats
-from trm.engine.runner import Runner
+from trm.engine.runner import CHECKED_SLOTS, COST_POSITIONS, Runner
 from trm.engine.scheduler import Scheduler
 from trm.engine.slots import WIDTH
-from trm.errors import BadRequest, ConfigError, DeviceError
+from trm.errors import BadRequest, ConfigError, DeviceError, UnknownModel
 from trm.model import TRMForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -71,26 +72,35 @@ class EngineConfig:
 
 
 class Engine:
-    """Owns the model from `start` to `close`. `step` may be called directly where no thread is started."""
+    """Owns the model from `start` to `close`. `step` may be called directly where no thread is started.
 
-    def __init__(self, model: TRMForCausalLM, chat: ChatFormat, config: EngineConfig | None = None) -> None:
+    `others`: further decoders on the model's backbone, by the names that requests choose them by. The cache is as
+    wide as the widest of all needs it.
+    """
+
+    def __init__(
+        self,
+        model: TRMForCausalLM,
+        chat: ChatFormat,
+        config: EngineConfig | None = None,
+        others: Mapping[str, Hosted] | None = None,
+    ) -> None:
         self.model = model.eval()
         self.chat = chat
         self.config = config = config or EngineConfig()
-        limit = model.config.max_supervision
-        if model.config.kv_source == "state":
-            limit = min(limit, STATE_EFFORT_LIMIT * model.config.n_supervision)
-        self.max_supervision: int = limit
-        self.bytes_per_token = Runner.bytes_per_position(model, limit)
+        self.decoders: dict[str | None, Hosted] = {None: host(model, chat), **(others or {})}
+        self._entries = max(decoder.entries() for decoder in self.decoders.values())
+        self.bytes_per_token = Runner.bytes_per_position(model, self._entries)
         self.max_model_len = self._fit_length()
         self._changed = threading.Condition()
-        runner = Runner(model, config.max_rows, self.max_model_len, limit, config.max_draft_tokens)
-        self.exact = runner.check_exact()  # replies are the same to the bit in any company
+        runner = Runner(model, config.max_rows, self.max_model_len, self._entries, config.max_draft_tokens)
+        for decoder in self.decoders.values():
+            self._try(decoder)
+        runner.exact = self.decoders[None].exact
         self.dtype = str(model.backbone.dtype).removeprefix("torch.")
         self.loop = Loop(
             runner,
-            Scheduler(config.max_rows, config.max_queue, model.config.kv_source == "state"),
-            Drafter(runner.measure(), config.max_draft_tokens) if config.max_draft_tokens else None,
+            Scheduler(config.max_rows, config.max_queue),
             config.prefill_chunk,
             chat.end_id,
             self._changed,
@@ -99,6 +109,16 @@ class Engine:
         self._closing = False
         self._dead = False
         self._step_began: float | None = None  # of the step that the thread is in, by the monotonic clock
+
+    @property
+    def max_supervision(self) -> int:
+        """The most supervision steps that a request may ask its own model for."""
+        return self.decoders[None].max_supervision
+
+    @property
+    def exact(self) -> bool:
+        """Whether replies are the same to the bit in any company, whoever decodes them."""
+        return all(decoder.exact for decoder in list(self.decoders.values()))
 
     # --- callers' side, any thread -------------------------------------------------------------
 
@@ -109,11 +129,50 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="trm-engine", daemon=True)
         self._thread.start()
 
-    def check(self, request: Request) -> int:
-        """Supervision steps that a request asks for. Raises BadRequest where it could never be served.
+    def decoder(self, name: str | None) -> Hosted:
+        """The decoder of a name, None for the model's own. Raises UnknownModel."""
+        found = self.decoders.get(name)
+        if found is None:
+            raise UnknownModel(f"decoder {name!r} is not loaded")
+        return found
+
+    def load(self, name: str, decoder: Hosted) -> None:
+        """Take a decoder in, while others decode. It is tried in the caller's thread.
+
+        Raises ConfigError for a name that is taken, and for a decoder that needs more of the cache than there is.
+        """
+        if decoder.entries() > self._entries:
+            raise ConfigError(
+                f"decoder {name!r} needs {decoder.entries()} cache entries for the recursion; this engine was started "
+                f"with {self._entries}: name the decoder when it starts"
+            )
+        self._try(decoder)
+        with self._changed:
+            if name in self.decoders:
+                raise ConfigError(f"decoder {name!r} is loaded already; unload it first, or choose another name")
+            self.decoders[name] = decoder
+
+    def unload(self, name: str) -> Hosted:
+        """Let a decoder take no more requests; those that it has go on, see `rows_of`. Raises UnknownModel."""
+        with self._changed:
+            decoder = self.decoder(name)
+            del self.decoders[name]
+            decoder.closed = True
+            self.loop.scheduler.forget(decoder)
+        return decoder
+
+    def rows_of(self, decoder: Hosted) -> int:
+        """How many requests of a decoder run or wait."""
+        with self._changed:
+            scheduler = self.loop.scheduler
+            return sum(row.decoder is decoder for row in (*scheduler.running, *scheduler.waiting))
+
+    def check(self, request: Request, decoder: Hosted) -> int:
+        """Supervision steps that a request asks `decoder` for. Raises BadRequest where it could never be served.
 
         Does not look at the prompt's tokens, see `_read`.
         """
+        config = decoder.model.config
         if request.positions > self.max_model_len:
             raise BadRequest(
                 f"the prompt has {len(request.prompt_ids)} tokens and max_tokens is {request.params.max_tokens}, "
@@ -122,17 +181,14 @@ class Engine:
                 param=request.prompt_field,
                 code="context_length_exceeded",
             )
-        vocabulary = self.model.config.vocab_size
-        steps = (
-            self.model.config.n_supervision if request.params.n_supervision is None else request.params.n_supervision
-        )
-        if not 0 <= steps <= self.max_supervision:
+        params, vocabulary = request.params, config.vocab_size
+        steps: int = config.n_supervision if params.n_supervision is None else params.n_supervision
+        if not 0 <= steps <= decoder.max_supervision:
             raise BadRequest(
-                f"supervision_steps is {steps}; this server takes 0 to {self.max_supervision}",
+                f"supervision_steps is {steps}; this server takes 0 to {decoder.max_supervision}",
                 param="supervision_steps",
             )
-        params = request.params
-        if params.halts and self.model.config.kv_source == "state":
+        if params.halts and decoder.depth_matters:
             raise BadRequest(
                 "this model (kv_source 'state') cannot halt early: a token that did would leave holes in the cache; "
                 "leave halt_threshold and halt_tolerance out",
@@ -169,14 +225,17 @@ class Engine:
         prefixes: dict[int, Prefix] = {}  # by the identity of the prompt, which samples share
         handles = []
         for index, request in enumerate(requests):
-            steps, prompt = self.check(request), request.prompt_ids
+            decoder, prompt = self.decoder(request.decoder), request.prompt_ids
+            steps = self.check(request, decoder)
             if id(prompt) not in prefixes:
                 prefixes[id(prompt)] = self._read(request)
-            text, prefix = TextStream(self.chat, request.params.stop), prefixes[id(prompt)].fork()
-            handles.append(Handle(request, steps, text, prefix, on_event and partial(on_event, index)))
+            text, prefix = TextStream(decoder.chat, request.params.stop), prefixes[id(prompt)].fork()
+            handles.append(Handle(request, decoder, steps, text, prefix, on_event and partial(on_event, index)))
         rows = [handle.row for handle in handles]
         with self._changed:
             self._check_open()
+            if any(row.decoder.closed for row in rows):
+                raise UnknownModel("the decoder was unloaded before the request was accepted")
             if reservation is None:
                 self.loop.scheduler.submit(rows)
             else:
@@ -284,6 +343,17 @@ class Engine:
             self._dead = True
             self.loop.abandon(failure)
 
+    def _try(self, decoder: Hosted) -> None:
+        """Find out whether a decoder's numbers depend on their company, and what its calls cost.
+
+        In slots of its own: others may be decoding.
+        """
+        sizes = min(CHECKED_SLOTS, self.config.max_rows), min(COST_POSITIONS[-1] + 1, self.max_model_len)
+        runner = Runner(decoder.model, *sizes, decoder.entries(1))
+        decoder.exact = runner.check_exact()
+        if self.config.max_draft_tokens:
+            decoder.drafter = Drafter(runner.measure(), self.config.max_draft_tokens)
+
     def _fit_length(self) -> int:
         """Positions per slot: what is asked for, bounded by the model and by the cache's bytes."""
         config, longest = self.config, self.model.config.max_position_embeddings
@@ -304,6 +374,14 @@ class Engine:
                 "lower max_rows or max_model_len, or raise kv_cache_bytes"
             )
         return wanted or min(longest, fits)
+
+
+def host(model: TRMForCausalLM, chat: ChatFormat) -> Hosted:
+    """A model's decoder, for an engine to decode with."""
+    limit: int = model.config.max_supervision
+    if model.config.kv_source == "state":
+        limit = min(limit, STATE_EFFORT_LIMIT * model.config.n_supervision)
+    return Hosted(model.eval(), chat, limit)
 
 
 def _free_bytes(device: torch.device) -> int:

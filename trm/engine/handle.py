@@ -4,6 +4,7 @@ import queue
 from collections.abc import Callable, Iterator
 
 from trm.engine.detokenizer import TextStream
+from trm.engine.hosted import Hosted
 from trm.engine.prefix import Prefix
 from trm.engine.request import Event, Reply, Request
 from trm.engine.row import Row
@@ -31,6 +32,7 @@ class Handle:
     def __init__(
         self,
         request: Request,
+        decoder: Hosted,
         steps: int,
         stream: TextStream,
         prefix: Prefix,
@@ -40,7 +42,7 @@ class Handle:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listened = on_event is not None
         self._ended: tuple[Reply, TRMError | None] | None = None
-        self.row = Row(request, steps, on_event or self._events.put, stream, prefix)
+        self.row = Row(request, decoder, steps, on_event or self._events.put, stream, prefix)
 
     def cancel(self) -> None:
         """Leave before the next tick; the final event then says "cancelled". Harmless afterwards."""

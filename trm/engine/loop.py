@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 
 from trm.engine.choosing import Chosen, ask_draft, ask_reply, take_draft, take_reply
-from trm.engine.drafting import Drafter
+from trm.engine.hosted import Hosted
 from trm.engine.request import Event, FinishReason
 from trm.engine.row import Pass, Row
 from trm.engine.runner import Chunk, Halting, Runner
@@ -49,14 +49,12 @@ class Loop:
         self,
         runner: Runner,
         scheduler: Scheduler,
-        drafter: Drafter | None,
         prefill_chunk: int,
         end_id: int,
         lock: threading.Condition,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.drafter = drafter
         self.counters = Counters()
         self._prefill_chunk = prefill_chunk
         self._end_id = end_id
@@ -69,7 +67,10 @@ class Loop:
         for row in gone:
             self._finish(row, "cancelled")
         with self._lock:
+            before = len(self.scheduler.running)
             copies = self.scheduler.admit()
+            for row in self.scheduler.running[before:]:
+                self.runner.seat(row.slot, row.decoder.model)
             unfinished = self.scheduler.unfinished
         if unfinished:
             self.counters.steps += 1
@@ -98,9 +99,10 @@ class Loop:
         """Give a row the prefix that a slot holds; where that is not finite, the row computes its own."""
         row, length = copy.row, copy.length
         if copy.source != row.slot:
-            if not self.runner.finite(copy.source, length, row.steps):
+            entries = row.decoder.entries(row.steps)
+            if not self.runner.finite(copy.source, length, entries):
                 return
-            self.runner.copy(copy.source, row.slot, length, row.steps)
+            self.runner.copy(copy.source, row.slot, length, entries)
         row.cached = row.taken.cached_tokens = length
 
     def _encode(self) -> None:
@@ -129,9 +131,12 @@ class Loop:
 
     def _draft_behind(self, rows: Sequence[Row]) -> None:
         """Let the backbone draft tokens behind those that have just passed it, where that pays."""
-        length = self.drafter.length(rows, len(self.scheduler.running)) if self.drafter else 0
-        for offset in range(1, length + 1):
-            rows = [row for row in rows if row.room_for_draft >= offset]
+        lengths = {}
+        for decoder, its in _by_decoder(rows).items():
+            running = sum(row.decoder is decoder for row in self.scheduler.running)
+            lengths[decoder] = decoder.drafter.length(its, running) if decoder.drafter else 0
+        for offset in range(1, max(lengths.values(), default=0) + 1):
+            rows = [row for row in rows if min(row.room_for_draft, lengths[row.decoder]) >= offset]
             if not rows or not self._draft(rows, offset - 1):
                 return
             drafted = [(row, work.draft[-1]) for row, work in _at_work(rows) if len(work.draft) == offset]
@@ -188,10 +193,14 @@ class Loop:
         return False
 
     def _tick(self) -> None:
-        """One supervision step for every row that has any left."""
-        rows = self.scheduler.thinking()
-        if not rows:
-            return
+        """One supervision step for every row that has any left, decoder by decoder."""
+        done = [self._tick_of(rows) for rows in _by_decoder(self.scheduler.thinking()).values()]
+        if any(done):
+            self.counters.ticks += 1
+            self.scheduler.clock += 1
+
+    def _tick_of(self, rows: Sequence[Row]) -> bool:
+        """One supervision step for rows of one decoder; whether it was done."""
         working = list(_at_work(rows))
         spans = [Span(row.slot, row.cached, work.places) for row, work in working]
         steps = [work.step for _, work in working]
@@ -200,15 +209,14 @@ class Loop:
             limits = [Halting.of(row.request.params) for row in rows]
         halted: list[list[bool]] = []
         if not self._call(rows, lambda: halted.extend(self.runner.tick(spans, steps, limits))):
-            return
-        self.counters.ticks += 1
+            return False
         self.counters.row_steps += len(rows)
-        self.scheduler.clock += 1
         for _, work in working:
             work.step += 1
         for (_, work), stopped in zip(working, halted, strict=limits is not None):
             work.note_halted(stopped)
         self._trace(rows)
+        return True
 
     def _trace(self, rows: Sequence[Row]) -> None:
         """Note the candidates of rows that are traced, where they think on; those of the last step lead to a token."""
@@ -260,8 +268,8 @@ class Loop:
         taken.accepted_tokens += accepted
         taken.passes += 1
         taken.pass_steps += work.step
-        if self.drafter is not None:
-            self.drafter.learn(row, judged=min(len(ids), drafted), accepted=accepted)
+        if row.decoder.drafter is not None:
+            row.decoder.drafter.learn(row, judged=min(len(ids), drafted), accepted=accepted)
 
     # --- how things end --------------------------------------------------------------------------
 
@@ -295,12 +303,14 @@ class Loop:
         """
         keep = bool(row.reply) and error is None
         if keep and row.steps == 0:
-            keep = self.runner.finite(row.slot, row.cached, row.steps)
+            keep = self.runner.finite(row.slot, row.cached, row.decoder.entries(row.steps))
         if row.slot >= 0 and not keep:
             self.runner.clear(row.slot, 0, row.request.positions)
         elif row.slot >= 0 and reason == "cancelled":
             self.runner.clear(row.slot, row.cached, row.cached + (row.work.places if row.work else 1))
         with self._lock:
+            if row.slot >= 0:
+                self.runner.leave(row.slot)
             self.scheduler.release(row, keep)
         said = said or Event()
         text = said.text
@@ -338,6 +348,14 @@ def as_error(failure: BaseException, on_device: bool = True) -> TRMError:
     if isinstance(failure, theirs | MemoryError) and not ours:
         return DeviceError(f"the device failed in a call of the model: {what}")
     return InternalError(f"a bug of the server made decoding fail: {what}")
+
+
+def _by_decoder(rows: Iterable[Row]) -> dict[Hosted, list[Row]]:
+    """Rows of the same decoder together, in their order."""
+    found: dict[Hosted, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.decoder, []).append(row)
+    return found
 
 
 def _at_work(rows: Iterable[Row]) -> Iterable[tuple[Row, Pass]]:

@@ -164,13 +164,15 @@ class Request:
     """One prompt and how to decode its reply.
 
     With a grammar only tokens that it allows are chosen, whatever penalties and bias say. The reply ends where
-    the grammar lets nothing follow, without an end token, even if that is to be ignored.
+    the grammar lets nothing follow, without an end token, even if that is to be ignored. decoder: which one of the
+    engine's decodes it, None for its model's own.
     """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     grammar: Grammar | None = None
     prompt_field: str = "prompt"  # where its caller got the prompt from, for errors to name
+    decoder: str | None = None
 
     @property
     def positions(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trm.engine.detokenizer import TextStream
+from trm.engine.hosted import Hosted
 from trm.engine.penalties import Penalties
 from trm.engine.prefix import Prefix
 from trm.engine.request import Candidates, Event, Matcher, Request, Usage
@@ -67,6 +68,7 @@ class Row:
     """
 
     request: Request
+    decoder: Hosted  # that decodes it
     steps: int  # of supervision: its effort
     emit: Callable[[Event], None]
     stream: TextStream  # has seen the reply

@@ -1,9 +1,9 @@
 """Run the model for many rows at once: the only part of the engine that touches the model.
 
-Owns the preallocated key/value slots and the recursion state (x, y, z) of every slot. Knows slots, tokens, positions
-and steps; knows no requests. A failing call raises whatever torch raises and leaves the slots of other rows as they
-were. All positions of a call lie one behind the other, N of them, whatever rows they belong to and however many each
-has; only attention looks at rows.
+Owns the preallocated key/value slots and the recursion state (x, y, z) of every slot. Knows slots, whose decoder works
+in each, tokens, positions and steps; knows no requests. All decoders share the backbone and its calls. A failing call
+raises whatever torch raises and leaves the slots of other rows as they were. All positions of a call lie one behind the
+other, N of them, whatever rows they belong to and however many each has; only attention looks at rows.
 
 Legend: N positions of a call, B rows, C positions of each, W positions in view, D hidden, K key/value heads,
 d head size, V vocabulary.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,30 +65,31 @@ class Halting(NamedTuple):
 
 
 class Runner:
-    """Model, slots and recursion state. `max_steps` bounds the effort where it costs cache.
+    """Model, slots and recursion state. `entries`: of the cache, for the recursion.
 
-    `exact`: whether a row's numbers are the same to the bit in any company.
+    `exact`: whether a row's numbers are the same to the bit in any company. A slot is the model's own unless `seat`
+    gives it to another decoder on the same backbone.
     """
 
     def __init__(
-        self, model: TRMForCausalLM, num_slots: int, max_len: int, max_steps: int, max_draft_tokens: int = 0
+        self, model: TRMForCausalLM, num_slots: int, max_len: int, entries: int, max_draft_tokens: int = 0
     ) -> None:
         self.model = model
         self.exact = model.exact
+        self._models = [model] * num_slots  # whose decoder works in each slot
         config, backbone = model.config, model.config.backbone_config
         self.device = model.device
         self.max_len = max_len
         sizes = num_slots, backbone.num_key_value_heads, self.width(model, max_len), config.head_dim
         self.backbone_slots = Slots(backbone.num_hidden_layers, *sizes, model.backbone.dtype, self.device)
-        self.slots = Slots(config.cache_entries(max_steps), *sizes, model.decoder.dtype, self.device)
+        self.slots = Slots(entries, *sizes, model.decoder.dtype, self.device)
         shape = num_slots, 1 + max_draft_tokens
         with torch.inference_mode():
             self.rope = model.backbone.rope(torch.arange(max_len, device=self.device))  # each (max_len, d)
         wide = self.rope[0].dtype
         self.state = torch.zeros(3, *shape, config.hidden_size, dtype=wide, device=self.device)  # x, y, z
         self.halted = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        self.entries_per_step = config.calls_per_step * config.n_layers
-        self._last: tuple[tuple[Span, ...], Where, SlotView] | None = None
+        self._last: dict[TRMForCausalLM, tuple[tuple[Span, ...], Where, SlotView]] = {}  # of each decoder's latest tick
 
     @staticmethod
     def width(model: TRMForCausalLM, max_len: int) -> int:
@@ -96,12 +97,21 @@ class Runner:
         return rounded(max_len) if model.exact else max_len
 
     @staticmethod
-    def bytes_per_position(model: TRMForCausalLM, max_steps: int) -> int:
-        """Cache bytes that one position of one slot takes."""
+    def bytes_per_position(model: TRMForCausalLM, entries: int) -> int:
+        """Cache bytes that one position of one slot takes, with so many entries for the recursion."""
         config, backbone = model.config, model.config.backbone_config
         per_entry = 2 * backbone.num_key_value_heads * config.head_dim
-        recursion = config.cache_entries(max_steps) * model.decoder.dtype.itemsize
+        recursion = entries * model.decoder.dtype.itemsize
         return int(per_entry * (backbone.num_hidden_layers * model.backbone.dtype.itemsize + recursion))
+
+    def seat(self, slot: int, model: TRMForCausalLM) -> None:
+        """From now on a slot is worked on by the decoder and head of `model`, which stands on the same backbone."""
+        self._models[slot] = model
+
+    def leave(self, slot: int) -> None:
+        """The slot is free: nothing of its decoder is held on to."""
+        self._last.pop(self._models[slot], None)
+        self._models[slot] = self.model
 
     @torch.inference_mode()
     def encode(self, chunks: Sequence[Chunk]) -> None:
@@ -112,8 +122,8 @@ class Runner:
         spans = [Span(chunk.slot, chunk.start, len(chunk.tokens)) for chunk in chunks]
         where = self._where(spans)
         ids = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=self.device)
-        x = self._encode(ids, where)  # (N, D)
-        self._last = None  # keys that were gathered are out of date
+        x = self._encode(ids, where, spans)  # (N, D)
+        self._last.clear()  # keys that were gathered are out of date
         ends = list(accumulate(span.length for span in spans))
         thinking = [row for row, chunk in enumerate(chunks) if chunk.place is not None]
         if thinking:
@@ -124,11 +134,14 @@ class Runner:
             self.state[1, at[0], at[1]] = answers
             self.state[2, at[0], at[1]] = 0
             self.halted[at[0], at[1]] = False
-        if self.model.config.kv_source == "state":
-            for depth in sorted({chunk.steps for chunk in chunks if chunk.place is None}):
-                rows = [row for row, chunk in enumerate(chunks) if chunk.place is None and chunk.steps == depth]
-                of_rows = torch.cat([x[ends[row] - spans[row].length : ends[row]] for row in rows])
-                self._think(of_rows, self._where([spans[row] for row in rows]), depth)
+        parts: dict[tuple[TRMForCausalLM, int], list[int]] = {}  # of prompts, by decoder and depth
+        for row, chunk in enumerate(chunks):
+            model = self._models[chunk.slot]
+            if chunk.place is None and model.config.kv_source == "state":
+                parts.setdefault((model, chunk.steps), []).append(row)
+        for (model, depth), rows in parts.items():
+            of_rows = torch.cat([x[ends[row] - spans[row].length : ends[row]] for row in rows])
+            self._think(model, of_rows, self._where([spans[row] for row in rows]), depth)
 
     @torch.inference_mode()
     def tick(
@@ -136,10 +149,13 @@ class Runner:
     ) -> list[list[bool]]:
         """One supervision step for rows at any step: row b works on `spans[b]`, doing step `steps[b]` (from 0).
 
+        All are rows of one decoder.
+
         With `halting`, one for each row, positions that have halted keep their answer; returns for each
         row and position whether it has, or nothing without.
         """
-        where, view = self._prepared(spans, steps)
+        model = self._models[spans[0].slot]
+        where, view = self._prepared(model, spans, steps)
         lengths = [span.length for span in spans]
         places = torch.tensor([place for length in lengths for place in range(length)], device=self.device)
         x, y, z = self.state[:, where.slots, places]  # each (N, D)
@@ -147,12 +163,12 @@ class Runner:
         if not all(steps):
             begun = torch.tensor(_spread([step > 0 for step in steps], lengths), device=self.device)
             start = torch.where(begun[:, None], y, 0)
-        new_y, new_z = self.model.decoder.step(x, start, z, self._rope(where), view)
+        new_y, new_z = model.decoder.step(x, start, z, self._rope(where), view)
         halted: list[list[bool]] = []
         if halting is not None:
             before = self.halted[where.slots, places]
             new_y = torch.where(before[:, None], y, new_y)
-            now = before | self._halts(y, new_y, _spread(halting, lengths))
+            now = before | self._halts(model, y, new_y, _spread(halting, lengths))
             self.halted[where.slots, places] = now
             flat, ends = now.tolist(), accumulate(lengths)
             halted = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
@@ -164,18 +180,26 @@ class Runner:
     def logits(self, slots: Sequence[int], places: Sequence[int] | None = None) -> Tensor:
         """Logits (M, V) of answer states as they are: of M slots, each at a place, the chosen token's unless told."""
         at: int | Tensor = 0 if places is None else torch.tensor(places, device=self.device)
-        return self.model.readout(self.state[1, torch.tensor(slots, device=self.device), at])
+        answers = self.state[1, torch.tensor(slots, device=self.device), at]
+        by_head: dict[Any, list[int]] = {}
+        for index, slot in enumerate(slots):
+            by_head.setdefault(self._models[slot].head, []).append(index)
+        if len(by_head) == 1:
+            return self._models[slots[0]].readout(answers)
+        parts = [self._models[slots[some[0]]].readout(answers[some]) for some in by_head.values()]
+        order = [index for some in by_head.values() for index in some]
+        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
 
     @torch.inference_mode()
-    def copy(self, source: int, target: int, length: int, steps: int) -> None:
-        """Copy the first positions of a slot to another, for an effort of `steps`."""
-        for table in self._tables(steps):
+    def copy(self, source: int, target: int, length: int, entries: int) -> None:
+        """Copy the first positions of a slot to another, of the recursion's tables only so many entries."""
+        for table in self._tables(entries):
             table[:, target, :, :length] = table[:, source, :, :length]
 
     @torch.inference_mode()
-    def finite(self, slot: int, length: int, steps: int) -> bool:
-        """Whether the keys and values of a slot's first positions are finite, as far as an effort of `steps` reads."""
-        return all(bool(table[:, slot, :, :length].isfinite().all()) for table in self._tables(steps))
+    def finite(self, slot: int, length: int, entries: int) -> bool:
+        """Whether the keys and values of a slot's first positions are finite, in so many of the recursion's entries."""
+        return all(bool(table[:, slot, :, :length].isfinite().all()) for table in self._tables(entries))
 
     def clear(self, slot: int, start: int = 0, end: int | None = None) -> None:
         """Zero a slot's positions from `start` to `end`: what is not finite would poison its next row, even masked."""
@@ -196,7 +220,7 @@ class Runner:
     def check_exact(self) -> bool:
         """Decode a token alone and in company: whether not a bit differs. If one does, go on without exactness.
 
-        Slots must be free; they are left clean. One slot has no company.
+        Uses the slots. One slot has no company.
         """
         slots = range(min(CHECKED_SLOTS, len(self.state[0])))
         lengths = [max(1, min(3 + 2 * slot, self.max_len - 1)) for slot in slots]
@@ -214,29 +238,28 @@ class Runner:
         if self.exact and not torch.equal(decode(slice(1)), decode(slice(None))):
             self.exact = False
             logger.warning("products of this processor depend on their company here: replies may differ in near ties")
-        for slot in slots:
-            self.clear(slot)
         return self.exact
 
     @torch.inference_mode()
     def measure(self) -> Costs:
-        """Time backbone, step and head over a few positions in slots that must be free; they are left clean."""
+        """Time backbone, step and head over a few positions of the first slot."""
         sizes = sorted({min(count, self.max_len - 1) for count in COST_POSITIONS})
         backbone_s, step_s, head_s = [], [], []
         for count in sizes:
             where = self._where([Span(0, 0, count)])
             ids = torch.zeros(count, dtype=torch.long, device=self.device)
-            x = self._encode(ids, where)
-            step = partial(self.model.decoder.step, x, x, x, self._rope(where), self._view(where, [0], [count]))
-            backbone_s.append(_fastest(partial(self._encode, ids, where), self.device))
+            x = self._encode(ids, where, [Span(0, 0, count)])
+            step = partial(
+                self.model.decoder.step, x, x, x, self._rope(where), self._view(self.model, where, [0], [count])
+            )
+            encode = partial(self._encode, ids, where, [Span(0, 0, count)])
+            backbone_s.append(_fastest(encode, self.device))
             step_s.append(_fastest(step, self.device))
             head_s.append(_fastest(partial(self.model.readout, x), self.device))
-        self.clear(0)
         return Costs(sizes, backbone_s, step_s, head_s)
 
-    def _tables(self, steps: int | None = None) -> list[Tensor]:
-        """All tables of keys and values, of the recursion only what `steps` steps use."""
-        entries = None if steps is None else self.model.config.cache_entries(steps)
+    def _tables(self, entries: int | None = None) -> list[Tensor]:
+        """All tables of keys and values, of the recursion's only so many."""
         backbone, own = self.backbone_slots, self.slots
         return [backbone.keys, backbone.values, own.keys[:entries], own.values[:entries]]
 
@@ -246,49 +269,64 @@ class Runner:
     def _rope(self, where: Where) -> Rope:
         return self.rope[0][where.positions], self.rope[1][where.positions]
 
-    def _encode(self, ids: Tensor, where: Where) -> Tensor:
-        """Backbone pass over token ids (N,); returns x (N, D), and with keys from the context stores them."""
+    def _encode(self, ids: Tensor, where: Where, spans: Sequence[Span]) -> Tensor:
+        """Backbone pass over the token ids (N,) of `spans`; returns x (N, D).
+
+        Each decoder whose keys come from the context stores those of its rows.
+        """
         rope = self._rope(where)
         embedded = self.model.backbone.embed_tokens(ids)
-        states = self.model.encode(embedded, rope, SlotView(self.backbone_slots, where))  # (N, C, D)
-        if self.model.config.kv_source == "context":
-            self.model.decoder.write_context(states, rope, SlotView(self.slots, where))
+        of_spans = [self._models[span.slot] for span in spans]
+        models = list(dict.fromkeys(of_spans))
+        layers = sorted({layer for model in models for layer in model.config.state_layers})
+        states = self.model.encode(embedded, rope, SlotView(self.backbone_slots, where), layers)  # (N, C, D)
+        for model in models:
+            if model.config.kv_source != "context":
+                continue
+            if len(models) == 1:
+                model.decoder.write_context(states, rope, SlotView(self.slots, where))
+                continue
+            owners = _spread(of_spans, [span.length for span in spans])
+            own = torch.tensor([i for i, owner in enumerate(owners) if owner is model], device=self.device)
+            read = torch.tensor([layers.index(layer) for layer in model.config.state_layers], device=self.device)
+            place = Where(where.slots[own], where.positions[own], ())
+            model.decoder.write_context(states[own[:, None], read], self._rope(place), SlotView(self.slots, place))
         return states[:, -1]
 
-    def _think(self, x: Tensor, where: Where, depth: int) -> None:
+    def _think(self, model: TRMForCausalLM, x: Tensor, where: Where, depth: int) -> None:
         """The recursion over parts of prompts, x (N, D): its keys and values of the first `depth` steps are stored."""
         y = z = torch.zeros_like(x)
         for step in range(depth):
-            view = SlotView(self.slots, where, step * self.entries_per_step)
-            y, z = self.model.decoder.step(x, y, z, self._rope(where), view)
+            view = self._view(model, where, [step], [len(x)])
+            y, z = model.decoder.step(x, y, z, self._rope(where), view)
 
-    def _halts(self, before: Tensor, after: Tensor, limits: Sequence[Halting]) -> Tensor:
+    def _halts(self, model: TRMForCausalLM, before: Tensor, after: Tensor, limits: Sequence[Halting]) -> Tensor:
         """Which answers (N, D) stop thinking now, by the limits of their rows: (N,) bool."""
         thresholds, tolerances = torch.tensor(limits, device=self.device).unbind(1)
-        halts = self.model.decoder.halt_logits(after).float().sigmoid() > thresholds
+        halts = model.decoder.halt_logits(after).float().sigmoid() > thresholds
         if watched := [place for place, limit in enumerate(limits) if limit.tolerance > 0]:
             at = torch.tensor(watched, device=self.device)
-            halts[at] |= self.model.moved(before[at], after[at]) < tolerances[at]
+            halts[at] |= model.moved(before[at], after[at]) < tolerances[at]
         return halts
 
-    def _view(self, where: Where, steps: Sequence[int], lengths: Sequence[int]) -> SlotView:
+    def _view(self, model: TRMForCausalLM, where: Where, steps: Sequence[int], lengths: Sequence[int]) -> SlotView:
         """What the recursion sees: each row its own slot, and with keys from the state its own step's entries."""
-        if self.model.config.kv_source == "context":
+        if model.config.kv_source == "context":
             return SlotView(self.slots, where, keep=True)
-        first: int | Tensor = steps[0] * self.entries_per_step
+        first: int | Tensor = model.config.cache_entries(steps[0])
         if len(set(steps)) > 1:
-            first = torch.tensor(_spread(steps, lengths), device=self.device) * self.entries_per_step
+            first = torch.tensor(_spread(steps, lengths), device=self.device) * model.config.cache_entries(1)
         return SlotView(self.slots, where, first)
 
-    def _prepared(self, spans: Sequence[Span], steps: Sequence[int]) -> tuple[Where, SlotView]:
+    def _prepared(self, model: TRMForCausalLM, spans: Sequence[Span], steps: Sequence[int]) -> tuple[Where, SlotView]:
         """Where the positions of a tick lie and what they see; the ticks of one token share what does not change."""
         key, lengths = tuple(spans), [span.length for span in spans]
-        if self._last is None or self._last[0] != key:
+        if model not in self._last or self._last[model][0] != key:
             where = self._where(spans)
-            self._last = key, where, self._view(where, steps, lengths)
-        _, where, view = self._last
-        if self.model.config.kv_source == "state":
-            view = self._view(where, steps, lengths)
+            self._last[model] = key, where, self._view(model, where, steps, lengths)
+        _, where, view = self._last[model]
+        if model.config.kv_source == "state":
+            view = self._view(model, where, steps, lengths)
         return where, view
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from trm.engine.hosted import Hosted
 from trm.engine.prefix import BLOCK, Prefix, common_length
 from trm.engine.row import Row
 from trm.errors import BadRequest, Overloaded
@@ -20,8 +21,9 @@ PACE_WINDOW = 64  # departures that tell how soon a place becomes free
 
 @dataclass(frozen=True)
 class Kept:
-    """What a free slot still holds: keys and values of `ids`, good for up to `depth` supervision steps."""
+    """What a free slot still holds: a decoder's keys and values of `ids`, good for up to `depth` supervision steps."""
 
+    decoder: Hosted | None = None
     ids: tuple[int, ...] = ()
     depth: int = 0
     prefix: Prefix = field(default_factory=Prefix, compare=False)  # of these tokens and perhaps more
@@ -37,21 +39,16 @@ class Copy:
 
 
 class Scheduler:
-    """Rows waiting and running. Not thread-safe: the engine guards it.
-
-    `depth_matters`: keys and values depend on the effort, so that a prefix serves no deeper row. `now`: seconds.
-    """
+    """Rows waiting and running, each of some decoder. Not thread-safe: the engine guards it. `now`: seconds."""
 
     def __init__(
         self,
         max_rows: int,
         max_queue: int,
-        depth_matters: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_rows = max_rows
         self.max_queue = max_queue
-        self.depth_matters = depth_matters
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.reserved = 0  # places kept for rows that are not here yet
@@ -135,11 +132,16 @@ class Scheduler:
             self.waiting.remove(row)
             return
         self.running.remove(row)
-        if keep:
-            self._free[row.slot] = Kept(row.cached_ids, row.steps, row.prefix)
+        if keep and not row.decoder.closed:
+            self._free[row.slot] = Kept(row.decoder, row.cached_ids, row.steps, row.prefix)
         else:
             self._free = {row.slot: Kept(), **self._free}
         row.slot = -1
+
+    def forget(self, decoder: Hosted) -> None:
+        """Let free slots hold nothing of a decoder any more."""
+        emptied = {slot: Kept() for slot, kept in self._free.items() if kept.decoder is decoder}
+        self._free = emptied | {slot: kept for slot, kept in self._free.items() if slot not in emptied}
 
     def prefilling(self, budget: int) -> list[tuple[Row, int]]:
         """Rows with prompt left to cache and how many tokens of it now, by slot, chosen oldest first.
@@ -205,13 +207,18 @@ class Scheduler:
         return [Copy(row, source.slot if isinstance(source, Row) else source, length)]
 
     def _common(self, row: Row, source: Row | int) -> int:
-        """Prompt tokens that `row` could take over from another row, once that is prefilled, or from a free slot."""
+        """Prompt tokens that `row` could take over from another row, once that is prefilled, or from a free slot.
+
+        Only of its own decoder: another one projects other keys, from states of the backbone that nobody keeps.
+        """
         held = source if isinstance(source, Row) else self._free[source]
+        if held.decoder is not row.decoder:
+            return 0
         if isinstance(held, Row):
             length, depth = held.cached + held.to_prefill, held.steps
         else:
             length, depth = len(held.ids), held.depth
-        if self.depth_matters and depth < row.steps:
+        if row.decoder.depth_matters and depth < row.steps:
             return 0
         most = min(length, len(row.request.prompt_ids) - 1)
         start = row.prefix.equal_tokens(held.prefix, most)

@@ -43,7 +43,7 @@ def test_every_row_reads_its_cache_in_every_call():
     model = make_model()
     without, with_context = (work(model.config, ROWS, context, EFFORT, 4, 4) for context in (0, CONTEXT))
     added = {name: with_context[name].bytes - without[name].bytes for name in without}
-    per_position = Runner.bytes_per_position(model, EFFORT)  # one entry for the recursion, which each call reads
+    per_position = Runner.bytes_per_position(model, 1)  # one entry for the recursion, which each call reads
     entry = per_position // (model.config.backbone_config.num_hidden_layers + 1)
     calls = EFFORT * model.config.calls_per_step
 
