@@ -1,8 +1,8 @@
 """A backbone in one GGUF file, as llama.cpp and Ollama have it: configuration, tensors and tokenizer as the hub's.
 
 transformers reads the header, the `gguf` package (the extra `gguf`) the quantized numbers; both are imported only
-where such a file is read. transformers' own way to a model is not taken: it drops the scaling of RoPE, takes Qwen3's
-head size for 128, cuts texts otherwise than Llama 3, SmolLM2 and DeepSeek do, and holds all weights in float32 at once.
+where such a file is read. transformers' own way to a model is not taken: it drops the scaling of RoPE and the biases
+of a Llama, takes Qwen3's head size for 128, and cuts texts otherwise than Llama 3, SmolLM2 and DeepSeek do.
 What is not computed is refused by name, never left out: an architecture, a field, a tensor, a way to split words.
 Raises CheckpointError with the file and the reason.
 """
@@ -47,7 +47,10 @@ KNOWN = {
 }
 """Fields of attention and RoPE that are read; any other would change what the model computes."""
 
-WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
+WHOLE_WORDS = {
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "tekken",
+}
 """Ways to split after which a word that is a token stays whole, whatever the merges say."""
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # kinds of tokens
 ROWS = 4096  # of a tensor that are made numbers at once
