@@ -50,6 +50,8 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and not path.exists():
+        raise CheckpointError(f"{model}: no such file")
     if path.exists():
         hint = "; a GGUF file can be the backbone of one: trm-train --backbone" if path.suffix == ".gguf" else ""
         raise CheckpointError(f"{path}: is a file; a model is a directory with {CONFIG_FILE}{hint}")

@@ -70,7 +70,7 @@ class GGUFTensor(NamedTuple):
         from gguf import GGML_QUANT_SIZES
 
         numbers, size = GGML_QUANT_SIZES[self.kind]
-        return self.shape[-1] // numbers * size
+        return int(self.shape[-1] // numbers * size)
 
     def get_shape(self) -> tuple[int, ...]:
         return self.shape
@@ -308,7 +308,7 @@ def _sentencepiece(path: Path, content: dict[str, Any]) -> Tokenizer:
     """Pieces of whole texts, blanks included, merged by their scores; Llama 2's kind."""
     from transformers.integrations.gguf import convert_gguf_tokenizer
 
-    backend, _ = convert_gguf_tokenizer("llama", content)
+    backend: Tokenizer = convert_gguf_tokenizer("llama", content)[0]
     blank = "\u2581"
     prefix = [normalizers.Prepend(blank)] if content.get("add_prefix_space", True) else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", blank)])

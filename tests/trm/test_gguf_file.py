@@ -224,7 +224,7 @@ def test_a_checkpoint_names_the_file_and_its_fingerprint(tmp_path: Path, tokeniz
     with pytest.raises(CheckpointError, match=r"model\.gguf: the backbone's weights have fingerprint .* trained on"):
         TRMForCausalLM.from_pretrained(tmp_path / "checkpoint")
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"model\.gguf: no such directory"):
+    with pytest.raises(CheckpointError, match=r"model\.gguf: no such file"):
         TRMForCausalLM.from_pretrained(tmp_path / "checkpoint")
 
 
@@ -458,6 +458,13 @@ def test_a_file_is_no_model_to_serve(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"model\.gguf: is a file; .*trm-train --backbone"):
         checkpoint.read(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["none.gguf", "models/none.gguf", "/nowhere/none.gguf"])
+def test_a_file_that_is_not_there_is_no_id_of_the_hub(name: str) -> None:
+    for read in (checkpoint.read_backbone, checkpoint.read_tokenizer):
+        with pytest.raises(CheckpointError, match=f"^{name}: no such file$"):
+            read(name)
 
 
 def test_a_directory_is_read_without_the_library() -> None:
