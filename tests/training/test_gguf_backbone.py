@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.trm.test_gguf_file import byte_level, write_gguf
+from tests.gguf_files import byte_level, write_gguf
 from training.config import EvalSettings, TrainSettings
 from training.evaluation.run import evaluate_model
 from training.run import train
