@@ -45,6 +45,8 @@ def write_gguf(
         about["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     content = {f"{family}.{name}": value for name, value in about.items()}
     content |= {f"tokenizer.{name}": value for name, value in (tokenizer or {}).items()} | (fields or {})
+    if gap := content.pop("general.alignment", None):
+        writer.add_custom_alignment(gap)
     for name, value in content.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if value is not None:

@@ -98,6 +98,14 @@ def test_large_tensors_are_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.hub_tensors())
 
 
+def test_tensors_may_begin_at_multiples_of_another_number(tmp_path: Path) -> None:
+    theirs = make("qwen3")
+
+    ours = checkpoint.read_backbone(write_gguf(tmp_path / "model.gguf", theirs, fields={"general.alignment": 256}))
+
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.hub_tensors())
+
+
 @pytest.mark.parametrize("rope", ["linear", "yarn", "llama3"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_scaled_positions_are_kept(family: str, rope: str, tmp_path: Path) -> None:
