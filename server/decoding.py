@@ -91,7 +91,7 @@ def conversation(messages: Sequence[ChatMessage], serving: Serving, work: Work |
     """
     said = f"there are {len(messages)} messages"
     at_most(serving.settings.max_messages, "--max-messages", len(messages), said, "messages")
-    turns = [message.turn() for message in messages]
+    turns: list[Message] = [message.turn() for message in messages]
     if messages[0].role not in SYSTEM_ROLES:
         turns.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[work or "full"]})
     return turns

@@ -87,7 +87,7 @@ class ChatWording(Wording):
         reader = self._calls[index]
         held = reader.finish()
         ended = "tool_calls" if reader.calling and finish_reason == "stop" else finish_reason
-        last = {"delta": {}, "finish_reason": ended}
+        last: dict[str, Any] = {"delta": {}, "finish_reason": ended}
         return [self.piece(held), last] if held else [last]
 
     def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
