@@ -38,8 +38,8 @@ def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> Samplin
     A sampled reply without a seed gets a fresh one.
     """
     steps = fields.supervision_steps
-    if fields.reasoning_effort is not None:
-        steps = serving.decoder.model.config.effort_steps(fields.reasoning_effort)
+    if fields.effort is not None:
+        steps = serving.decoder.model.config.effort_steps(fields.effort)
     values = {
         "max_tokens": fields.max_tokens,
         "temperature": fields.temperature,
