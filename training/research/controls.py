@@ -9,7 +9,7 @@ directory of the backbone's family that `trm-eval --control` takes, with `contro
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,13 +31,15 @@ from training.trainer import Trainer
 from trm import checkpoint
 from trm.backbone import Backbone
 from trm.device import has_fast_bfloat16, use_device
-from trm.errors import DeviceError
+from trm.errors import CheckpointError, DeviceError
 from trm.logs import configure_logging
 from trm.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
+Weights = Mapping[str, nn.Parameter]
+SAVE_STEPS = 500  # after so many, what is trained is put down, to go on from
 COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
 NAMES: dict[str, str] = {
@@ -78,7 +80,7 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     """Train one control of a decoder to the end, into `output_dir`.
 
     The decoder was trained in `runs`, one after the other. The control's optimiser is that of the first of them, and
-    so is its peak rate unless `lr` is given.
+    so is its peak rate unless `lr` is given. The same call goes on where one was interrupted.
     Raises DeviceError where its gradient is not finite.
     """
     run = runs[0]
@@ -112,8 +114,11 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     optimizers = make_optimizers(trained.items(), run.optimizer, lr or run.lr, run.weight_decay)
     ema = EMA(trained)
     warmup = warmup_steps(run.warmup_steps, steps)
+    state = output_dir.with_name(f".{output_dir.name}.state")
+    begun = _restore(state, steps, trained, ema, optimizers)
     model.train()
-    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=kind, unit="step")):
+    left = itertools.islice(batches, begun, steps)
+    for step, batch in enumerate(tqdm(left, initial=begun, total=steps, desc=kind, unit="step"), start=begun):
         with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss = reply_loss(model, batch)
         loss.backward()
@@ -124,10 +129,12 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
             optimizer.step()
             optimizer.zero_grad()
         ema.update(step + 1)
+        if (step + 1) % SAVE_STEPS == 0:
+            _save(state, step + 1, steps, trained, ema, optimizers)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(ema.average[name])
-    return _write(output_dir, model, trainer, {
+    _write(output_dir, model, trainer, {
         "name": NAMES[kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "steps": steps,
@@ -135,6 +142,8 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
         "decoder_tflop": decoder_flops / 1e12,
         "compute": f"{steps * flops_per_step / 1e12:.3g} TFLOP; the decoder took {decoder_flops / 1e12:.3g}",
     })  # fmt: skip
+    state.unlink(missing_ok=True)
+    return output_dir
 
 
 def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dict[str, nn.Parameter]:
@@ -173,7 +182,36 @@ def _batches(trainers: Sequence[Trainer]) -> Iterator[Batch]:
                 yield collate([examples[i] for i in indices], trainer.pad_id).to(trainer.device)
 
 
-def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
+def _save(
+    path: Path, step: int, steps: int, trained: Weights, ema: EMA, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Put down all that moves, so that the same call goes on from here."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    content = {"step": step, "steps": steps, "trained": trained, "average": ema.average, "optimizers": states}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial")
+    torch.save(content, aside)
+    aside.replace(path)
+
+
+def _restore(path: Path, steps: int, trained: Weights, ema: EMA, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Take up what `_save` put down of this training; returns the steps that are done."""
+    if not path.exists():
+        return 0
+    content = torch.load(path, weights_only=True)
+    if content["steps"] != steps or content["trained"].keys() != trained.keys():
+        raise CheckpointError(f"{path}: belongs to another training; remove it, or choose another output directory")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(content["trained"][name])
+            ema.average[name].copy_(content["average"][name])
+    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    done: int = content["step"]
+    return done
+
+
+def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
@@ -182,7 +220,6 @@ def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]
     trainer.chat.tokenizer.save_pretrained(aside)
     checkpoint.write_json(aside / CONTROL_JSON, record)
     checkpoint.replace_directory(aside, directory)
-    return directory
 
 
 def main() -> None:
