@@ -9,7 +9,7 @@ directory of the backbone's family that `trm-eval --control` takes, with `contro
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,19 +26,19 @@ from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
 from training.loss import reply_loss
-from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
 from training.trainer import Trainer
+from training.weights import Weights
 from trm import checkpoint
 from trm.backbone import Backbone
 from trm.device import has_fast_bfloat16, use_device
-from trm.errors import CheckpointError, DeviceError
+from trm.errors import DeviceError
 from trm.logs import configure_logging
 from trm.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
-Weights = Mapping[str, nn.Parameter]
+AVERAGE, STEP = "average.", "step"  # names of tensors in what is put down
 SAVE_STEPS = 500  # after so many, what is trained is put down, to go on from
 COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
@@ -111,29 +111,23 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     steps = math.ceil(decoder_flops / flops_per_step)
     logger.info("%s: %d steps, the decoder took %d", NAMES[kind], steps, sum(each.total_steps for each in trainers))
 
-    optimizers = make_optimizers(trained.items(), run.optimizer, lr or run.lr, run.weight_decay)
-    ema = EMA(trained)
-    warmup = warmup_steps(run.warmup_steps, steps)
-    state = output_dir.with_name(f".{output_dir.name}.state")
-    begun = _restore(state, steps, trained, ema, optimizers)
+    weights = Weights(trained, run.model_copy(update={"lr": lr or run.lr}), steps)
+    state = output_dir.with_name(f".{output_dir.name}.safetensors")
+    begun = _restore(weights, state) if state.exists() else 0
     model.train()
     left = itertools.islice(batches, begun, steps)
     for step, batch in enumerate(tqdm(left, initial=begun, total=steps, desc=kind, unit="step"), start=begun):
         with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss = reply_loss(model, batch)
         loss.backward()
-        if not torch.isfinite(nn.utils.clip_grad_norm_(trained.values(), run.max_grad_norm)):
+        if not torch.isfinite(weights.clip_gradients()):
             raise DeviceError(f"step {step + 1}: the gradient is not finite; try a lower --lr")
-        set_learning_rate(optimizers, learning_rate_scale(step, steps, warmup))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(step + 1)
+        weights.update(step)
         if (step + 1) % SAVE_STEPS == 0:
-            _save(state, step + 1, steps, trained, ema, optimizers)
+            _save(weights, step + 1, state)
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(ema.average[name])
+            parameter.copy_(weights.ema.average[name])
     _write(output_dir, model, trainer, {
         "name": NAMES[kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
@@ -182,33 +176,22 @@ def _batches(trainers: Sequence[Trainer]) -> Iterator[Batch]:
                 yield collate([examples[i] for i in indices], trainer.pad_id).to(trainer.device)
 
 
-def _save(
-    path: Path, step: int, steps: int, trained: Weights, ema: EMA, optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
+def _save(weights: Weights, step: int, path: Path) -> None:
     """Put down all that moves, so that the same call goes on from here."""
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    content = {"step": step, "steps": steps, "trained": trained, "average": ema.average, "optimizers": states}
+    averages = {f"{AVERAGE}{name}": tensor for name, tensor in weights.ema.average.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.partial")
-    torch.save(content, aside)
+    checkpoint.write_tensors(aside, weights.tensors() | averages | {STEP: torch.tensor(step)})
     aside.replace(path)
 
 
-def _restore(path: Path, steps: int, trained: Weights, ema: EMA, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Take up what `_save` put down of this training; returns the steps that are done."""
-    if not path.exists():
-        return 0
-    content = torch.load(path, weights_only=True)
-    if content["steps"] != steps or content["trained"].keys() != trained.keys():
-        raise CheckpointError(f"{path}: belongs to another training; remove it, or choose another output directory")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(content["trained"][name])
-            ema.average[name].copy_(content["average"][name])
-    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    done: int = content["step"]
-    return done
+def _restore(weights: Weights, path: Path) -> int:
+    """Take up what `_save` put down; returns the steps that are done."""
+    tensors = checkpoint.read_tensors(path)
+    averages = {n.removeprefix(AVERAGE): tensor for n, tensor in tensors.items() if n.startswith(AVERAGE)}
+    step = int(tensors.pop(STEP))
+    weights.restore({n: tensor for n, tensor in tensors.items() if not n.startswith(AVERAGE)}, averages, str(path))
+    return step
 
 
 def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> None:
