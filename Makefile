@@ -59,7 +59,7 @@ audit: $(VENV)/installed-tools
 	$(PIP) freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
-# Rebuilds trm/bundled from nothing: at most three hours on two cores. Stages that are finished stay in runs/bundled.
+# Rebuilds trm/bundled from nothing: three to four hours on two cores. Stages that are finished stay in runs/bundled.
 model: $(VENV)/installed-train
 	$(VENV)/bin/python -m training.research.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 

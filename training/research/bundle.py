@@ -41,7 +41,7 @@ DEEPER: dict[str, Any] = DECODER | {  # what is right must stay right at any dep
     "num_problems": 96_000,
     "seed": 1,
     "skip_supervision": 10,
-    "lr": 1.5e-3,
+    "lr": 1e-3,
 }
 RUNS = {"decoder": DECODER, "deeper": DEEPER}  # the second begins with what the first reached
 AT_ONCE = "at once"
