@@ -4,8 +4,10 @@ Shared by the routes that decode. Raises BadRequest, naming the field.
 """
 
 import asyncio
+import contextlib
+import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +128,18 @@ def reply_grammar(wanted: ResponseFormat | None, tools: Tools | None, compiler: 
         case ChoiceFormat(choice=options):
             form = Form.choice(options)
     return compiler.compile(form, tools) if form or tools else None
+
+
+@contextlib.contextmanager
+def renamed(fields: Mapping[str, str]) -> Iterator[None]:
+    """Errors about chat's fields name them as a route does that calls them otherwise, their messages too."""
+    try:
+        yield
+    except BadRequest as error:
+        if (field := error.param) in fields:
+            error.param = fields[field]
+            error.args = (re.sub(rf"^{field}\b", error.param, str(error)),)
+        raise
 
 
 async def submit_chat(
