@@ -94,6 +94,12 @@ class Output:
         if finish_reason is not None:
             yield from self._finish(cut=finish_reason == "length")
 
+    def given_up(self) -> list[OutputMessage | OutputCall]:
+        """The items of a reply that will have no end."""
+        for item in self.items:
+            item.status = "incomplete" if item.status == "in_progress" else item.status
+        return self.items
+
     def _feed(self, text: str) -> Iterator[Told]:
         for said in self._reader.feed(text) if self._reader else [text] if text else []:
             match said:
@@ -191,7 +197,7 @@ class Telling:
         code = "invalid_prompt" if error["type"] == "invalid_request_error" else "server_error"
         self.response.status = "failed"
         self.response.error = ResponseError(code=code, message=error["message"])
-        self.response.output = self._output.items
+        self.response.output = self._output.given_up()
         yield self._numbered(self._state("failed"))
 
     def _ended(self, reply: Reply) -> ResponseBody:

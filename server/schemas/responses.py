@@ -6,7 +6,7 @@ A conversation is a list of items. What a client repeats of an earlier response 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.schemas.chat import ChatRequest, WorkOfMessages
@@ -115,7 +115,10 @@ class CallItem(_CallItem):
     name: FunctionName
     arguments: str
     parsed_arguments: Any = None
-    async_: Annotated[Literal[False] | None, or_say("calls are waited for; leave it out")] = Field(None, alias="async")
+    async_: Annotated[Literal[False] | None, or_say("calls are waited for; leave it out")] = Field(
+        None,
+        validation_alias=AliasChoices("async", "async_"),  # the client's dumps know it by both
+    )
 
 
 class CallOutputItem(_CallItem):

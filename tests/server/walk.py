@@ -3,10 +3,10 @@
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Required
 
 from openai._types import SequenceNotStr
-from typing_extensions import Required, get_type_hints, is_typeddict
+from typing_extensions import get_type_hints, is_typeddict
 
 DEPTH = 6  # of TypedDicts in one another
 PLAIN: dict[Any, list[Any]] = {str: ["a"], int: [1], float: [0.5], bool: [True, False], object: [{}], Any: [{}]}
