@@ -47,6 +47,7 @@ def limits(serving: Serving) -> dict[str, JSONSchema]:
         "n": {"minimum": 1, "maximum": min(settings.max_n, engine.config.max_rows + engine.config.max_queue)},
         "supervision_steps": {"minimum": 0, "maximum": max(one.max_supervision for one in models.values())},
         "max_completion_tokens": _range(RANGES["max_tokens"]),
+        "max_output_tokens": _range(RANGES["max_tokens"]),
         "top_logprobs": {"minimum": 0, "maximum": min(RANGES["logprobs"].most, vocabulary)},
         "logit_bias": {
             "propertyNames": {"pattern": f"^({up_to(vocabulary - 1)})$"},
@@ -54,6 +55,7 @@ def limits(serving: Serving) -> dict[str, JSONSchema]:
         },
         "stop": {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": settings.max_stop}, {"type": "null"}]},
         "messages": {"maxItems": settings.max_messages},
+        "input": {"maxItems": settings.max_messages},
         "model": {"enum": [*models, None]},
     }
 

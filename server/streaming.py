@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -21,27 +21,37 @@ DONE = b"data: [DONE]\n\n"
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 """What the OpenAPI document says of a route that can stream, besides its body."""
+Failure = Callable[[dict[str, Any]], Iterable[dict[str, Any]]]
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, so that no proxy takes a long wait for a dead connection
 
 
-def sse(content: dict[str, Any]) -> bytes:
-    """One server-sent event, in ASCII: some clients take U+2028 and its like for line ends."""
+def sse(content: dict[str, Any], named: bool = False) -> bytes:
+    """One server-sent event, in ASCII: some clients take U+2028 and its like for line ends. named: by its `type`."""
     data = to_json(content)  # several times as fast as json.dumps, but it cannot escape
     if not data.isascii():
         data = json.dumps(json.loads(data), separators=(",", ":")).encode()
-    return b"data: %s\n\n" % data
+    name = b"event: %s\n" % content["type"].encode() if named else b""
+    return b"%sdata: %s\n\n" % (name, data)
 
 
 class EventStream(StreamingResponse):
     """A response of `events` and [DONE], and of a comment whenever nothing was sent for `keep_alive_s`.
 
-    It has begun, so an error becomes an event too; `name` is for the log.
+    It has begun, so an error becomes an event too, or several: what `failure` makes of its body. `name` is for the
+    log. named: events have their `type` as their name, the last one says that it is, and [DONE] is not sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], name: str, keep_alive_s: float) -> None:
-        super().__init__(_guarded(events, name), headers=STREAM_HEADERS)
+    def __init__(
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        name: str,
+        keep_alive_s: float,
+        failure: Failure = lambda body: [body],
+        named: bool = False,
+    ) -> None:
+        super().__init__(_guarded(events, name, failure, named), headers=STREAM_HEADERS)
         self._keep_alive_s = keep_alive_s
 
     async def stream_response(self, send: Send) -> None:
@@ -71,13 +81,19 @@ class EventStream(StreamingResponse):
             clock.cancel()
 
 
-async def _guarded(events: AsyncIterator[dict[str, Any]], name: str) -> AsyncIterator[bytes]:
+async def _guarded(
+    events: AsyncIterator[dict[str, Any]], name: str, failure: Failure, named: bool
+) -> AsyncIterator[bytes]:
+    failed: dict[str, Any] | None = None
     try:
         async for content in events:
-            yield sse(content)
+            yield sse(content, named)
     except TRMError as error:
-        yield sse(describe(error)[1])
+        failed = describe(error)[1]
     except Exception:
         logger.exception("stream %s failed", name)
-        yield sse(internal_error_body())
-    yield DONE
+        failed = internal_error_body()
+    for content in failure(failed) if failed else ():
+        yield sse(content, named)
+    if not named:
+        yield DONE

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
-from server.schemas.common import Body, Effort, Generation, Integer, NothingInIt, UsageBody, or_say
+from server.schemas.common import Account, Body, Effort, Generation, Integer, NothingInIt, UsageBody, or_say
 from server.schemas.messages import SYSTEM_ROLES, ChatMessage
 from server.schemas.rules import Rule, at_most_one, needs_true
 from server.schemas.tools import Tool, ToolChoice
@@ -22,13 +22,13 @@ WORK_IS_THE_SYSTEM_PROMPT = Rule(
 )
 
 
-class Reasoning(Body):
+class ChatReasoning(Body):
     """The other dialect of reasoning_effort."""
 
     effort: Effort | None = None
 
 
-class ChatRequest(Generation):
+class ChatRequest(Generation, Account):
     """work: what the reply shows before its answer; this puts a system prompt in front.
 
     include_reasoning: tell in words what the recursion changed its mind about. logprobs: return each token's log
@@ -51,24 +51,13 @@ class ChatRequest(Generation):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    reasoning: Reasoning | None = None
+    reasoning: ChatReasoning | None = None
     include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     trace: Integer | None = Field(None, ge=1, le=MAX_TRACE)
 
-    # Of OpenAI's, labels and what changes nothing here. Other values ask for what there is not.
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: Annotated[
-        Literal["in_memory"] | None, or_say("prompts are kept in memory only; leave it out")
-    ] = None
-    prompt_cache_options: Annotated[None, or_say("there is one cache, and nothing to set; leave it out")] = None
-    moderation: Annotated[None, or_say("this server does not moderate; leave it out")] = None
-    store: Annotated[Literal[False] | None, or_say("replies are not stored; leave it out")] = None
-    service_tier: Annotated[Literal["auto", "default"] | None, or_say("there is one tier of service; leave it out")] = (
-        None
-    )
+    # Of OpenAI's, what changes nothing here. Other values ask for what there is not.
     modalities: Annotated[
         Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
         or_say("this model writes text only; leave it out"),

@@ -87,8 +87,18 @@ class Body(BaseModel):
         return schema
 
 
-class Decoding(Body):
-    """What every decoding route takes. max_tokens is clipped to the room that the prompt leaves."""
+class Sampling(Body):
+    """How every decoding route lets a token be chosen."""
+
+    temperature: float | None = None
+    seed: Integer | None = None
+    supervision_steps: Integer | None = None
+    halt_threshold: float | None = None
+    halt_tolerance: float | None = None
+
+
+class Decoding(Sampling):
+    """How many replies, how long and how deep. max_tokens is clipped to the room that the prompt leaves."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         at_most_one("reasoning_effort", "supervision_steps", param="supervision_steps"),
@@ -96,12 +106,7 @@ class Decoding(Body):
 
     n: Integer | None = Field(None, ge=1)
     max_tokens: Integer | None = Field(None, ge=1)
-    temperature: float | None = None
-    seed: Integer | None = None
     reasoning_effort: Effort | None = None
-    supervision_steps: Integer | None = None
-    halt_threshold: float | None = None
-    halt_tolerance: float | None = None
 
     @property
     def effort(self) -> Effort | None:
@@ -180,6 +185,9 @@ ResponseFormat = Annotated[
 ]
 
 
+Unpadded = Annotated[Literal[False] | None, or_say("chunks are not padded; leave it out")]
+
+
 class StreamOptions(Body):
     """include_usage: a last chunk with the usage. continuous_usage_stats, which needs it: the usage so far in every
     chunk.
@@ -189,17 +197,15 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Annotated[Literal[False] | None, or_say("chunks are not padded; leave it out")] = None
+    include_obfuscation: Unpadded = None
 
 
-class Generation(Decoding):
-    """What OpenAI's decoding routes take besides.
+class FullSampling(Sampling):
+    """What OpenAI's decoding routes have alike, and vLLM's parameters.
 
     logit_bias: token ids, as strings, to numbers. `user` and `metadata` are labels of the caller's; OpenAI
-    gives them no effect on the reply either. response_format: what the reply must look like.
+    gives them no effect on the reply either.
     """
-
-    rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, needs_true("stream_options", "stream"))
 
     model: str | None = None
     top_p: float | None = None
@@ -211,11 +217,34 @@ class Generation(Decoding):
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_token_ids)] = None
     stop: Annotated[list[str] | None, BeforeValidator(_strings, json_schema_input_type=str | list[str] | None)] = None
     ignore_eos: bool | None = None
-    response_format: ResponseFormat | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
+
+
+class Generation(FullSampling, Decoding):
+    """What chat and completions take. response_format: what the reply must look like."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, needs_true("stream_options", "stream"))
+
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
+
+
+class Account(Body):
+    """Of OpenAI's newer routes, labels and what changes nothing here. Other values ask for what there is not."""
+
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Annotated[
+        Literal["in_memory"] | None, or_say("prompts are kept in memory only; leave it out")
+    ] = None
+    prompt_cache_options: Annotated[None, or_say("there is one cache, and nothing to set; leave it out")] = None
+    moderation: Annotated[None, or_say("this server does not moderate; leave it out")] = None
+    store: Annotated[Literal[False] | None, or_say("replies are not stored; leave it out")] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, or_say("there is one tier of service; leave it out")] = (
+        None
+    )
 
 
 class CompletionTokensDetails(BaseModel):

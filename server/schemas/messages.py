@@ -20,18 +20,18 @@ Name = Annotated[str | None, Field(description="shown to chat templates that use
 FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]+$", max_length=128)]
 
 
-class _Part(Body):
+class Part(Body):
     """prompt_cache_breakpoint: a hint. Prompts that begin alike share what is computed, wherever that ends."""
 
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class TextPart(_Part):
+class TextPart(Part):
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(_Part):
+class RefusalPart(Part):
     """What an assistant said instead of an answer; the model reads it like any other text."""
 
     type: Literal["refusal"]

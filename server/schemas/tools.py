@@ -1,6 +1,6 @@
 """The tools that a request offers: functions, with JSON schemas of their arguments."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -52,25 +52,27 @@ class AllowedToolChoice(Body):
     allowed_tools: AllowedTools
 
 
-MODES = ("none", "auto", "required")
-_CHOICES: dict[str, type[Body]] = {"function": NamedTool, "allowed_tools": AllowedToolChoice}
+Mode = Literal["none", "auto", "required"]
 
 
-def _choice(value: Any) -> Any:
-    """The choice that a word or `type` names, so that an error's path needs no union in it."""
-    if value is None or value in MODES:
-        return value
-    kind = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(kind, str) or kind not in _CHOICES:
-        raise PydanticCustomError(
-            "tool_choice", 'Input should be "none", "auto", "required", or of type function or allowed_tools'
-        )
-    return _CHOICES[kind].model_validate(value)
+def choice_of(function: type[Body], allowed: type[Body]) -> BeforeValidator:
+    """Reads the choice that a word or `type` names, so that an error's path needs no union in it."""
+    kinds = {"function": function, "allowed_tools": allowed}
+
+    def read(value: Any) -> Any:
+        if value is None or value in get_args(Mode):
+            return value
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str) or kind not in kinds:
+            raise PydanticCustomError(
+                "tool_choice", 'Input should be "none", "auto", "required", or of type function or allowed_tools'
+            )
+        return kinds[kind].model_validate(value)
+
+    return BeforeValidator(read)
 
 
-ToolChoice = Annotated[
-    Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None, BeforeValidator(_choice)
-]
+ToolChoice = Annotated[Mode | NamedTool | AllowedToolChoice | None, choice_of(NamedTool, AllowedToolChoice)]
 
 
 def chosen_tools(tools: list[Tool] | None, choice: ToolChoice, parallel: bool | None) -> Tools | None:

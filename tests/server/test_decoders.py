@@ -171,11 +171,14 @@ async def test_prompts_are_read_as_the_chosen_model_was_trained(client):
     assert counts[0] != counts[1]
 
 
-@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/solve", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "route", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/solve", "/tokenize", "/detokenize"]
+)
 async def test_an_unknown_model_is_refused_with_the_names_that_there_are(route, client):
     body = {
         "/v1/chat/completions": CHAT,
         "/v1/completions": {"prompt": "a"},
+        "/v1/responses": {"input": "a"},
         "/solve": {"question": "a"},
         "/tokenize": {"prompt": "a"},
         "/detokenize": {"tokens": [5]},

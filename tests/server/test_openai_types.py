@@ -1,10 +1,5 @@
 """Every value that OpenAI's own Python types allow is taken, or refused for what it asks: never for being there."""
 
-import types
-import typing
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
-
 import pytest
 from openai.types import completion_create_params as texts
 from openai.types.chat import (
@@ -15,59 +10,21 @@ from openai.types.chat import (
 )
 from openai.types.chat import completion_create_params as chats
 from openai.types.chat.chat_completion_message_function_tool_call import ChatCompletionMessageFunctionToolCall, Function
-from typing_extensions import get_type_hints, is_typeddict
+from openai.types.responses import response_create_params as answers
+
+from tests.server import walk
 
 pytestmark = pytest.mark.anyio
 
 CHAT = "/v1/chat/completions"
-DEPTH = 6  # of TypedDicts in one another
-PLAIN: dict[Any, list[Any]] = {str: ["a"], int: [1], float: [0.5], bool: [True, False], object: [{}], Any: [{}]}
-
-
-def examples(kind: Any, depth: int = 0) -> Iterator[Any]:
-    """Some values of a type: each alternative of each part of it once."""
-    if kind in PLAIN:
-        yield from PLAIN[kind]
-    elif kind is types.NoneType:
-        yield None
-    elif is_typeddict(kind):
-        yield from dicts(kind, depth)
-    elif (origin := typing.get_origin(kind)) is Literal:
-        yield from typing.get_args(kind)
-    elif origin in (typing.Union, types.UnionType):
-        for alternative in typing.get_args(kind):
-            yield from examples(alternative, depth)
-    elif origin in (list, Iterable, Sequence):
-        yield []
-        yield from ([item] for item in examples(typing.get_args(kind)[0], depth))
-    elif origin is dict:
-        yield {}
-        yield from ({"a": value} for value in examples(typing.get_args(kind)[1], depth))
-    else:
-        raise AssertionError(f"no examples of {kind}")
-
-
-def dicts(kind: Any, depth: int) -> Iterator[dict[str, Any]]:
-    """The least one, then each field in turn with each of its values."""
-    hints = get_type_hints(kind)
-    least = {name: next(examples(hints[name], depth + 1)) for name in hints if name in kind.__required_keys__}
-    yield least
-    if depth < DEPTH:
-        for name, hint in hints.items():
-            yield from (least | {name: value} for value in examples(hint, depth + 1))
-
-
-def fields(params: Any) -> list[tuple[str, Any]]:
-    hints = get_type_hints(params)
-    return [(name, value) for name, hint in hints.items() for value in (None, *examples(hint)) if name != "model"]
 
 
 def test_the_walk_comes_to_what_lies_deep() -> None:
-    walked = fields(chats.CompletionCreateParamsBase)
+    walked = walk.fields(chats.CompletionCreateParamsBase)
 
     assert len(walked) > 150
     assert ("reasoning_effort", "xhigh") in walked
-    assert any(name == "messages" and "tool_calls" in value[0] for name, value in walked if value)
+    assert any(name == "messages" and {"role", "tool_calls"} <= value[0].keys() for name, value in walked if value)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +32,13 @@ def test_the_walk_comes_to_what_lies_deep() -> None:
     [
         (CHAT, chats.CompletionCreateParamsBase, {"messages": [{"role": "user", "content": "a"}]}),
         ("/v1/completions", texts.CompletionCreateParamsBase, {"prompt": "a"}),
+        ("/v1/responses", answers.ResponseCreateParamsBase, {"input": "a"}),
     ],
-    ids=["chat", "completions"],
+    ids=["chat", "completions", "responses"],
 )
 async def test_no_field_is_refused_for_being_there(client, path, params, least):
     wrong = []
-    for name, value in fields(params):
+    for name, value in walk.fields(params):
         response = await client.post(path, json=least | {name: value})
         message = "" if response.status_code == 200 else response.json()["error"]["message"]
         unneeded = value is None and name not in least

@@ -99,6 +99,41 @@ async def test_the_same_of_questions(client, described, fields, valid):
     assert ((await client.post("/solve", json=body)).status_code == 200) == valid
 
 
+@pytest.mark.parametrize(
+    ("fields", "valid"),
+    [
+        ({}, True),
+        ({"input": [{"role": "user", "content": "a"}]}, True),
+        ({"input": []}, False),
+        ({"input": [{"type": "reasoning"}]}, False),
+        ({"input": [{"type": "reasoning"}], "instructions": "b"}, True),
+        ({"input": [{"type": "reasoning"}, {"role": "user", "content": "a"}]}, True),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, False),
+        ({"max_output_tokens": 0}, False),
+        ({"temperature": 2.5}, False),
+        ({"supervision_steps": 3, "reasoning": {"effort": "low"}}, False),
+        ({"supervision_steps": 3, "reasoning": {"effort": None}}, True),
+        ({"supervision_steps": 3, "reasoning": None}, True),
+        ({"reasoning": {"effort": "low", "summary": "auto"}}, True),
+        ({"work": "none", "instructions": "b"}, False),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, True),
+        ({"text": {"format": {"type": "json_schema"}}}, False),
+        ({"tools": [{"type": "function", "name": "a"}], "tool_choice": {"type": "function", "name": "a"}}, True),
+        ({"tools": [{"type": "web_search"}]}, False),
+        ({"stream": True, "stream_options": {}}, True),
+        ({"stream_options": {}}, False),
+        ({"store": True}, False),
+        ({"n": 1}, False),
+    ],
+    ids=str,
+)
+async def test_the_same_of_responses(client, described, fields, valid):
+    body = {"input": "a"} | fields
+
+    assert accepts(described, "ResponsesRequest", body) == valid
+    assert ((await client.post("/v1/responses", json=body)).status_code == 200) == valid
+
+
 async def test_what_only_the_engine_checks_is_documented_too(described, chat_body):
     assert not accepts(described, "ChatRequest", chat_body(supervision_steps=17))
     assert not accepts(described, "ChatRequest", chat_body(logit_bias={"99999999": 1}))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.anyio
 BODIES = {
     "/v1/chat/completions": ("messages", {"messages": [{"role": "user", "content": "a"}]}),
     "/v1/completions": ("prompt", {"prompt": "a"}),
+    "/v1/responses": ("input", {"input": "a"}),
     "/solve": ("question", {"question": "a"}),
 }
 ROUTES = [(route, field, body) for route, (field, body) in BODIES.items()]

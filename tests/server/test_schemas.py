@@ -8,6 +8,7 @@ from server.schemas.chat import ChatRequest
 from server.schemas.common import Effort
 from server.schemas.completions import CompletionRequest
 from server.schemas.messages import MESSAGES
+from server.schemas.responses import ResponsesRequest
 from trm.chat import ROLES
 from trm.config import EFFORT_NAMES
 
@@ -373,6 +374,7 @@ async def test_an_unknown_field_is_called_so(client, chat_body):
     [
         ("/v1/chat/completions", ChatRequest, {"messages": [{"role": "user", "content": "a"}]}),
         ("/v1/completions", CompletionRequest, {"prompt": "a"}),
+        ("/v1/responses", ResponsesRequest, {"input": "a"}),
     ],
 )
 async def test_null_means_the_default(client, engine, path, schema, body):
@@ -405,7 +407,9 @@ async def test_null_means_the_default(client, engine, path, schema, body):
     ],
     ids=lambda body: repr(body[-40:]),
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/solve", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/solve", "/tokenize", "/detokenize"]
+)
 async def test_what_is_no_json_object_is_a_400(client, engine, path, body):
     response = await client.post(path, content=body, headers={"Content-Type": "application/json"})
 
