@@ -36,12 +36,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import errors
 from server.app import add_middleware, create_app
 from server.cli import SWITCH_INTERVAL_S, load_engine
-from server.errors import TimedOut, Unavailable, describe
+from server.errors import TimedOut, Unavailable, problem_of
 from server.metrics import Metrics
+from server.paths import path_below
 from server.schemas.status import StatusBody
 from server.serving import Call
 from server.settings import ServeSettings
-from server.streaming import DONE, EventStream, sse
+from server.streaming import EventStream, framing
 from trm.errors import ConfigError, DeviceError, Overloaded
 from trm.logs import configure_logging
 
@@ -193,7 +194,8 @@ class Forward:
             logger.warning("request %s: its replica died: %s", call.id, " ".join(str(error).split()))
             if streaming:
                 lost = Unavailable("the replica that had this request died; send it again", "replica_lost")
-                await send({"type": "http.response.body", "body": sse(describe(lost)[1]) + DONE})
+                api = framing(path_below(request))
+                await send({"type": "http.response.body", "body": api.frame(api.error(problem_of(lost))) + api.end})
             return streaming
         finally:
             response.cancel()  # a client that left, first of all; nothing happens to a response that is whole

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from server.schemas.chat import ChatRequest
 from server.schemas.common import (
     ChoiceFormat,
     Decoding,
@@ -22,6 +23,7 @@ from server.schemas.common import (
     UsageBody,
 )
 from server.schemas.messages import SYSTEM_ROLES, ChatMessage
+from server.schemas.tools import chosen_tools
 from server.serving import Call, Serving
 from server.worker import Submission
 from trm.chat import SYSTEM_PROMPTS, Message, TooLong, Work
@@ -124,6 +126,34 @@ def reply_grammar(wanted: ResponseFormat | None, tools: Tools | None, compiler: 
         case ChoiceFormat(choice=options):
             form = Form.choice(options)
     return compiler.compile(form, tools) if form or tools else None
+
+
+async def submit_chat(
+    body: ChatRequest, serving: Serving, call: Call
+) -> tuple[Submission, SamplingParams, int, Tools | None]:
+    """The body's n requests, the parameters of the first, n, and what the replies may call."""
+    n = num_samples(body, serving)
+    params = generation_params(
+        body,
+        serving,
+        max_tokens=body.max_tokens or body.max_completion_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        trace=body.trace,
+    )
+    messages = conversation(body.messages, serving, body.work)
+    tools = chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    submission = await submit(
+        serving,
+        call,
+        1,
+        lambda limit: [serving.decoder.chat.encode(messages, at_most=limit, tools=tools.described() if tools else ())],
+        params,
+        n,
+        param="messages",
+        response_format=body.response_format,
+        tools=tools,
+    )
+    return submission, params, n, tools
 
 
 async def submit(

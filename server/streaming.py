@@ -1,17 +1,18 @@
-"""Server-sent events, as OpenAI's clients read them."""
+"""Server-sent events, as the clients of each API read them."""
 
 import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 from pydantic_core import to_json
 from starlette.types import Message, Send
 
-from server.errors import describe, internal_error_body
+from server.errors import UNEXPECTED, Shape, anthropic_body, openai_body, problem_of, shape
 from trm.errors import TRMError
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,41 @@ def sse(content: dict[str, Any]) -> bytes:
     return b"data: %s\n\n" % data
 
 
+def named_sse(content: dict[str, Any]) -> bytes:
+    """One server-sent event under the name that is its `type`."""
+    return b"event: %s\n%s" % (content["type"].encode(), sse(content))
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an API streams. frame: the bytes of an event. error: an error as one. end: what is always last."""
+
+    frame: Callable[[dict[str, Any]], bytes] = sse
+    error: Shape = openai_body
+    end: bytes = DONE
+
+
+OPENAI = Framing()
+ANTHROPIC = Framing(named_sse, anthropic_body, b"")
+
+
+def framing(path: str) -> Framing:
+    """How what is asked on a path streams."""
+    return next((one for one in (ANTHROPIC,) if one.error is shape(path)), OPENAI)
+
+
 class EventStream(StreamingResponse):
-    """A response of `events` and [DONE], and of a comment whenever nothing was sent for `keep_alive_s`.
+    """A response of `events`, framed, and of a comment whenever nothing was sent for `keep_alive_s`.
 
     It has begun, so an error becomes an event too; `name` is for the log.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], name: str, keep_alive_s: float) -> None:
-        super().__init__(_guarded(events, name), headers=STREAM_HEADERS)
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any]], name: str, keep_alive_s: float, framing: Framing = OPENAI
+    ) -> None:
+        super().__init__(_guarded(events, name, framing), headers=STREAM_HEADERS)
         self._keep_alive_s = keep_alive_s
 
     async def stream_response(self, send: Send) -> None:
@@ -71,13 +97,14 @@ class EventStream(StreamingResponse):
             clock.cancel()
 
 
-async def _guarded(events: AsyncIterator[dict[str, Any]], name: str) -> AsyncIterator[bytes]:
+async def _guarded(events: AsyncIterator[dict[str, Any]], name: str, framing: Framing) -> AsyncIterator[bytes]:
     try:
         async for content in events:
-            yield sse(content)
+            yield framing.frame(content)
     except TRMError as error:
-        yield sse(describe(error)[1])
+        yield framing.frame(framing.error(problem_of(error)))
     except Exception:
         logger.exception("stream %s failed", name)
-        yield sse(internal_error_body())
-    yield DONE
+        yield framing.frame(framing.error(UNEXPECTED))
+    if framing.end:
+        yield framing.end

@@ -8,10 +8,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from server.choices import Wording, respond
-from server.decoding import conversation, generation_params, num_samples, submit
+from server.decoding import submit_chat
 from server.logprobs import choice_logprobs, choice_trace
 from server.schemas.chat import ChatCompletion, ChatRequest
-from server.schemas.tools import chosen_tools
 from server.serving import CallDep, Serving, ServingDep
 from server.streaming import STREAMED
 from server.strict_json import StrictRoute
@@ -25,27 +24,7 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode n replies to a conversation."""
     serving = serving.choose(body.model)
-    n = num_samples(body, serving)
-    params = generation_params(
-        body,
-        serving,
-        max_tokens=body.max_tokens or body.max_completion_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        trace=body.trace,
-    )
-    messages = conversation(body.messages, serving, body.work)
-    tools = chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    submission = await submit(
-        serving,
-        call,
-        1,
-        lambda limit: [serving.decoder.chat.encode(messages, at_most=limit, tools=tools.described() if tools else ())],
-        params,
-        n,
-        param="messages",
-        response_format=body.response_format,
-        tools=tools,
-    )
+    submission, params, n, tools = await submit_chat(body, serving, call)
     return await respond(ChatWording(serving, params, n, tools), submission, n, body, call)
 
 
