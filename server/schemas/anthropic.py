@@ -234,7 +234,8 @@ class CustomTool(_Block):
 
     def as_chat(self) -> ChatTool:
         """The same in OpenAI's shape."""
-        function = FunctionDefinition(name=self.name, description=self.description, parameters=self.input_schema)
+        parameters = {key: value for key, value in self.input_schema.items() if value is not None}
+        function = FunctionDefinition(name=self.name, description=self.description, parameters=parameters)
         return ChatTool(type="function", function=function)
 
 
@@ -302,6 +303,10 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
+class Diagnostics(Body):
+    previous_message_id: Annotated[None, or_say("replies are not stored, to be compared with; leave it out")] = None
+
+
 class CountTokensRequest(Body):
     """A prompt. Without `system` the model gets the system prompt that it was trained with."""
 
@@ -363,7 +368,7 @@ class MessagesRequest(CountTokensRequest):
         Literal["auto", "standard_only"] | None, or_say("there is one tier of service; leave it out")
     ] = None
     container: Annotated[None, or_say("there are no containers; leave it out")] = None
-    diagnostics: Annotated[None, or_say("replies are not stored, to be compared with; leave it out")] = None
+    diagnostics: Diagnostics | None = None
     inference_geo: Annotated[None, or_say("this server is where it is; leave it out")] = None
 
     def as_chat(self, **more: Any) -> ChatRequest:

@@ -19,7 +19,7 @@ ADD = {
     "description": "Adds.",
     "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
 }
-NOW = {"name": "now", "input_schema": {"type": "object", "properties": {}}}
+NOW = {"name": "now", "input_schema": {"type": "object", "properties": None, "required": None}}
 CALLED = written("add", '{"a": 1}')
 
 
@@ -240,7 +240,12 @@ async def test_a_request_decodes_as_its_chat_request(client, engine, body):
         {"service_tier": "standard_only", "container": None, "inference_geo": None, "speed": "standard"},
         {"tools": [], "tool_choice": {"type": "auto"}},
         {"tools": [ADD], "tool_choice": {"type": "none"}},
-        {"output_config": {}, "user_profile_id": "b", "stop_sequences": []},
+        {
+            "diagnostics": {"previous_message_id": None},
+            "output_config": {},
+            "user_profile_id": "b",
+            "stop_sequences": [],
+        },
         {"temperature": 0.0, "top_p": 1, "top_k": 0, "stream": False, "model": MODEL},
     ],
     ids=str,
