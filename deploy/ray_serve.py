@@ -42,7 +42,7 @@ from server.paths import path_below
 from server.schemas.status import StatusBody
 from server.serving import Call
 from server.settings import ServeSettings
-from server.streaming import EventStream, framing
+from server.streaming import OLLAMA, OPENAI, framing
 from trm.errors import ConfigError, DeviceError, Overloaded
 from trm.logs import configure_logging
 
@@ -185,7 +185,7 @@ class Forward:
             async for messages in response:
                 patience.reschedule(None)
                 held += messages
-                streaming = streaming or _is_event_stream(held[0])
+                streaming = streaming or _is_stream(held[0])
                 if streaming or _ends(held[-1]):
                     for message in held:
                         await send(message)
@@ -202,8 +202,8 @@ class Forward:
         return True
 
 
-def _is_event_stream(start: Message) -> bool:
-    return Headers(raw=start["headers"]).get("content-type", "").startswith(EventStream.media_type)
+def _is_stream(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith((OPENAI.media_type, OLLAMA.media_type))
 
 
 def _ends(message: Message) -> bool:

@@ -124,7 +124,12 @@ def anthropic_body(problem: Problem) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": problem.message}}
 
 
-SHAPES: Mapping[str, Shape] = {"/v1/messages": anthropic_body}
+def ollama_body(problem: Problem) -> dict[str, Any]:
+    """Ollama's error shape."""
+    return {"error": problem.message}
+
+
+SHAPES: Mapping[str, Shape] = {"/v1/messages": anthropic_body, "/api/": ollama_body}
 """By how a path begins."""
 
 

@@ -11,10 +11,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from server.errors import STATUS, Shape, Unavailable, anthropic_body, openai_body, shape
+from server.errors import STATUS, Shape, Unavailable, anthropic_body, ollama_body, openai_body, shape
 from server.middleware import CLOSED_PATHS, is_public
 from server.schemas.anthropic import AnthropicErrorBody
 from server.schemas.common import ErrorBody
+from server.schemas.ollama import OllamaErrorBody
 from server.serving import Serving
 from trm.engine.request import BIASES, RANGES, Range
 
@@ -23,7 +24,11 @@ JSONSchema = dict[str, Any]
 TOKEN_IDS = (("CompletionRequest", "prompt"), ("DetokenizeRequest", "tokens"))  # where clients send some
 UNASKED = {431, 500}  # any request may meet it
 READING = {401, 404, 503}  # what a GET may be refused with
-ERRORS: dict[Shape, type[BaseModel]] = {openai_body: ErrorBody, anthropic_body: AnthropicErrorBody}
+ERRORS: dict[Shape, type[BaseModel]] = {
+    openai_body: ErrorBody,
+    anthropic_body: AnthropicErrorBody,
+    ollama_body: OllamaErrorBody,
+}
 HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
 
 

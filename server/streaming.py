@@ -1,4 +1,4 @@
-"""Server-sent events, as the clients of each API read them."""
+"""Streams, as the clients of each API read them: server-sent events, or lines of JSON."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic_core import to_json
 from starlette.types import Message, Send
 
-from server.errors import UNEXPECTED, Shape, anthropic_body, openai_body, problem_of, shape
+from server.errors import UNEXPECTED, Shape, anthropic_body, ollama_body, openai_body, problem_of, shape
 from trm.errors import TRMError
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,17 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-strea
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, so that no proxy takes a long wait for a dead connection
 
 
-def sse(content: dict[str, Any]) -> bytes:
-    """One server-sent event, in ASCII: some clients take U+2028 and its like for line ends."""
+def _line(content: dict[str, Any]) -> bytes:
+    """JSON in ASCII: some clients take U+2028 and its like for line ends."""
     data = to_json(content)  # several times as fast as json.dumps, but it cannot escape
     if not data.isascii():
         data = json.dumps(json.loads(data), separators=(",", ":")).encode()
-    return b"data: %s\n\n" % data
+    return data
+
+
+def sse(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: %s\n\n" % _line(content)
 
 
 def named_sse(content: dict[str, Any]) -> bytes:
@@ -40,34 +45,39 @@ def named_sse(content: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Framing:
-    """How an API streams. frame: the bytes of an event. error: an error as one. end: what is always last."""
+    """How an API streams. frame: the bytes of an event. error: an error as one. end: what is always last.
+
+    silence: what is sent where nothing else is for a while, if anything may be.
+    """
 
     frame: Callable[[dict[str, Any]], bytes] = sse
     error: Shape = openai_body
     end: bytes = DONE
+    silence: bytes = KEEP_ALIVE
+    media_type: str = "text/event-stream"
 
 
 OPENAI = Framing()
 ANTHROPIC = Framing(named_sse, anthropic_body, b"")
+OLLAMA = Framing(lambda content: _line(content) + b"\n", ollama_body, b"", b"", "application/x-ndjson")
 
 
 def framing(path: str) -> Framing:
     """How what is asked on a path streams."""
-    return next((one for one in (ANTHROPIC,) if one.error is shape(path)), OPENAI)
+    return next((one for one in (ANTHROPIC, OLLAMA) if one.error is shape(path)), OPENAI)
 
 
 class EventStream(StreamingResponse):
-    """A response of `events`, framed, and of a comment whenever nothing was sent for `keep_alive_s`.
+    """A response of `events`, framed, and of a sign of life whenever nothing was sent for `keep_alive_s`.
 
     It has begun, so an error becomes an event too; `name` is for the log.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self, events: AsyncIterator[dict[str, Any]], name: str, keep_alive_s: float, framing: Framing = OPENAI
     ) -> None:
-        super().__init__(_guarded(events, name, framing), headers=STREAM_HEADERS)
+        super().__init__(_guarded(events, name, framing), headers=STREAM_HEADERS, media_type=framing.media_type)
+        self._silence = framing.silence
         self._keep_alive_s = keep_alive_s
 
     async def stream_response(self, send: Send) -> None:
@@ -83,10 +93,10 @@ class EventStream(StreamingResponse):
                 sent_at = loop.time()
 
         async def keep_alive() -> None:
-            while True:
+            while self._silence:
                 pause = sent_at + self._keep_alive_s - loop.time()
                 if pause <= 0:
-                    await note({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    await note({"type": "http.response.body", "body": self._silence, "more_body": True})
                 else:
                     await asyncio.sleep(min(pause, self._keep_alive_s))
 
