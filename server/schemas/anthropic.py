@@ -37,6 +37,7 @@ from server.schemas.messages import ToolCall as ChatToolCall
 from server.schemas.rules import Rule
 from server.schemas.tools import FunctionDefinition, NamedFunction, NamedTool
 from server.schemas.tools import Tool as ChatTool
+from server.schemas.tools import ToolChoice as ChatToolChoice
 
 # --- blocks of content ---------------------------------------------------------------------------
 
@@ -193,8 +194,8 @@ class AssistantTurn(Body):
         """The same turn in OpenAI's shape."""
         texts = [block for block in self.content if isinstance(block, TextBlock)]
         calls = [block.as_chat() for block in self.content if isinstance(block, ToolUseBlock)]
-        content = None if calls and not texts else _parts(texts)
-        yield AssistantMessage(role="assistant", content=content, tool_calls=calls or None)
+        content = [] if calls and not texts else _parts(texts)
+        yield AssistantMessage(role="assistant", content=[*content] or None, tool_calls=calls or None)
 
 
 TURNS: dict[str, type[BaseModel]] = {"user": UserTurn, "assistant": AssistantTurn, "system": SystemTurn}
@@ -339,9 +340,14 @@ class CountTokensRequest(Body):
         if config.format:
             described = JsonSchema(name="output", schema=config.format.schema_)
             format_ = JsonSchemaFormat(type="json_schema", json_schema=described)
-        wanted = choice and {"auto": "auto", "any": "required", "none": "none"}.get(choice.type)
-        if isinstance(choice, NamedChoice):
-            wanted = NamedTool(type="function", function=NamedFunction(name=choice.name))
+        wanted: ChatToolChoice = None
+        match choice:
+            case AnyChoice():
+                wanted = "required"
+            case NamedChoice(name=name):
+                wanted = NamedTool(type="function", function=NamedFunction(name=name))
+            case NoChoice():
+                wanted = "none"
         return ChatRequest.model_construct(
             model=self.model,
             messages=[*system, *(turn for message in self.messages for turn in message.as_chat())],

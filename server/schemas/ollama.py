@@ -77,7 +77,7 @@ class OllamaMessage(Body):
             case "tool":
                 return ToolMessage(role="tool", content=content, tool_call_id=self.tool_call_id or "")
         calls = [call.as_chat() for call in self.tool_calls or ()]
-        return AssistantMessage(role="assistant", content=content, tool_calls=calls or None)
+        return AssistantMessage(role="assistant", content=[*content], tool_calls=calls or None)
 
 
 def _some(number: int | None) -> int | None:
