@@ -3,6 +3,7 @@
 PYTHON ?= python3
 GSM8K ?= ../shared/gsm8k
 VENV := .venv
+CLIENTS := $(VENV)-clients
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 LOCKED := --constraint requirements.lock
 UV := $(VENV)/bin/uv
@@ -34,12 +35,15 @@ newest oldest: | $(UV)
 lock: | $(UV)
 	$(UV) pip compile --quiet pyproject.toml --all-extras --universal --upgrade --no-annotate \
 	  --custom-compile-command 'make lock' --output-file requirements.lock
+	$(UV) pip compile --quiet tests/e2e/clients/requirements.in --universal --upgrade --no-annotate \
+	  --custom-compile-command 'make lock' --output-file tests/e2e/clients/requirements.txt
 
 # Crowds of clients, other people's tools, failures on purpose; everything else of tests/e2e belongs to `make test`.
 # One decoding thread for each server: beside clients and other servers, two wait for each other most of the time.
 e2e: export OMP_NUM_THREADS = 1
-e2e: $(VENV)/installed-tools
-	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem tests/e2e/operations
+e2e: export CLIENTS := $(abspath $(CLIENTS))
+e2e: $(VENV)/installed-tools $(CLIENTS)/installed
+	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem tests/e2e/operations tests/e2e/clients
 
 # Everything in deploy/ that can be checked without a cluster.
 deploy-check: $(VENV)/installed-tools
@@ -64,7 +68,7 @@ controls: $(VENV)/installed-train
 	$(VENV)/bin/python -m training.research.bundle --controls
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(VENV)-newest $(VENV)-oldest build *.egg-info
 
 # Debian without python3-venv cannot put pip into a new environment; the system's own pip can.
 %/bin/python:
@@ -90,3 +94,10 @@ $(VENV)/installed-dev: pyproject.toml requirements.lock | $(VENV)/bin/python
 $(VENV)/installed-tools: pyproject.toml requirements.lock | $(VENV)/bin/python
 	$(PIP) install $(LOCKED) --editable '.[train,dev,tools,ray,deploy]'
 	touch $@ $(VENV)/installed-dev $(VENV)/installed-train $(VENV)/installed
+
+# What others wrote for OpenAI's servers needs versions of its own; those in Node only where there is Node.
+$(CLIENTS)/installed: tests/e2e/clients/requirements.txt tests/e2e/clients/package-lock.json | $(CLIENTS)/bin/python
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	cp tests/e2e/clients/package.json tests/e2e/clients/package-lock.json $(CLIENTS)
+	if command -v npm >/dev/null; then npm ci --silent --prefix $(CLIENTS); fi
+	touch $@

@@ -40,8 +40,8 @@ def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> Samplin
     A sampled reply without a seed gets a fresh one.
     """
     steps = fields.supervision_steps
-    if fields.reasoning_effort is not None:
-        steps = serving.decoder.model.config.effort_steps(fields.reasoning_effort)
+    if fields.effort is not None:
+        steps = serving.decoder.model.config.effort_steps(fields.effort)
     values = {
         "max_tokens": fields.max_tokens,
         "temperature": fields.temperature,
@@ -93,7 +93,7 @@ def conversation(messages: Sequence[ChatMessage], serving: Serving, work: Work |
     """
     said = f"there are {len(messages)} messages"
     at_most(serving.settings.max_messages, "--max-messages", len(messages), said, "messages")
-    turns = [message.turn() for message in messages]
+    turns: list[Message] = [message.turn() for message in messages]
     if messages[0].role not in SYSTEM_ROLES:
         turns.insert(0, {"role": "system", "content": SYSTEM_PROMPTS[work or "full"]})
     return turns
@@ -138,7 +138,7 @@ async def submit_chat(
         serving,
         max_tokens=body.max_tokens or body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        trace=body.trace,
+        trace=body.trace or (1 if body.include_reasoning else None),
     )
     messages = conversation(body.messages, serving, body.work)
     tools = chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls)

@@ -118,7 +118,7 @@ def settings_from(settings: TrainSettings, source: Path) -> TrainSettings:
 
 
 def backbone_source(settings: TrainSettings) -> tuple[str, str | None]:
-    """Directory or hub id, and revision, of a new run's backbone: the bundled one unless another is named."""
+    """Directory, hub id or file, and revision, of a new run's backbone: the bundled one unless another is named."""
     return settings.backbone or str(bundled_model_path()), settings.backbone_revision
 
 

@@ -89,7 +89,7 @@ class TrainSettings(Settings):
 
     dataset: str | None = Field(None, description=DATASET_HELP)
     backbone: str | None = Field(
-        None, description="directory or hub id of a Qwen2, Qwen3 or Llama model; default the bundled one"
+        None, description="directory, hub id or GGUF file of a Qwen2, Qwen3 or Llama model; default the bundled one"
     )
     backbone_revision: str | None = Field(None, description="revision of a hub backbone")
     backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from trm import gguf_file
 from trm.backbone import Backbone
 from trm.config import BACKBONES, TRMConfig
 from trm.errors import CheckpointError, ConfigError
@@ -49,8 +50,11 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and not path.exists():
+        raise CheckpointError(f"{model}: no such file")
     if path.exists():
-        raise CheckpointError(f"{path}: is a file; a model is a directory with {CONFIG_FILE}")
+        hint = "; a GGUF file can be the backbone of one: trm-train --backbone" if path.suffix == ".gguf" else ""
+        raise CheckpointError(f"{path}: is a file; a model is a directory with {CONFIG_FILE}{hint}")
     if _old(path).is_dir():
         raise CheckpointError(
             f"{model}: no such directory, because a write to it was cut short; its last whole copy is {_old(path)}: "
@@ -121,7 +125,7 @@ def _read_recorded(config: TRMConfig) -> Backbone:
     """The backbone that a configuration names, rounded as in training; a file in bfloat16 needs no rounding."""
     source, revision = config.backbone_source, config.backbone_revision
     assert source is not None, "the caller has looked"
-    shards = list(map(_open, _shards(locate_backbone(source, revision)[0])))
+    shards = _shards(locate_backbone(source, revision)[0])
     stored = {shard.get_slice(name).get_dtype() for shard in shards for name in shard.keys()}  # noqa: SIM118 - no mapping
     recorded = config.backbone_config.dtype or torch.float32
     exact = stored == {"BF16"} and recorded in (torch.bfloat16, torch.float32, torch.float64)
@@ -148,22 +152,22 @@ def read_config(directory: Path) -> TRMConfig:
 def read_backbone(
     source: str | Path, revision: str | None = None, dtype: torch.dtype | None = torch.float32
 ) -> Backbone:
-    """A Qwen2-, Qwen3- or Llama-family causal language model from a directory or hub id, in `dtype`; None: as stored.
+    """A Qwen2, Qwen3 or Llama from a directory, hub id or GGUF file, in `dtype`; None: as stored, quantized in float32.
 
     A checkpoint of ours stands for the backbone that lies inside it. What needs no other type stays a window into
     its file until somebody moves it.
     """
-    directory, config = locate_backbone(source, revision)
+    place, config = locate_backbone(source, revision)
     if getattr(config, "quantization_config", None):
-        raise CheckpointError(f"{directory}: the weights are quantized; take the model as it was before")
-    stored = [(name, shard) for shard in map(_open, _shards(directory)) for name in shard.keys()]  # noqa: SIM118 - no mapping
+        raise CheckpointError(f"{place}: the weights are quantized; take the model as it was before")
+    stored = [(name, shard) for shard in _shards(place) for name in shard.keys()]  # noqa: SIM118 - no mapping
     # Files of a model without a head leave out the prefix.
     tensors = {n if n.startswith(("model.", "lm_head.")) else f"model.{n}": (n, shard) for n, shard in stored}
     try:
         with torch.device("meta"):
             backbone = Backbone(config)
     except Exception as error:  # whatever a configuration of numbers that do not fit each other leads to
-        raise CheckpointError(f"{directory}: the backbone does not load: {error}") from error
+        raise CheckpointError(f"{place}: the backbone does not load: {error}") from error
     shapes = backbone.hub_shapes()
 
     def shape_of(name: str) -> tuple[int, ...]:
@@ -172,12 +176,12 @@ def read_backbone(
 
     wrong = sorted(name for name, shape in shapes.items() if name not in tensors or shape_of(name) != shape)
     if wrong:
-        raise CheckpointError(f"{directory}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
+        raise CheckpointError(f"{place}: {len(wrong)} tensors are missing or misshapen, {wrong[0]} first")
 
     def read(name: str) -> Tensor:
         own_name, shard = tensors[name]
         tensor = shard.get_tensor(own_name)
-        _check_finite({name: tensor}, directory)
+        _check_finite({name: tensor}, place)
         return tensor  # type: ignore[no-any-return]
 
     backbone.load_hub_tensors(read, dtype)
@@ -185,17 +189,19 @@ def read_backbone(
     return backbone.eval()
 
 
-def _shards(directory: Path) -> list[Path]:
-    """The safetensors files of a backbone: the only one, or those that its index names."""
-    whole, index = directory / WEIGHTS_FILE, directory / f"{WEIGHTS_FILE}.index.json"
+def _shards(place: Path) -> list[Any]:
+    """The open files of a backbone: the only one, or those that a directory's index names."""
+    if place.is_file():
+        return [gguf_file.GGUFFile(place)]
+    whole, index = place / WEIGHTS_FILE, place / f"{WEIGHTS_FILE}.index.json"
     if whole.exists():
-        return [whole]
+        return [_open(whole)]
     if not index.exists():
-        raise CheckpointError(f"{directory}: no {WEIGHTS_FILE} file; only safetensors weights are read")
+        raise CheckpointError(f"{place}: no {WEIGHTS_FILE} file; only safetensors weights are read, and GGUF files")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files")
-    return [directory / name for name in sorted(set(names.values()))]
+    return [_open(place / name) for name in sorted(set(names.values()))]
 
 
 def read_backbone_config(source: str | Path, revision: str | None = None) -> Any:
@@ -204,7 +210,9 @@ def read_backbone_config(source: str | Path, revision: str | None = None) -> Any
 
 
 def locate_backbone(source: str | Path, revision: str | None = None) -> tuple[Path, Any]:
-    """Directory and configuration of a backbone."""
+    """Directory or GGUF file, and configuration, of a backbone."""
+    if (path := Path(source).expanduser()).is_file():
+        return path, gguf_file.GGUFFile(path).config
     directory = locate(source, revision)
     path = directory / CONFIG_FILE
     architecture = read_json(path).get("model_type")
@@ -221,11 +229,13 @@ def locate_backbone(source: str | Path, revision: str | None = None) -> tuple[Pa
 
 
 def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
-    """The fast tokenizer of a checkpoint or backbone, exactly as its tokenizer.json says.
+    """The fast tokenizer of a checkpoint or backbone, exactly as its tokenizer.json or GGUF file says.
 
     AutoTokenizer would take the class that belongs to the backbone's architecture, and with it that
     class's idea of how text is split.
     """
+    if (path := Path(model).expanduser()).is_file():
+        return gguf_file.read_tokenizer(path)
     directory = locate(model, revision)
     if not (directory / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: missing")
@@ -402,13 +412,18 @@ def _old(directory: Path) -> Path:
 
 
 def backbone_record(source: str | Path, revision: str | None, backbone: Backbone) -> dict[str, str | None]:
-    """The configuration fields that say where a backbone comes from; all None where it is small enough to be copied."""
+    """The configuration fields that say where a backbone comes from; all None where it is small enough to be copied.
+
+    A GGUF file is never copied: it may be a fraction of what its weights take here.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         weights = path / BACKBONE_DIR if (path / BACKBONE_DIR).is_dir() else path
         if sum(file.stat().st_size for file in weights.glob("*.safetensors")) <= MAX_COPIED_BACKBONE_BYTES:
             return {"backbone_source": None, "backbone_revision": None, "backbone_fingerprint": None}
         source = weights.resolve()
+    elif path.is_file():
+        source = path.resolve()
     else:
         revision = locate(source, revision).name  # the commit: a branch moves
     return {

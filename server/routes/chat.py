@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: n replies to a conversation, whole or streamed."""
 
 import secrets
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from server.choices import Wording, respond
 from server.decoding import submit_chat
 from server.logprobs import choice_logprobs, choice_trace
+from server.reasoning import Reasoner
 from server.schemas.chat import ChatCompletion, ChatRequest
 from server.serving import CallDep, Serving, ServingDep
 from server.streaming import STREAMED
@@ -25,7 +27,7 @@ async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep
     """Decode n replies to a conversation."""
     serving = serving.choose(body.model)
     submission, params, n, tools = await submit_chat(body, serving, call)
-    return await respond(ChatWording(serving, params, n, tools), submission, n, body, call)
+    return await respond(ChatWording(serving, params, body, n, tools), submission, n, body, call)
 
 
 class ChatWording(Wording):
@@ -35,17 +37,22 @@ class ChatWording(Wording):
     completion = ChatCompletion
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, serving: Serving, params: SamplingParams, num_choices: int, tools: Tools | None) -> None:
+    def __init__(
+        self, serving: Serving, params: SamplingParams, body: ChatRequest, num_choices: int, tools: Tools | None
+    ) -> None:
         super().__init__(serving, params)
+        self._body = body
         self._calls = [CallReader() for _ in range(num_choices)] if tools else None
+        self._reasoners = [Reasoner(serving.token_bytes) for _ in range(num_choices if body.include_reasoning else 0)]
 
     def whole(self, reply: Reply) -> dict[str, Any]:
-        if self._calls is None:
-            return {"message": {"content": reply.text}, "finish_reason": reply.finish_reason}
-        said, calls, calling = read_reply(reply.text)
+        said, calls, calling = read_reply(reply.text) if self._calls else (reply.text, [], False)
         message: dict[str, Any] = {"content": said or (None if calls else "")}
         if calls:
             message["tool_calls"] = [_call(call.name, call.arguments) for call in calls]
+        if self._reasoners:
+            reasoner = Reasoner(self.serving.token_bytes)
+            message |= _reasoning(reasoner.feed(self.content(reply, reply.traces)) + reasoner.finish())
         ended = "tool_calls" if calling and reply.finish_reason == "stop" else reply.finish_reason
         return {"message": message, "finish_reason": ended}
 
@@ -60,22 +67,38 @@ class ChatWording(Wording):
             return super().pieces(index, text)
         return [{"delta": _delta(said)} for said in self._calls[index].feed(text)]
 
+    def told(self, index: int, event: Event) -> list[dict[str, Any]]:
+        if not self._reasoners:
+            return super().told(index, event)
+        reasoning = self._reasoners[index].feed(self.content(event, event.traces))
+        shown = event if self._body.trace else replace(event, traces=())
+        return [*_reasoning_deltas(reasoning), *super().told(index, shown)]
+
     def ending(self, index: int, finish_reason: FinishReason) -> list[dict[str, Any]]:
-        if self._calls is None:
-            return [{"delta": {}, "finish_reason": finish_reason}]
-        reader = self._calls[index]
-        held = reader.finish()
-        ended = "tool_calls" if reader.calling and finish_reason == "stop" else finish_reason
-        last = {"delta": {}, "finish_reason": ended}
-        return [self.piece(held), last] if held else [last]
+        held = _reasoning_deltas(self._reasoners[index].finish()) if self._reasoners else []
+        if self._calls is not None:
+            reader = self._calls[index]
+            held += [self.piece(text) for text in [reader.finish()] if text]
+            if reader.calling and finish_reason == "stop":
+                return [*held, {"delta": {}, "finish_reason": "tool_calls"}]
+        return [*held, {"delta": {}, "finish_reason": finish_reason}]
 
     def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.params.logprobs is not None:
             found["logprobs"] = choice_logprobs(self.serving.token_bytes, self.content(said, said.logprobs))
-        if self.params.trace is not None:
+        if self._body.trace is not None:
             found["trace"] = choice_trace(self.serving.token_bytes, self.content(said, said.traces))
         return found
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under both of its names, where there is any."""
+    return {"reasoning": text, "reasoning_content": text} if text else {}
+
+
+def _reasoning_deltas(text: str) -> list[dict[str, Any]]:
+    return [{"delta": _reasoning(text)}] if text else []
 
 
 def _delta(said: str | Call | Arguments) -> dict[str, Any]:

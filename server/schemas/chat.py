@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
-from server.schemas.common import Generation, Integer, NothingInIt, UsageBody, or_say
+from server.schemas.common import Body, Effort, Generation, Integer, NothingInIt, UsageBody, or_say
 from server.schemas.messages import SYSTEM_ROLES, ChatMessage
 from server.schemas.rules import Rule, at_most_one, needs_true
 from server.schemas.tools import Tool, ToolChoice
@@ -22,16 +22,25 @@ WORK_IS_THE_SYSTEM_PROMPT = Rule(
 )
 
 
+class Reasoning(Body):
+    """The other dialect of reasoning_effort."""
+
+    effort: Effort | None = None
+
+
 class ChatRequest(Generation):
     """work: what the reply shows before its answer; this puts a system prompt in front.
 
-    logprobs: return each token's log probability. top_logprobs, which needs it: and those of this many of the
-    likeliest tokens. trace: return this many of the likeliest tokens after every supervision step behind each token.
+    include_reasoning: tell in words what the recursion changed its mind about. logprobs: return each token's log
+    probability. top_logprobs, which needs it: and those of this many of the likeliest tokens. trace: return this many
+    of the likeliest tokens after every supervision step behind each token.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *Generation.rules,
         at_most_one("max_tokens", "max_completion_tokens", param="max_tokens"),
+        at_most_one("reasoning", "reasoning_effort", param="reasoning"),
+        at_most_one("reasoning", "supervision_steps", param="reasoning"),
         needs_true("top_logprobs", "logprobs"),
         WORK_IS_THE_SYSTEM_PROMPT,
     )
@@ -42,6 +51,8 @@ class ChatRequest(Generation):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     trace: Integer | None = Field(None, ge=1, le=MAX_TRACE)
@@ -69,6 +80,10 @@ class ChatRequest(Generation):
     functions: Annotated[NothingInIt | None, or_say("the old form of tools; use tools")] = None
     function_call: Annotated[Literal["none", "auto"] | None, or_say("the old form of tool_choice; use that")] = None
 
+    @property
+    def effort(self) -> Effort | None:
+        return self.reasoning.effort if self.reasoning else self.reasoning_effort
+
 
 class SaidFunction(BaseModel):
     """arguments: JSON that fits the function's schema."""
@@ -89,6 +104,8 @@ class ReplyMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
     tool_calls: list[SaidToolCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = Field(None, description="the same as reasoning, as some clients call it")
 
     @model_serializer(mode="wrap")
     def _without_what_there_is_not(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -103,6 +103,11 @@ class Decoding(Body):
     halt_threshold: float | None = None
     halt_tolerance: float | None = None
 
+    @property
+    def effort(self) -> Effort | None:
+        """The effort's name, in whatever dialect it was given."""
+        return self.reasoning_effort
+
 
 def _strings(stop: Any) -> Any:
     if isinstance(stop, str):

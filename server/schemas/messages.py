@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from server.schemas.common import Body, NothingInIt, one_of, or_say
 from server.schemas.rules import Rule
-from trm.chat import ROLES, Message
+from trm.chat import ROLES
 
 SYSTEM_ROLES = {role for role, rendered in ROLES.items() if rendered == "system"}
 Name = Annotated[str | None, Field(description="shown to chat templates that use it")]
@@ -74,7 +74,7 @@ class _Turn(Body):
     content: Any
     name: Name = None
 
-    def turn(self) -> Message:
+    def turn(self) -> dict[str, Any]:
         """As chat templates want it."""
         said = "\n".join(part.text for part in self.content or ())
         named = {} if self.name is None else {"name": self.name}
@@ -154,7 +154,7 @@ class AssistantMessage(_Turn):
     reasoning_content: str | None = None
     parsed: Any = None
 
-    def turn(self) -> Message:
+    def turn(self) -> dict[str, Any]:
         """As chat templates want it."""
         turn = super().turn()
         if self.refusal is not None:
@@ -171,7 +171,7 @@ class ToolMessage(_Turn):
     content: Content
     tool_call_id: str
 
-    def turn(self) -> Message:
+    def turn(self) -> dict[str, Any]:
         """As chat templates want it."""
         return super().turn() | {"tool_call_id": self.tool_call_id}
 

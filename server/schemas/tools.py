@@ -32,7 +32,7 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
-    """This function must be called."""
+    """This function must be called, once."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -94,5 +94,5 @@ def chosen_tools(tools: list[Tool] | None, choice: ToolChoice, parallel: bool | 
         raise BadRequest("tool_choice is required, and there are no tools; give some", param="tool_choice")
     if not functions or choice == "none":
         return None
-    shown = tuple(functions.values())
-    return Tools(shown, tuple(functions[name] for name in wanted), required, parallel is not False)
+    several = parallel is not False and not isinstance(choice, NamedTool)
+    return Tools(tuple(functions.values()), tuple(functions[name] for name in wanted), required, several)

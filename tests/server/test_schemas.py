@@ -344,7 +344,7 @@ SOLVE_REFUSALS = [
     ({"question": "a", "stop": "b"}, "stop"),
     ({"question": "a", "logprobs": True}, "logprobs"),
     ({"question": "a", "frequency_penalty": 1}, "frequency_penalty"),
-    ({"question": "a", "model": "b"}, "model"),
+    ({"question": "a", "model": 5}, "model"),
     ({"question": "a", "stream": "yes"}, "stream"),
     ({"question": "a", "stream_options": {}}, "stream_options"),
     ({"question": "a", "early_stop": 1}, "early_stop"),

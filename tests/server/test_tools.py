@@ -170,8 +170,8 @@ class Kilos(BaseModel):
         ),
         (
             {"tools": [ADD, NOW], "tool_choice": {"type": "function", "function": {"name": "now"}}},
-            [written("now", "{}"), f"{written('now', '{}')}\n{written('now', '{}')}"],
-            [CALLED, "3"],
+            [written("now", "{}")],
+            [CALLED, "3", f"{written('now', '{}')}\n{written('now', '{}')}"],
         ),
         (
             {

@@ -1,5 +1,6 @@
 """Calls in replies: told apart from text, however the text comes in pieces."""
 
+import itertools
 import json
 
 import pytest
@@ -41,7 +42,7 @@ def test_pieces_tell_the_same_as_the_whole(case: str, cuts: list[int]) -> None:
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     reader, said, calls = CallReader(), "", dict[int, list[str]]()
 
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         for piece in reader.feed(text[start:end]):
             match piece:
                 case Call(index, name):

@@ -26,8 +26,8 @@ from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
 from training.loss import reply_loss
-from training.optim import EMA, learning_rate_scale, make_optimizers, set_learning_rate, warmup_steps
 from training.trainer import Trainer
+from training.weights import Weights
 from trm import checkpoint
 from trm.backbone import Backbone
 from trm.device import has_fast_bfloat16, use_device
@@ -38,6 +38,8 @@ from trm.settings import Settings, run_command
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
+AVERAGE, STEP = "average.", "step"  # names of tensors in what is put down
+SAVE_STEPS = 500  # after so many, what is trained is put down, to go on from
 COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
 NAMES: dict[str, str] = {
@@ -78,7 +80,7 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     """Train one control of a decoder to the end, into `output_dir`.
 
     The decoder was trained in `runs`, one after the other. The control's optimiser is that of the first of them, and
-    so is its peak rate unless `lr` is given.
+    so is its peak rate unless `lr` is given. The same call goes on where one was interrupted.
     Raises DeviceError where its gradient is not finite.
     """
     run = runs[0]
@@ -109,25 +111,24 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     steps = math.ceil(decoder_flops / flops_per_step)
     logger.info("%s: %d steps, the decoder took %d", NAMES[kind], steps, sum(each.total_steps for each in trainers))
 
-    optimizers = make_optimizers(trained.items(), run.optimizer, lr or run.lr, run.weight_decay)
-    ema = EMA(trained)
-    warmup = warmup_steps(run.warmup_steps, steps)
+    weights = Weights(trained, run.model_copy(update={"lr": lr or run.lr}), steps)
+    state = output_dir.with_name(f".{output_dir.name}.safetensors")
+    begun = _restore(weights, state) if state.exists() else 0
     model.train()
-    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), total=steps, desc=kind, unit="step")):
+    left = itertools.islice(batches, begun, steps)
+    for step, batch in enumerate(tqdm(left, initial=begun, total=steps, desc=kind, unit="step"), start=begun):
         with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
             loss = reply_loss(model, batch)
         loss.backward()
-        if not torch.isfinite(nn.utils.clip_grad_norm_(trained.values(), run.max_grad_norm)):
+        if not torch.isfinite(weights.clip_gradients()):
             raise DeviceError(f"step {step + 1}: the gradient is not finite; try a lower --lr")
-        set_learning_rate(optimizers, learning_rate_scale(step, steps, warmup))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(step + 1)
+        weights.update(step)
+        if (step + 1) % SAVE_STEPS == 0:
+            _save(weights, step + 1, state)
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(ema.average[name])
-    return _write(output_dir, model, trainer, {
+            parameter.copy_(weights.ema.average[name])
+    _write(output_dir, model, trainer, {
         "name": NAMES[kind],
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "steps": steps,
@@ -135,6 +136,8 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
         "decoder_tflop": decoder_flops / 1e12,
         "compute": f"{steps * flops_per_step / 1e12:.3g} TFLOP; the decoder took {decoder_flops / 1e12:.3g}",
     })  # fmt: skip
+    state.unlink(missing_ok=True)
+    return output_dir
 
 
 def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dict[str, nn.Parameter]:
@@ -173,7 +176,25 @@ def _batches(trainers: Sequence[Trainer]) -> Iterator[Batch]:
                 yield collate([examples[i] for i in indices], trainer.pad_id).to(trainer.device)
 
 
-def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> Path:
+def _save(weights: Weights, step: int, path: Path) -> None:
+    """Put down all that moves, so that the same call goes on from here."""
+    averages = {f"{AVERAGE}{name}": tensor for name, tensor in weights.ema.average.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial")
+    checkpoint.write_tensors(aside, weights.tensors() | averages | {STEP: torch.tensor(step)})
+    aside.replace(path)
+
+
+def _restore(weights: Weights, path: Path) -> int:
+    """Take up what `_save` put down; returns the steps that are done."""
+    tensors = checkpoint.read_tensors(path)
+    averages = {n.removeprefix(AVERAGE): tensor for n, tensor in tensors.items() if n.startswith(AVERAGE)}
+    step = int(tensors.pop(STEP))
+    weights.restore({n: tensor for n, tensor in tensors.items() if not n.startswith(AVERAGE)}, averages, str(path))
+    return step
+
+
+def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> None:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
@@ -182,7 +203,6 @@ def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]
     trainer.chat.tokenizer.save_pretrained(aside)
     checkpoint.write_json(aside / CONTROL_JSON, record)
     checkpoint.replace_directory(aside, directory)
-    return directory
 
 
 def main() -> None:

@@ -110,13 +110,17 @@ def transformers(source: str, dtype: str, num_threads: int) -> Decode:
     from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     from trm.bench.workload import padded_left
-    from trm.checkpoint import locate_backbone
+    from trm.checkpoint import locate_backbone, read_backbone
 
     torch.set_num_threads(num_threads)
-    directory, _ = locate_backbone(source)
-    model: Any = AutoModelForCausalLM.from_pretrained(  # a local directory  # nosec B615
-        directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
+    place, _ = locate_backbone(source)
+    model: Any
+    if place.is_file():  # GGUF, of which transformers' own reader loses some; the copy is in the peak of memory
+        model = read_backbone(place, None, getattr(torch, dtype)).to_transformers()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(  # a local directory  # nosec B615
+            place, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
     model.generation_config = GenerationConfig()  # no penalties and no end token, whatever the directory suggests
 
     class Clock(StoppingCriteria):

@@ -88,7 +88,8 @@ class Engine:
         self.model = model.eval()
         self.chat = chat
         self.config = config = config or EngineConfig()
-        self.decoders: dict[str | None, Hosted] = {None: host(model, chat), **(others or {})}
+        self.decoders: dict[str | None, Hosted] = {None: host(model, chat)}
+        self.decoders.update((others or {}).items())
         self._entries = max(decoder.entries() for decoder in self.decoders.values())
         self.bytes_per_token = Runner.bytes_per_position(model, self._entries)
         self.max_model_len = self._fit_length()

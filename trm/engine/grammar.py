@@ -243,13 +243,15 @@ class GrammarMatcher:
             mask = matcher.compute_bitmask()
         if matcher.is_error():
             return matcher, place, Follow(bytes(len(mask)), failure=_reason(matcher))
-        allowed = int.from_bytes(mask, "little")
+        allowed = found = int.from_bytes(mask, "little")
         if self._grammar.digits:
-            allowed = self._grammar.digits.bound(allowed, place, lambda token: _allowed_after(matcher, token))
+            allowed = self._grammar.digits.bound(found, place, lambda token: _allowed_after(matcher, token))
         complete = allowed == self._grammar.end
         if not (self._may_end or complete):
             allowed &= ~self._grammar.end
-        return matcher, place, Follow(allowed.to_bytes(len(mask), "little"), complete)
+        if allowed != found:
+            mask = allowed.to_bytes(len(mask), "little")
+        return matcher, place, Follow(mask, complete)
 
 
 def _allowed_after(matcher: LLMatcher, token: int) -> int:

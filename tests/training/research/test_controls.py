@@ -1,8 +1,9 @@
 """Controls: they start as the backbone, train what they say, cost what the decoder cost, and are plain models."""
 
+import itertools
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -70,6 +71,30 @@ def test_a_trained_control_is_a_plain_model_that_cost_what_the_decoder_cost(
             assert changed
             assert all(name.endswith("proj.weight") for name in changed)
             assert not added
+
+
+def test_an_interrupted_control_goes_on_to_the_same_bits(
+    run: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controls, "SAVE_STEPS", 3)
+    straight = train_control("lora", [run], tmp_path / "straight")
+    original, calls = controls.reply_loss, itertools.count(1)
+
+    def interrupted(model: Any, batch: Any) -> torch.Tensor:
+        if next(calls) == controls.COUNTED_STEPS + 5:  # the operations are counted first
+            raise KeyboardInterrupt
+        return original(model, batch)
+
+    monkeypatch.setattr(controls, "reply_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_control("lora", [run], tmp_path / "again")
+    monkeypatch.setattr(controls, "reply_loss", original)
+    assert list(tmp_path.glob(".again*"))
+    again = train_control("lora", [run], tmp_path / "again")
+
+    weights = [AutoModelForCausalLM.from_pretrained(directory).state_dict() for directory in (straight, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert not list(tmp_path.glob(".again*"))
 
 
 def test_the_command_takes_the_settings_of_a_run(

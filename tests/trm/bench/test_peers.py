@@ -167,6 +167,15 @@ def write_gguf(path: Path, source: Path) -> None:
     path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
 
 
+def test_the_backbone_of_a_gguf_file_is_compared_with_too(backbone_directory, tmp_path):
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    write_gguf(tmp_path / "model.gguf", backbone_directory)
+
+    ours = ways.transformers(str(tmp_path / "model.gguf"), "float32", 1)(JOBS)
+
+    assert ours.ids == ways.transformers(str(backbone_directory), "float32", 1)(JOBS).ids
+
+
 def test_llama_cpp_decodes_what_transformers_does(backbone_directory, tmp_path):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, the extra bench")
     write_gguf(tmp_path / "model.gguf", backbone_directory)
