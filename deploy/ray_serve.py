@@ -36,12 +36,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import errors
 from server.app import add_middleware, create_app
 from server.cli import SWITCH_INTERVAL_S, load_engine
-from server.errors import TimedOut, Unavailable, describe
+from server.errors import TimedOut, Unavailable, problem_of
 from server.metrics import Metrics
+from server.paths import path_below
 from server.schemas.status import StatusBody
 from server.serving import Call
 from server.settings import ServeSettings
-from server.streaming import DONE, EventStream, sse
+from server.streaming import OLLAMA, OPENAI, framing
 from trm.errors import ConfigError, DeviceError, Overloaded
 from trm.logs import configure_logging
 
@@ -184,7 +185,7 @@ class Forward:
             async for messages in response:
                 patience.reschedule(None)
                 held += messages
-                streaming = streaming or _is_event_stream(held[0])
+                streaming = streaming or _is_stream(held[0])
                 if streaming or _ends(held[-1]):
                     for message in held:
                         await send(message)
@@ -193,15 +194,16 @@ class Forward:
             logger.warning("request %s: its replica died: %s", call.id, " ".join(str(error).split()))
             if streaming:
                 lost = Unavailable("the replica that had this request died; send it again", "replica_lost")
-                await send({"type": "http.response.body", "body": sse(describe(lost)[1]) + DONE})
+                api = framing(path_below(request))
+                await send({"type": "http.response.body", "body": api.frame(api.error(problem_of(lost))) + api.end})
             return streaming
         finally:
             response.cancel()  # a client that left, first of all; nothing happens to a response that is whole
         return True
 
 
-def _is_event_stream(start: Message) -> bool:
-    return Headers(raw=start["headers"]).get("content-type", "").startswith(EventStream.media_type)
+def _is_stream(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith((OPENAI.media_type, OLLAMA.media_type))
 
 
 def _ends(message: Message) -> bool:

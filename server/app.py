@@ -6,7 +6,19 @@ from fastapi.middleware.cors import CORSMiddleware
 from server import errors, openapi
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS, HeadAsGet, ReadBody, Record, RequireKey, RootPath
-from server.routes import chat, completions, decoders, models, playground, responses, solve, status, tokens
+from server.routes import (
+    anthropic,
+    chat,
+    completions,
+    decoders,
+    models,
+    ollama,
+    playground,
+    responses,
+    solve,
+    status,
+    tokens,
+)
 from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
@@ -15,7 +27,7 @@ from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
 from trm.errors import ConfigError
 
-ROUTES = (chat, completions, decoders, models, playground, responses, solve, status, tokens)
+ROUTES = (anthropic, chat, completions, decoders, models, ollama, playground, responses, solve, status, tokens)
 
 
 def create_app(engine: Engine | None, settings: ServeSettings, one_of_many: bool = False) -> FastAPI:

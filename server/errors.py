@@ -1,11 +1,12 @@
 """Errors as HTTP: the one place that knows status codes.
 
-Every error leaves as `{"error": {"message", "type", "param", "code"}}`. What is raised on
-purpose (TRMError) keeps its message; anything else becomes a bare 500, and the traceback
-goes to the log only.
+Every error leaves as OpenAI's `{"error": {"message", "type", "param", "code"}}`, or in the shape of the API that was
+asked (`shape`). What is raised on purpose (TRMError) keeps its message; anything else becomes a bare 500, and the
+traceback goes to the log only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server.paths import path_below
 from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMError, UnknownModel
 
 MAX_PATH_CHARS = 200  # of a client's own field name in a message
@@ -79,26 +81,79 @@ CODES: Mapping[type[TRMError], str] = {
 }
 
 
-def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The error shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's word for each status; for all others it is invalid_request_error."""
 
 
-def internal_error_body() -> dict[str, Any]:
-    """What a client learns of an unexpected exception."""
-    return error_body("internal server error; the server's log has the details", "server_error", code=INTERNAL_ERROR)
+@dataclass(frozen=True)
+class Problem:
+    """What there is to say of an error. kind: OpenAI's word for it."""
+
+    status: int
+    message: str
+    kind: str
+    param: str | None = None
+    code: str | None = None
 
 
-def describe(error: TRMError) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error raised on purpose."""
+Shape = Callable[[Problem], dict[str, Any]]
+
+UNEXPECTED = Problem(
+    500, "internal server error; the server's log has the details", "server_error", code=INTERNAL_ERROR
+)
+"""What a client learns of an unexpected exception."""
+
+
+def openai_body(problem: Problem) -> dict[str, Any]:
+    """The error shape of all other routes."""
+    return {"error": {"message": problem.message, "type": problem.kind, "param": problem.param, "code": problem.code}}
+
+
+def anthropic_body(problem: Problem) -> dict[str, Any]:
+    """Anthropic's error shape."""
+    kind = ANTHROPIC_TYPES.get(problem.status, "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": problem.message}}
+
+
+def ollama_body(problem: Problem) -> dict[str, Any]:
+    """Ollama's error shape."""
+    return {"error": problem.message}
+
+
+SHAPES: Mapping[str, Shape] = {"/v1/messages": anthropic_body, "/api/": ollama_body}
+"""By how a path begins."""
+
+
+def shape(path: str) -> Shape:
+    """How errors look on a path."""
+    return next((body for prefix, body in SHAPES.items() if path.startswith(prefix)), openai_body)
+
+
+def problem_of(error: TRMError) -> Problem:
+    """What there is to say of an error raised on purpose."""
     status, kind = next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), (500, "server_error"))
     code = getattr(error, "code", None) or CODES.get(type(error))
-    return status, error_body(str(error), kind, getattr(error, "param", None), code)
+    return Problem(status, str(error), kind, getattr(error, "param", None), code)
 
 
-def error_response(error: TRMError) -> JSONResponse:
+def describe(error: TRMError, path: str = "") -> tuple[int, dict[str, Any]]:
+    """Status and body of an error raised on purpose, on a path."""
+    problem = problem_of(error)
+    return problem.status, shape(path)(problem)
+
+
+def error_response(error: TRMError, path: str) -> JSONResponse:
     """The response for an error raised on purpose."""
-    status, body = describe(error)
+    status, body = describe(error, path)
     headers = {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -109,9 +164,9 @@ def error_response(error: TRMError) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-def internal_error_response() -> JSONResponse:
+def internal_error_response(path: str) -> JSONResponse:
     """The response for an unexpected exception."""
-    return JSONResponse(internal_error_body(), 500)
+    return JSONResponse(shape(path)(UNEXPECTED), UNEXPECTED.status)
 
 
 def install(app: FastAPI) -> None:
@@ -119,23 +174,23 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(TRMError)
     async def refused(request: Request, error: TRMError) -> JSONResponse:
-        return error_response(error)
+        return error_response(error, path_below(request.scope))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         """The first thing wrong with a body, by its dotted path."""
-        problem = error.errors()[0]
+        problem, route = error.errors()[0], path_below(request.scope)
         broken = problem["type"] == "rule"  # of server.schemas.rules
         place = (*problem["loc"][1:], problem["ctx"]["param"]) if broken else problem["loc"][1:]
         path = ".".join(str(part) for part in place)[:MAX_PATH_CHARS]
         if broken:
-            return error_response(BadRequest(problem["msg"], param=path))
+            return error_response(BadRequest(problem["msg"], param=path), route)
         if not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
-            return error_response(BadRequest(message))
+            return error_response(BadRequest(message), route)
         if problem["type"] == "extra_forbidden":
-            return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path))
-        return error_response(BadRequest(f"{path}: {problem['msg']}", param=path))
+            return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path), route)
+        return error_response(BadRequest(f"{path}: {problem['msg']}", param=path), route)
 
     @app.exception_handler(HTTPException)
     async def unroutable(request: Request, error: HTTPException) -> JSONResponse:
@@ -147,4 +202,5 @@ def install(app: FastAPI) -> None:
         }
         message, code = known.get(error.status_code, (error.detail, None))
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(error_body(message, kind, code=code), error.status_code, error.headers)
+        body = shape(path_below(request.scope))(Problem(error.status_code, message, kind, code=code))
+        return JSONResponse(body, error.status_code, error.headers)

@@ -27,6 +27,7 @@ from server.errors import (
     internal_error_response,
 )
 from server.metrics import Metrics, rejection
+from server.paths import path_below
 from server.serving import Call
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,6 @@ OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no keys
 CLOSED_PATHS = "/v1/decoders/"  # what begins so no setting opens: it changes what others are served
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only ever logged
 _REQUEST_ID = re.compile(r"[\w.:+/=-]{1,128}", re.ASCII)
-
-
-def path_below(scope: Scope) -> str:
-    """A request's path as the routes know it: without the prefix under which a proxy shows this server."""
-    path: str = scope["path"]
-    prefix: str = scope.get("root_path", "")
-    if path == prefix:
-        return ""
-    return path[len(prefix) :] if path.startswith(f"{prefix}/") else path
 
 
 class RootPath:
@@ -107,7 +99,7 @@ class Record:
             if call.status is not None:  # too late for a response; the server closes the connection
                 raise
             logger.exception("request %s failed", call.id)
-            await internal_error_response()(scope, receive, tagged)
+            await internal_error_response(path_below(scope))(scope, receive, tagged)
         finally:
             self._finish(scope, call)
 
@@ -158,16 +150,19 @@ class RequireKey:
             and not is_public(path_below(scope), self.public)
             and not self._known(scope)
         ):
-            error = Unauthorized("missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")
-            await error_response(error)(scope, receive, send)
+            remedy = "send 'Authorization: Bearer KEY', or 'x-api-key: KEY'"
+            error = Unauthorized(f"missing or wrong API key; {remedy}", code="invalid_api_key")
+            await error_response(error, path_below(scope))(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
-        header: bytes = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, given = header.partition(b" ")
-        matches = [secrets.compare_digest(given.strip(), key) for key in self.keys]  # all, whichever fits
-        return scheme.lower() == b"bearer" and any(matches)
+        """Whether it brings a key, as OpenAI's clients send it or as Anthropic's do."""
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = [token.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
+        matches = [secrets.compare_digest(one, key) for one in given for key in self.keys]  # all, whichever fits
+        return any(matches)
 
 
 class ReadBody:
@@ -188,9 +183,9 @@ class ReadBody:
                 body = await self._read(scope, receive)
         except TimeoutError:
             slow = f"the body did not arrive within {self.timeout_s:g} s, this server's limit (--body-timeout-seconds)"
-            await error_response(SlowBody(slow, code="body_timeout"))(scope, receive, send)
+            await error_response(SlowBody(slow, code="body_timeout"), path_below(scope))(scope, receive, send)
         except (BodyTooLarge, EncodedBody) as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, path_below(scope))(scope, receive, send)
         else:
             if body is None:
                 call.abandoned = True

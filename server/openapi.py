@@ -9,10 +9,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
-from server.errors import STATUS, Unavailable
+from server.errors import STATUS, Shape, Unavailable, anthropic_body, ollama_body, openai_body, shape
 from server.middleware import CLOSED_PATHS, is_public
+from server.schemas.anthropic import AnthropicErrorBody
 from server.schemas.common import ErrorBody
+from server.schemas.ollama import OllamaErrorBody
 from server.serving import Serving
 from trm.engine.request import BIASES, RANGES, Range
 
@@ -21,6 +24,11 @@ JSONSchema = dict[str, Any]
 TOKEN_IDS = (("CompletionRequest", "prompt"), ("DetokenizeRequest", "tokens"))  # where clients send some
 UNASKED = {431, 500}  # any request may meet it
 READING = {401, 404, 503}  # what a GET may be refused with
+ERRORS: dict[Shape, type[BaseModel]] = {
+    openai_body: ErrorBody,
+    anthropic_body: AnthropicErrorBody,
+    ollama_body: OllamaErrorBody,
+}
 HEADERS = {401: "WWW-Authenticate", 429: "Retry-After"}
 
 
@@ -43,6 +51,7 @@ def limits(serving: Serving) -> dict[str, JSONSchema]:
     engine, settings, models = serving.engine, serving.settings, serving.models
     vocabulary = engine.model.config.vocab_size
     stop = {"type": "string", "minLength": 1, "maxLength": settings.max_stop_chars}
+    stops = {"type": "array", "items": stop, "maxItems": settings.max_stop}
     return {name: _range(allowed) for name, allowed in RANGES.items()} | {
         "n": {"minimum": 1, "maximum": min(settings.max_n, engine.config.max_rows + engine.config.max_queue)},
         "supervision_steps": {"minimum": 0, "maximum": max(one.max_supervision for one in models.values())},
@@ -53,7 +62,8 @@ def limits(serving: Serving) -> dict[str, JSONSchema]:
             "propertyNames": {"pattern": f"^({up_to(vocabulary - 1)})$"},
             "additionalProperties": {"type": "number", **_range(BIASES)},
         },
-        "stop": {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": settings.max_stop}, {"type": "null"}]},
+        "stop": {"anyOf": [stop, stops, {"type": "null"}]},
+        "stop_sequences": {"anyOf": [stops, {"type": "null"}]},
         "messages": {"maxItems": settings.max_messages},
         "input": {"maxItems": settings.max_messages},
         "model": {"enum": [*models, None]},
@@ -65,8 +75,9 @@ def document(app: FastAPI, serving: Serving) -> JSONSchema:
     settings, keys = serving.settings, bool(serving.settings.keys())
     described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas: dict[str, JSONSchema] = described["components"]["schemas"]
-    schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas |= schemas["ErrorBody"].pop("$defs")
+    for error in ERRORS.values():
+        schemas[error.__name__] = error.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schemas[error.__name__].pop("$defs", {})
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
             parameters = operation.get("parameters", [])
@@ -80,7 +91,7 @@ def document(app: FastAPI, serving: Serving) -> JSONSchema:
             if method == "get" and not parameters:
                 possible = possible - {404}
             operation["responses"].pop("422", None)  # FastAPI's own way to refuse a body; ours is 400
-            operation["responses"] |= {str(status): _error(status) for status in sorted(possible)}
+            operation["responses"] |= {str(status): _error(status, shape(path)) for status in sorted(possible)}
             if keys and is_public(path, settings.public_paths):
                 operation["security"] = []
     for name in {"HTTPValidationError", "ValidationError"} & schemas.keys():
@@ -127,10 +138,10 @@ def _range(allowed: Range) -> JSONSchema:
     return schema
 
 
-def _error(status: int) -> JSONSchema:
+def _error(status: int, looks: Shape) -> JSONSchema:
     response: JSONSchema = {
         "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ERRORS[looks].__name__}"}}},
     }
     if status in HEADERS:
         response["headers"] = {HEADERS[status]: {"schema": {"type": "string"}}}

@@ -28,7 +28,7 @@ from server.schemas.responses import (
     TextConfig,
 )
 from server.serving import CallDep, ServingDep
-from server.streaming import STREAMED, EventStream
+from server.streaming import RESPONSES, STREAMED, EventStream
 from server.strict_json import StrictRoute
 from server.worker import Submission
 from trm.answers import extract_boxed
@@ -55,7 +55,7 @@ async def responses(body: ResponsesRequest, serving: ServingDep, call: CallDep) 
         if body.stream:
             events = telling.events(submission)
             seconds = serving.settings.keep_alive_seconds
-            return EventStream(events, response.id, seconds, failure=telling.failed, named=True)
+            return EventStream(events, response.id, seconds, RESPONSES, telling.failed)
         (reply,) = await submission.replies()
         return telling.whole(reply)
 

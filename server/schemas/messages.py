@@ -51,7 +51,7 @@ ReplyPart = Annotated[
 ReplyParts = Annotated[list[ReplyPart], Field(min_length=1)]
 
 
-def _parts(content: Any) -> Any:
+def parts(content: Any) -> Any:
     """A string as its one text part, so that an error's path needs no union in it."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -61,11 +61,11 @@ def _parts(content: Any) -> Any:
 
 
 def _parts_or_none(content: Any) -> Any:
-    return None if content is None else _parts(content)
+    return None if content is None else parts(content)
 
 
 Content = Annotated[
-    list[TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_parts, json_schema_input_type=str | Parts)
+    list[TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(parts, json_schema_input_type=str | Parts)
 ]
 
 

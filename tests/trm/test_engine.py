@@ -319,7 +319,7 @@ def test_stop_string_ends_the_reply_and_no_part_of_it_is_streamed(start, length,
     run(engine)
 
     reply = listener.reply(number)
-    assert reply.finish_reason == "stop"
+    assert (reply.finish_reason, reply.stop) == ("stop", stop)
     assert reply.text == text[: text.index(stop)]
     assert reply.token_ids == whole[: len(reply.token_ids)]
     assert chat.decode(reply.token_ids).endswith(stop), "it ended as soon as the stop string was whole"
@@ -335,7 +335,7 @@ def test_beginning_of_a_stop_string_is_released_at_the_end(chat):
     [reply] = engine.generate([Request(free.prompt_ids, replace(free.params, stop=(text[-2:] + "never",)))])
 
     assert reply.text == text
-    assert reply.finish_reason == "length"
+    assert (reply.finish_reason, reply.stop) == ("length", None)
 
 
 # Tokenizers that fall back on bytes
@@ -384,4 +384,4 @@ def test_stop_string_that_only_the_end_completes_is_a_stop():
 
     [reply] = engine.generate([request(3, max_tokens=1, logit_bias=half, stop=("\ufffd",))])
 
-    assert (reply.text, reply.finish_reason, len(reply.token_ids)) == ("", "stop", 1)
+    assert (reply.text, reply.finish_reason, reply.stop, len(reply.token_ids)) == ("", "stop", "\ufffd", 1)

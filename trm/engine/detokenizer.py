@@ -29,7 +29,7 @@ class TextStream:
     def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
         self.chat = chat
         self.stop = tuple(stop)
-        self.stopped = False  # a stop string was found; nothing follows
+        self.stopped: str | None = None  # the stop string that was found; nothing follows
         self._ids: list[int] = []
         self._backend = chat.tokenizer.backend_tokenizer
         self._special = _special_tokens(chat.tokenizer)
@@ -103,10 +103,10 @@ class TextStream:
 
     def _release(self, final: bool) -> str:
         start = max(0, self._released - max(map(len, self.stop), default=0))
-        found = [at for at in (self._decoded.find(stop, start) for stop in self.stop) if at >= 0]
+        found = [(at, stop) for stop in self.stop if (at := self._decoded.find(stop, start)) >= 0]
         if found and not self.stopped:  # be it in a run: if the reply ends here, the run is right
-            self.stopped = True
-            self._decoded = self._decoded[: min(found)]
+            first, self.stopped = min(found)
+            self._decoded = self._decoded[:first]
         end = len(self._decoded)
         if not (final or self.stopped):
             if self._run and not self._run.wrong:

@@ -323,7 +323,8 @@ class Loop:
         except BaseException as failure:  # as in `_call`
             logger.exception("the end of a reply could not be decoded")
             reason, error = "error", as_error(failure, on_device=False)
-        self._emit(row, replace(said, text=text, finish_reason=reason, usage=row.usage(), error=error))
+        ending = replace(said, text=text, finish_reason=reason, usage=row.usage(), error=error, stop=row.stream.stopped)
+        self._emit(row, ending)
 
     def _emit(self, row: Row, event: Event) -> None:
         """Tell the listener. One that raises loses its request, not everybody's."""

@@ -212,6 +212,7 @@ class Event:
     token_ids: what was decoded since the last event, the end token included; text: the text that is
     now certain, never half a character nor the beginning of a stop string. logprobs and traces, one for each
     token, where they were asked for. usage: what the request has taken so far. error comes with finish_reason "error".
+    stop: with a finish_reason, the stop string that ended the reply, the shortest of those that begin at its end.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -221,6 +222,7 @@ class Event:
     error: TRMError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     traces: tuple[TokenTrace, ...] = ()
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ class Reply:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     traces: tuple[TokenTrace, ...] = ()
+    stop: str | None = None  # string that ended it
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Self:
@@ -247,6 +250,7 @@ class Reply:
             last.usage,
             tuple(one for event in events for one in event.logprobs),
             tuple(one for event in events for one in event.traces),
+            last.stop,
         )
 
 

@@ -1,0 +1,114 @@
+"""GET /api/tags and POST /api/chat: chat, as Ollama's clients ask for it and read it."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from pydantic_core import from_json
+
+from server.decoding import submit_chat
+from server.schemas.ollama import OllamaChatRequest, OllamaModel, OllamaModels, OllamaReply
+from server.serving import Call, CallDep, ServingDep
+from server.streaming import OLLAMA, EventStream
+from server.strict_json import StrictRoute
+from server.worker import Submission
+from trm.engine.request import Event, Reply
+from trm.tools import Arguments, Called, CallReader, read_reply
+from trm.tools import Call as CallBegun
+
+router = APIRouter(prefix="/api", route_class=StrictRoute)
+
+LINE = {"type": "object", "properties": {"done": {"type": "boolean"}}, "required": ["done"]}
+
+
+@router.get("/tags")
+async def tags(serving: ServingDep) -> OllamaModels:
+    """All models that there are, the server's own first."""
+    found = serving.models.items()
+    return OllamaModels(
+        models=[OllamaModel(name=name, model=name, modified_at=_spelt(one.loaded_at)) for name, one in found]
+    )
+
+
+@router.post("/chat", response_model=OllamaReply, responses={200: {"content": {OLLAMA.media_type: {"schema": LINE}}}})
+async def chat(body: OllamaChatRequest, serving: ServingDep, call: CallDep) -> OllamaReply | StreamingResponse:
+    """Decode the next message of a conversation, by default line by line."""
+    serving = serving.choose(body.model)
+    submission, _, _, tools = await submit_chat(body.as_chat(serving.engine.max_model_len), serving, call)
+    if body.stream is not False:
+        lines = _lines(serving.model_id, submission, CallReader() if tools else None, call)
+        return EventStream(lines, f"ollama-{call.id}", serving.settings.keep_alive_seconds, OLLAMA)
+    [reply] = await submission.replies()
+    said, calls, _ = read_reply(reply.text) if tools else (reply.text, [], False)
+    return _reply(serving.model_id, _message(said, calls), reply, submission, call)
+
+
+async def _lines(
+    model: str, submission: Submission, reader: CallReader | None, call: Call
+) -> AsyncIterator[dict[str, Any]]:
+    """The text as it comes, each call as soon as it is whole, then what it took. `reader`: where there are tools."""
+    calls: list[Called] = []
+
+    def line(said: str, whole: Iterable[Called] = ()) -> dict[str, Any]:
+        return {"model": model, "created_at": _spelt(time.time()), "message": _message(said, whole), "done": False}
+
+    async for _, event in submission:
+        for piece in reader.feed(event.text) if reader else filter(None, [event.text]):
+            match piece:
+                case CallBegun(name=name):
+                    if calls:
+                        yield line("", [calls.pop()])
+                    calls.append(Called(name, ""))
+                case Arguments(text=text):
+                    calls = [Called(calls[0].name, calls[0].arguments + text)]
+                case str():
+                    yield line(piece)
+        if event.finish_reason is not None:
+            held = reader.finish() if reader else ""
+            if held or calls:
+                yield line(held, calls)
+            yield _reply(model, _message(""), event, submission, call).model_dump()
+
+
+def _message(said: str, calls: Iterable[Called] = ()) -> dict[str, Any]:
+    made = [{"function": {"name": call.name, "arguments": _arguments(call)}} for call in calls]
+    return {"role": "assistant", "content": said, **({"tool_calls": made} if made else {})}
+
+
+def _arguments(call: Called) -> dict[str, Any]:
+    """The arguments, of a call that was cut what is certain of them."""
+    read: Any = None
+    with contextlib.suppress(ValueError):  # nothing is
+        read = from_json(call.arguments, allow_partial=True)
+    return read if isinstance(read, dict) else {}
+
+
+def _reply(
+    model: str, message: dict[str, Any], ended: Event | Reply, submission: Submission, call: Call
+) -> OllamaReply:
+    now, usage = time.perf_counter(), ended.usage
+    submitted = submission.submitted_at or now
+    first = submission.first_token_at or now
+    return OllamaReply(
+        model=model,
+        created_at=_spelt(time.time()),
+        message=message,
+        done_reason="length" if ended.finish_reason == "length" else "stop",
+        total_duration=_ns(now - call.started_at),
+        prompt_eval_count=submission.prompt_tokens,
+        prompt_eval_duration=_ns(first - submitted - (submission.queue_s or 0.0)),
+        eval_count=usage.completion_tokens if usage else 0,
+        eval_duration=_ns(now - first),
+    )
+
+
+def _ns(seconds: float) -> int:
+    return max(0, round(seconds * 1e9))
+
+
+def _spelt(unix_time: float) -> str:
+    return datetime.fromtimestamp(unix_time, UTC).isoformat().replace("+00:00", "Z")
