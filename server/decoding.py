@@ -136,7 +136,8 @@ def renamed(fields: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except BadRequest as error:
-        if (field := error.param) in fields:
+        field = error.param
+        if field is not None and field in fields:
             error.param = fields[field]
             error.args = (re.sub(rf"^{field}\b", error.param, str(error)),)
         raise
