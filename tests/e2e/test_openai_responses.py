@@ -103,7 +103,8 @@ def test_a_function_is_called_and_what_it_returned_is_read(client: openai.OpenAI
     assert first.usage is not None
     assert second.usage is not None
     assert second.usage.output_tokens > 0
-    assert client.responses.create(model=MODEL, input=[*turns[:1], *streamed.output], max_output_tokens=1).output
+    turns += streamed.output
+    assert client.responses.create(model=MODEL, input=turns, max_output_tokens=1).output
 
 
 def test_what_there_is_not_is_refused(client: openai.OpenAI) -> None:

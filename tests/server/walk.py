@@ -48,9 +48,8 @@ def dicts(kind: Any, depth: int) -> Iterator[dict[str, Any]]:
 def required(kind: Any) -> list[str]:
     """The keys that one must have. OpenAI's annotations are strings, in which `Required` hides from typing itself."""
     hints = get_type_hints(kind, include_extras=True)
-    return [
-        name for name, hint in hints.items() if name in kind.__required_keys__ or typing.get_origin(hint) is Required
-    ]
+    said: dict[str, Any] = {name: typing.get_origin(hint) for name, hint in hints.items()}
+    return [name for name in hints if name in kind.__required_keys__ or said[name] is Required]
 
 
 def fields(params: Any) -> list[tuple[str, Any]]:
