@@ -329,7 +329,9 @@ class ResponsesRequest(FullSampling, Account):
     previous_response_id: Annotated[None, _NOTHING_STORED] = None
     conversation: Annotated[None, _NOTHING_STORED] = None
     prompt: Annotated[None, or_say("no prompts are stored; send it as instructions and input")] = None
-    include: Annotated[NothingInIt | None, or_say("responses hold all that there is; leave it out")] = None
+    include: Annotated[
+        list[Literal["reasoning.encrypted_content"]] | None, or_say("responses hold all that there is; leave it out")
+    ] = None
     context_management: Annotated[NothingInIt | None, or_say("conversations are not compacted; leave it out")] = None
     top_logprobs: Annotated[Literal[0] | None, or_say("this route has no log probabilities; use chat")] = None
     max_tool_calls: Annotated[None, or_say("there are no built-in tools to call; leave it out")] = None

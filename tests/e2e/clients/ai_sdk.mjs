@@ -20,7 +20,9 @@ const compatible = createOpenAICompatible({
 const models = { compatible: compatible(MODEL), chat: openai.chat(MODEL), responses: openai(MODEL) };
 
 for (const name of process.argv.slice(2)) {
-  const ask = { model: models[name], maxOutputTokens: 200 };
+  // Nothing is stored, so later turns must hold what was said, not references to it.
+  const providerOptions = { openai: { store: false } };
+  const ask = { model: models[name], maxOutputTokens: 200, providerOptions };
   const whole = await generateText({ ...ask, prompt: QUESTION });
   assert.match(whole.text, /\\boxed\{/);
   let streamed = "";

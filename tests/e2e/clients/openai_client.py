@@ -1,4 +1,4 @@
-"""The OpenAI client: turns after `.stream()` and `.parse()`, tools, and their results."""
+"""The OpenAI client: turns after `.stream()` and `.parse()`, tools and their results, and the Responses API."""
 
 import json
 
@@ -40,3 +40,19 @@ assert last.choices[0].finish_reason in ("stop", "tool_calls", "length")
 with client.chat.completions.stream(model=MODEL, messages=ask, tools=[TOOL], tool_choice="required") as stream:
     names = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
 assert set(names) == {"add"}
+
+answered = client.responses.create(model=MODEL, input=QUESTION)
+assert answered.output_text == reply.choices[0].message.content
+again = client.responses.create(model=MODEL, input=[*ask, *answered.output, *ask])
+assert again.status == "completed"
+with client.responses.stream(model=MODEL, input=QUESTION) as stream:
+    assert "".join(e.delta for e in stream if e.type == "response.output_text.delta") == answered.output_text
+formed = client.responses.parse(model=MODEL, input=QUESTION, text_format=Answer)
+assert isinstance(formed.output_parsed, Answer)
+flat = {"type": "function", **TOOL["function"], "strict": True}
+less = {"model": MODEL, "tools": [flat], "max_output_tokens": 200}
+called = client.responses.create(input=QUESTION, tool_choice="required", **less)
+call = called.output[0]
+assert set(json.loads(call.arguments)) == {"a", "b"}
+result = {"type": "function_call_output", "call_id": call.call_id, "output": "19"}
+assert client.responses.create(input=[*ask, *called.output, result], **less).output

@@ -37,7 +37,7 @@ def test_the_newest_openai_client_works_unchanged(server: ServerProcess) -> None
     run_client(server, sys.executable, str(SCRIPTS / "openai_client.py"))
 
 
-@pytest.mark.parametrize("provider", ["compatible", "chat"])
+@pytest.mark.parametrize("provider", ["compatible", "chat", "responses"])
 def test_the_ai_sdk_works_unchanged(server: ServerProcess, provider: str) -> None:
     node = shutil.which("node")
     if node is None or not (CLIENTS / "node_modules").exists():
