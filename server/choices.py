@@ -46,9 +46,13 @@ class Wording(ABC):
     def piece(self, text: str) -> dict[str, Any]:
         """The next text of a streamed choice."""
 
-    def pieces(self, index: int, text: str) -> list[dict[str, Any]]:
+    def pieces(self, index: int, event: Event) -> list[dict[str, Any]]:
         """What a streamed choice says of its next text."""
-        return [self.piece(text)] if text else []
+        return [self.piece(event.text)] if event.text else []
+
+    def said(self, text: str) -> str:
+        """What of a reply's text is content."""
+        return text
 
     @abstractmethod
     def ending(self, index: int, finish_reason: FinishReason) -> list[dict[str, Any]]:
@@ -64,7 +68,7 @@ class Wording(ABC):
 
     def told(self, index: int, event: Event) -> list[dict[str, Any]]:
         """What a stream tells of an event: of a token whose text is held back, what else is said comes at once."""
-        told = self.pieces(index, event.text)
+        told = self.pieces(index, event)
         found = event.logprobs or event.traces
         if not told and not (found and self.content(event, found)):
             return []
@@ -89,7 +93,7 @@ async def respond(
             "index": index,
             **wording.whole(reply),
             **wording.about(index, reply),
-            "boxed_answer": extract_boxed(reply.text),
+            "boxed_answer": extract_boxed(wording.said(reply.text)),
         }
         for index, reply in enumerate(replies)
     ]
@@ -133,6 +137,6 @@ async def _chunks(
             *others, last = wording.ending(index, event.finish_reason)
             for said in others:
                 yield chunk(index, said)
-            yield chunk(index, {**last, "boxed_answer": extract_boxed(texts[index])})
+            yield chunk(index, {**last, "boxed_answer": extract_boxed(wording.said(texts[index]))})
     if options.include_usage:
         yield {**head, "choices": [], "usage": usage()}

@@ -156,6 +156,8 @@ async def submit_chat(
     )
     messages = conversation(body.messages, serving, body.work)
     tools = chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if tools and body.response_format and body.response_format.type != "text":
+        tools = replace(tools, instead=True)
     submission = await submit(
         serving,
         call,

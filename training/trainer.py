@@ -135,7 +135,7 @@ class Trainer:
         """
         settings, feed = self.settings, self.feed
         feed.fetch(self.step)
-        steps = self._supervision_steps()
+        steps = self.supervision_steps(self.step)
         labels, targets = feed.num_labels(), feed.num_targets(steps)
         importance = step_weights(settings.step_weights, len(steps))
         parts, carry, halt = self._add_gradients(labels, importance * (labels / targets), steps)
@@ -183,16 +183,16 @@ class Trainer:
         workers.add_gradients(self.weights.parameters.values())
         return workers.add(parts).cpu(), carry, steps[-1].halt.detach()
 
-    def _supervision_steps(self) -> range:
-        """Those that the optimiser step at hand runs, from 0: a function of seed and step number.
+    def supervision_steps(self, step: int) -> range:
+        """Those that an optimiser step runs, from 0: a function of seed and its number.
 
         Where depths are mixed a step has no number; this gives one that means nothing.
         """
         if self.settings.gradient == "paper":
-            number = self.step % self.feed.steps_per_group
+            number = step % self.feed.steps_per_group
             return range(number, number + 1)
         deepest = self.settings.n_supervision
-        rng = random.Random(f"{self.settings.seed}/depth/{self.step}")
+        rng = random.Random(f"{self.settings.seed}/depth/{step}")
         depth = rng.randint(self.settings.min_supervision or deepest, deepest)
         skipped = rng.randint(1, limit) if (limit := self.settings.skip_supervision) and rng.random() < 0.5 else 0
         return range(skipped, skipped + depth)

@@ -13,12 +13,15 @@ from torch import nn
 from trm import bundled_model_path, checkpoint
 from trm.backbone import Backbone
 from trm.chat import ChatFormat
+from trm.config import TRMConfig
 from trm.device import has_fast_bfloat16, lay_out_by_columns, own_memory, use_device
 from trm.errors import CheckpointError, ConfigError
 from trm.linear import pack
 from trm.model import TRMForCausalLM
 
 LARGE = 15_000_000  # weights of a backbone from which on bfloat16 was faster than float32, at 1, 8 and 32 rows
+BEHAVIOUR = ("model_type", "hidden_act", "rms_norm_eps", "rope_parameters", "layer_types", "sliding_window")
+"""What a backbone computes beside its weights, by the names in its configuration."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -66,6 +69,7 @@ def load_beside(source: str | Path, first: TRMForCausalLM, chat: ChatFormat) -> 
             f"but the served one has {backbone.identity}; serve it with a backbone of its own"
         )
     checkpoint.check_structure(directory, config, backbone)
+    _check_behaviour(directory, config, backbone.config)
     if not config.own_lm_head and isinstance(backbone.lm_head, nn.Identity):
         raise CheckpointError(
             f"{directory}: needs the backbone's head, which was left out since the served model has its own; "
@@ -77,6 +81,18 @@ def load_beside(source: str | Path, first: TRMForCausalLM, chat: ChatFormat) -> 
     parts = [part.to(first.device, first.decoder.dtype) for part in (model.decoder, model.lm_head) if part is not None]
     _lay_out(model, parts)
     return model.eval(), ChatFormat(chat.tokenizer, config.normalize_text)
+
+
+def _check_behaviour(directory: Path, config: TRMConfig, served: Any) -> None:
+    """Raise CheckpointError unless a checkpoint's backbone computes as the served one does, whose weights it has."""
+    copy = directory / checkpoint.BACKBONE_DIR
+    own = checkpoint.read_backbone_config(copy) if copy.is_dir() else config.backbone_config
+    for name in BEHAVIOUR:
+        ours, theirs = getattr(own, name, None), getattr(served, name, None)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{directory}: {name} of its backbone is {ours}, and {theirs} of the served one; serve it by itself"
+            )
 
 
 def _check_tokenizer(directory: Path, served: Any) -> None:

@@ -40,13 +40,15 @@ class Function:
 class Tools:
     """The functions that a model is shown.
 
-    callable: those that this reply may call. required: it must call one. parallel: it may call several.
+    callable: those that this reply may call. required: it must call one. parallel: it may call several. instead: calls
+    stand in the place of a text of some form, and not behind any text.
     """
 
     shown: tuple[Function, ...]
     callable: tuple[Function, ...]
     required: bool = False
     parallel: bool = True
+    instead: bool = False
 
     def described(self) -> list[dict[str, Any]]:
         """As chat templates expect them."""
@@ -82,10 +84,12 @@ def written(name: str, arguments: str) -> str:
     return f"{OPENING}{BEFORE_NAME}{name}{BEFORE_ARGUMENTS}{arguments}{CLOSING}"
 
 
-def read_reply(text: str) -> tuple[str, list[Called], bool]:
+def read_reply(text: str, tools: Tools | None) -> tuple[str, list[Called], bool]:
     """The text of a finished reply, its calls, and whether it ends with a whole one."""
-    reader, said, calls = CallReader(), "", list[Called]()
-    for piece in [*reader.feed(text), reader.finish()]:
+    if tools is None:
+        return text, [], False
+    reader, said, calls = CallReader(tools), "", list[Called]()
+    for piece in reader.feed(text, last=True):
         match piece:
             case Call(name=name):
                 calls.append(Called(name, ""))
@@ -99,9 +103,9 @@ def read_reply(text: str) -> tuple[str, list[Called], bool]:
 class CallReader:
     """Tells text and calls of a reply apart, piece by piece. What may still become either is held back."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools: Tools) -> None:
         self._held = ""
-        self._part = "text"  # or a call's "head", or its "arguments"
+        self._part = "start" if tools.instead else "text"  # or a call's "head" or "arguments", or "plain" text
         self.calls = 0  # that have begun
 
     @property
@@ -109,44 +113,61 @@ class CallReader:
         """Whether there are calls, and the last one is whole."""
         return self.calls > 0 and self._part == "text"
 
-    def feed(self, text: str) -> Iterator[str | Call | Arguments]:
-        """What the next piece of the reply brings."""
+    def feed(self, text: str, last: bool = False) -> Iterator[str | Call | Arguments]:
+        """What the next piece of the reply brings; with the last one comes what was held back."""
         self._held += text
         while (found := self._next()) is not None:
             yield from found
-
-    def finish(self) -> str:
-        """Text that was held back to the end: it never became a call."""
-        held, self._held = self._held, ""
-        return held if self._part == "text" and not self.calls else ""
+        if last and self._held:
+            if self._part == "arguments":
+                yield Arguments(self.calls - 1, self._held)
+            elif self._part != "head" and not self.calls:  # it never became a call
+                yield self._held
+            self._held = ""
 
     def _next(self) -> list[str | Call | Arguments] | None:
         """What is certain of the part at hand; None when nothing more is."""
-        if self._part == "text":
-            said = self._upto(OPENING, "head")
-            said = said.rstrip() if self._part == "head" else said
-            return [said] if said else None if self._part == "text" else []
-        if self._part == "head":
-            head, found, after = self._held.partition(BEFORE_ARGUMENTS)
-            if not found:
-                return None
-            self._held, self._part, self.calls = after, "arguments", self.calls + 1
-            return [Call(self.calls - 1, head.removeprefix(BEFORE_NAME))]
-        said = self._upto(CLOSING, "text")
-        return [Arguments(self.calls - 1, said)] if said else None if self._part == "arguments" else []
+        match self._part:
+            case "start":
+                if len(self._held) < len(OPENING) and OPENING.startswith(self._held):
+                    return None
+                self._part = "text" if self._held.startswith(OPENING) else "plain"
+                return []
+            case "plain":
+                said, self._held = self._held, ""
+                return [said] if said else None
+            case "text":
+                said, ended = self._upto(OPENING, "head")
+                said = said.rstrip() if ended else said
+                return [said] if said else [] if ended else None
+            case "head":
+                return self._head()
+        said, ended = self._upto(CLOSING, "text")
+        return [Arguments(self.calls - 1, said)] if said else [] if ended else None
 
-    def _upto(self, marker: str, next_part: str) -> str:
-        """What comes before `marker`, behind which the next part begins; without it, what cannot be part of it.
+    def _head(self) -> list[str | Call | Arguments] | None:
+        if not self._held.startswith(BEFORE_NAME[: len(self._held)]):  # the mark alone makes no call
+            self._held, self._part = OPENING + self._held, "plain"
+            return []
+        head, found, after = self._held.partition(BEFORE_ARGUMENTS)
+        if not found:
+            return None
+        self._held, self._part, self.calls = after, "arguments", self.calls + 1
+        return [Call(self.calls - 1, head.removeprefix(BEFORE_NAME))]
+
+    def _upto(self, marker: str, next_part: str) -> tuple[str, bool]:
+        """What comes before `marker`, behind which the next part begins; without it, what cannot be part of it. And
+        whether it is there.
 
         Blanks at the end of text are held back, too: before a call they say nothing.
         """
         before, found, after = self._held.partition(marker)
         if found:
             self._held, self._part = after, next_part
-            return before
+            return before, True
         lengths = range(min(len(before), len(marker) - 1), 0, -1)
         begun = next((length for length in lengths if before.endswith(marker[:length])), 0)
         ready = before[: len(before) - begun]
         ready = ready.rstrip() if self._part == "text" else ready
         self._held = before[len(ready) :]
-        return ready
+        return ready, False

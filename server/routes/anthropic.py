@@ -47,10 +47,10 @@ async def messages(body: MessagesRequest, serving: ServingDep, call: CallDep) ->
     )
     room = submission.requests[0].params.max_tokens
     if body.stream:
-        events = _events(start, submission, CallReader() if tools else None, room < body.max_tokens)
+        events = _events(start, submission, CallReader(tools) if tools else None, room < body.max_tokens)
         return EventStream(events, start.id, serving.settings.keep_alive_seconds, ANTHROPIC)
     [reply] = await submission.replies()
-    said, calls, calling = read_reply(reply.text) if tools else (reply.text, [], False)
+    said, calls, calling = read_reply(reply.text, tools)
     content: list[SaidText | SaidToolUse] = [SaidText(text=said)] if said else []
     return start.model_copy(
         update={
@@ -85,11 +85,12 @@ async def _events(
         if not started:
             started = True
             yield {"type": "message_start", "message": start.model_copy(update={"usage": usage}).model_dump()}
-        for piece in reader.feed(event.text) if reader else filter(None, [event.text]):
+        ended = event.finish_reason is not None
+        for piece in reader.feed(event.text, ended) if reader else filter(None, [event.text]):
             for told in blocks.tell(piece):
                 yield told
         if event.finish_reason is not None:
-            for told in blocks.end(reader.finish() if reader else ""):
+            for told in blocks.stop():
                 yield told
             reason = _stop_reason(event, bool(reader and reader.calling), clipped)
             delta = {"stop_reason": reason, "stop_sequence": event.stop}
@@ -116,18 +117,13 @@ class _Blocks:
                     yield from self._start(str, SaidText(text=""))
                 yield self._delta({"type": "text_delta", "text": piece})
 
-    def end(self, held: str) -> Iterable[dict[str, Any]]:
-        """The rest, and the end of the last block."""
-        if held:
-            yield from self.tell(held)
-        yield from self._stop()
-
     def _start(self, made_of: type, block: SaidText | SaidToolUse) -> Iterable[dict[str, Any]]:
-        yield from self._stop()
+        yield from self.stop()
         self._index, self._open = self._index + 1, made_of
         yield {"type": "content_block_start", "index": self._index, "content_block": block.model_dump()}
 
-    def _stop(self) -> Iterable[dict[str, Any]]:
+    def stop(self) -> Iterable[dict[str, Any]]:
+        """The end of the open block."""
         if self._open is not None:
             yield {"type": "content_block_stop", "index": self._index}
             self._open = None

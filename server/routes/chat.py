@@ -42,11 +42,12 @@ class ChatWording(Wording):
     ) -> None:
         super().__init__(serving, params)
         self._body = body
-        self._calls = [CallReader() for _ in range(num_choices)] if tools else None
+        self._tools = tools
+        self._calls = [CallReader(tools) for _ in range(num_choices)] if tools else None
         self._reasoners = [Reasoner(serving.token_bytes) for _ in range(num_choices if body.include_reasoning else 0)]
 
     def whole(self, reply: Reply) -> dict[str, Any]:
-        said, calls, calling = read_reply(reply.text) if self._calls else (reply.text, [], False)
+        said, calls, calling = read_reply(reply.text, self._tools)
         message: dict[str, Any] = {"content": said or (None if calls else "")}
         if calls:
             message["tool_calls"] = [_call(call.name, call.arguments) for call in calls]
@@ -62,10 +63,15 @@ class ChatWording(Wording):
     def piece(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}}
 
-    def pieces(self, index: int, text: str) -> list[dict[str, Any]]:
+    def pieces(self, index: int, event: Event) -> list[dict[str, Any]]:
         if self._calls is None:
-            return super().pieces(index, text)
-        return [{"delta": _delta(said)} for said in self._calls[index].feed(text)]
+            return super().pieces(index, event)
+        return [
+            {"delta": _delta(said)} for said in self._calls[index].feed(event.text, event.finish_reason is not None)
+        ]
+
+    def said(self, text: str) -> str:
+        return read_reply(text, self._tools)[0]
 
     def told(self, index: int, event: Event) -> list[dict[str, Any]]:
         if not self._reasoners:
@@ -76,12 +82,9 @@ class ChatWording(Wording):
 
     def ending(self, index: int, finish_reason: FinishReason) -> list[dict[str, Any]]:
         held = _reasoning_deltas(self._reasoners[index].finish()) if self._reasoners else []
-        if self._calls is not None:
-            reader = self._calls[index]
-            held += [self.piece(text) for text in [reader.finish()] if text]
-            if reader.calling and finish_reason == "stop":
-                return [*held, {"delta": {}, "finish_reason": "tool_calls"}]
-        return [*held, {"delta": {}, "finish_reason": finish_reason}]
+        calling = self._calls is not None and self._calls[index].calling
+        ended = "tool_calls" if calling and finish_reason == "stop" else finish_reason
+        return [*held, {"delta": {}, "finish_reason": ended}]
 
     def about(self, index: int, said: Event | Reply) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -40,10 +40,10 @@ async def chat(body: OllamaChatRequest, serving: ServingDep, call: CallDep) -> O
     serving = serving.choose(body.model)
     submission, _, _, tools = await submit_chat(body.as_chat(serving.engine.max_model_len), serving, call)
     if body.stream is not False:
-        lines = _lines(serving.model_id, submission, CallReader() if tools else None, call)
+        lines = _lines(serving.model_id, submission, CallReader(tools) if tools else None, call)
         return EventStream(lines, f"ollama-{call.id}", serving.settings.keep_alive_seconds, OLLAMA)
     [reply] = await submission.replies()
-    said, calls, _ = read_reply(reply.text) if tools else (reply.text, [], False)
+    said, calls, _ = read_reply(reply.text, tools)
     return _reply(serving.model_id, _message(said, calls), reply, submission, call)
 
 
@@ -57,7 +57,8 @@ async def _lines(
         return {"model": model, "created_at": _spelt(time.time()), "message": _message(said, whole), "done": False}
 
     async for _, event in submission:
-        for piece in reader.feed(event.text) if reader else filter(None, [event.text]):
+        ended = event.finish_reason is not None
+        for piece in reader.feed(event.text, ended) if reader else filter(None, [event.text]):
             match piece:
                 case CallBegun(name=name):
                     if calls:
@@ -68,9 +69,8 @@ async def _lines(
                 case str():
                     yield line(piece)
         if event.finish_reason is not None:
-            held = reader.finish() if reader else ""
-            if held or calls:
-                yield line(held, calls)
+            if calls:
+                yield line("", calls)
             yield _reply(model, _message(""), event, submission, call).model_dump()
 
 

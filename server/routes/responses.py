@@ -51,7 +51,7 @@ async def responses(body: ResponsesRequest, serving: ServingDep, call: CallDep) 
         response = ResponseBody(
             id=f"resp_{call.id}", created_at=int(time.time()), model=serving.model_id, **echo(body, params)
         )
-        telling = Telling(response, Output(CallReader() if tools else None))
+        telling = Telling(response, Output(CallReader(tools) if tools else None))
         if body.stream:
             events = telling.events(submission)
             seconds = serving.settings.keep_alive_seconds
@@ -90,7 +90,7 @@ class Output:
 
     def tell(self, text: str, finish_reason: FinishReason | None) -> Iterator[Told]:
         """The next piece of the reply, and its end if it has one."""
-        yield from self._feed(text)
+        yield from self._feed(text, last=finish_reason is not None)
         if finish_reason is not None:
             yield from self._finish(cut=finish_reason == "length")
 
@@ -100,8 +100,13 @@ class Output:
             item.status = "incomplete" if item.status == "in_progress" else item.status
         return self.items
 
-    def _feed(self, text: str) -> Iterator[Told]:
-        for said in self._reader.feed(text) if self._reader else [text] if text else []:
+    @property
+    def said(self) -> str:
+        """The text of its messages."""
+        return "".join(item.content[0].text for item in self.items if isinstance(item, OutputMessage))
+
+    def _feed(self, text: str, last: bool) -> Iterator[Told]:
+        for said in self._reader.feed(text, last) if self._reader else [text] if text else []:
             match said:
                 case Call(name=name):
                     yield from self._begin_call(name)
@@ -112,9 +117,8 @@ class Output:
 
     def _finish(self, cut: bool) -> Iterator[Told]:
         """cut: by the limit of tokens, not by the model."""
-        held = self._reader.finish() if self._reader else ""
-        if held or not self.items:
-            yield from self._say(held)
+        if not self.items:
+            yield from self._say("")
         calling = isinstance(self.items[-1], OutputCall)
         yield from self._end(whole=self._reader.calling if self._reader and calling else not cut)
 
@@ -206,7 +210,7 @@ class Telling:
         response.status = "incomplete" if cut else "completed"
         response.incomplete_details = IncompleteDetails() if cut else None
         response.output = self._output.items
-        response.boxed_answer = extract_boxed(reply.text)
+        response.boxed_answer = extract_boxed(self._output.said)
         response.usage = ResponseUsage(
             input_tokens=counted.prompt_tokens,
             input_tokens_details=InputTokensDetails(cached_tokens=counted.prompt_tokens_details.cached_tokens),

@@ -15,6 +15,7 @@ from server.schemas.common import Body, NothingInIt, one_of, or_say
 from server.schemas.rules import Rule
 from trm.chat import ROLES
 
+MAX_READ = 2**16  # characters of arguments that are read; longer ones are shown as they are
 SYSTEM_ROLES = {role for role, rendered in ROLES.items() if rendered == "system"}
 Name = Annotated[str | None, Field(description="shown to chat templates that use it")]
 FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]+$", max_length=128)]
@@ -114,6 +115,8 @@ class ToolCall(Body):
         """As chat templates want it: with the arguments themselves, where the model wrote them well."""
         arguments: Any = self.function.arguments
         with contextlib.suppress(ValueError):
+            if len(arguments) > MAX_READ:
+                raise ValueError("more than any call needs")
             read = from_json(arguments)
             json.dumps(read, allow_nan=False)  # a template would write Infinity
             arguments = read if isinstance(read, dict) else arguments

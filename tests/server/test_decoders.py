@@ -46,6 +46,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     save("later/foreign", 5, backbone=7, n_supervision=1)
     save("later/other-words", 6, n_supervision=1)
     (root / "later/other-words/chat_template.jinja").write_text("{{ messages[0].content }}")
+    save("later/other-rope", 7, n_supervision=1)
+    for config in (root / "later/other-rope/config.json", root / "later/other-rope/backbone/config.json"):
+        config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 100.0'))
     shutil.copytree(root / "more/one", root / "later/broken")
     (root / "later/broken/model.safetensors").write_bytes(b"torn")
     return root
@@ -276,6 +279,7 @@ async def test_unloading_waits_for_what_was_accepted_and_takes_nothing_more(serv
         ("broken", 400, "decoder_invalid", "broken/model.safetensors: truncated or not safetensors"),
         ("wide", 400, "decoder_invalid", "needs 2 cache entries"),
         ("other-words", 400, "decoder_invalid", "its chat template is not that of the served model"),
+        ("other-rope", 400, "decoder_invalid", "rope_parameters of its backbone is {'rope_theta': 100.0"),
     ],
 )
 async def test_what_cannot_be_loaded_is_named(name, status, code, message, client):

@@ -243,3 +243,53 @@ async def test_tokenize_counts_the_tools(client, engine):
 
     assert engine.chat.tools == [[ADD]]
     assert refused.json()["error"]["param"] == "tools"
+
+
+ANSWER = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"say": "see <tool_call> tag", "b": 2}', r'{"say": "<tool_call>\n{\"name\": \"now\""}']
+)
+async def test_an_answer_of_a_form_is_never_read_as_a_call(client, engine, chat_body, text):
+    engine.script = say(*(text[place : place + 7] for place in range(0, len(text), 7)))
+    body = chat_body(tools=[NOW], response_format=ANSWER)
+
+    [choice] = (await client.post(URL, json=body)).json()["choices"]
+    streamed = [event["choices"][0] for event in await read_stream(client, URL, body)]
+
+    assert choice["message"] == {"role": "assistant", "content": text}
+    assert "".join(delta["delta"].get("content", "") for delta in streamed) == text
+    assert not any("tool_calls" in delta["delta"] for delta in streamed)
+    engine.script = say(written("now", "{}"))
+    [choice] = (await client.post(URL, json=body)).json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "now"
+
+
+async def test_a_box_in_arguments_is_no_answer(client, engine, chat_body):
+    engine.script = say(written("add", r'{"a": "\\boxed{3}"}'))
+    body = chat_body(tools=[ADD])
+
+    [choice] = (await client.post(URL, json=body)).json()["choices"]
+    streamed = await read_stream(client, URL, body)
+
+    assert choice["boxed_answer"] is None
+    assert streamed[-1]["choices"][0]["boxed_answer"] is None
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"type": "integer"}}, "required": ["a", "b"]},
+        {"properties": {}, "minProperties": 1},
+        {"type": ["object", "null"], "properties": {"a": {"type": "integer"}}},
+        {},
+    ],
+    ids=str,
+)
+async def test_parameters_that_name_less_than_they_want_are_served(client, engine, chat_body, parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+    response = await client.post(URL, json=chat_body(tools=[tool], tool_choice="required"))
+
+    assert response.status_code == 200, response.text

@@ -181,8 +181,8 @@ def test_half_of_the_batches_begin_behind_skipped_steps(settings: Settings, tmp_
     last = train(settings(skip_supervision=3, n_supervision=2, epochs=5))
 
     trainer, firsts = make_trainer(settings(skip_supervision=3)), []
-    for trainer.step in range(400):
-        numbers = trainer._supervision_steps()
+    for step in range(400):
+        numbers = trainer.supervision_steps(step)
         assert len(numbers) == 3
         firsts.append(numbers.start)
     assert set(firsts) == {0, 1, 2, 3}

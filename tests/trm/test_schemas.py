@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+import time
 from functools import lru_cache
 from typing import Any
 
@@ -272,3 +273,15 @@ def test_values_that_look_like_schemas_are_not_touched(keyword):
 
     assert is_text(BYTES.json_schema(schema), json.dumps([value] if keyword == "const" else value))
     assert schema == before
+
+
+def test_schemas_whose_parts_multiply_are_refused_in_time() -> None:
+    wide = {"allOf": [*({} for _ in range(13)), {"required": [f"n{place}" for place in range(2000)]}]}
+    branch = {"$ref": "#/$defs/wide", "anyOf": [{} for _ in range(16)]}
+    schema = {"$defs": {"wide": wide}, "anyOf": [copy.deepcopy(branch) for _ in range(800)]}
+    began = time.process_time()
+
+    with pytest.raises(BadRequest, match="too much to do with one another"):
+        schemas.prepare(schema)
+
+    assert time.process_time() - began < 10  # a minute and gigabytes, if nothing stops it

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trm.tools import Arguments, Call, Called, CallReader, read_reply, written
+from trm.tools import Arguments, Call, Called, CallReader, Tools, read_reply, written
 
+TOOLS = Tools((), ())
 ADD = written("add", '{"a": 1, "b": "}\\n</tool_call> <tool_call>"}')
 REPLIES = {
     "plain text": ("It is 2.\n", ("It is 2.\n", [], False)),
@@ -24,7 +25,9 @@ REPLIES = {
         '<tool_call>\n{"name": "ad", "arguments": {"a": 1',
         ("", [Called("ad", '{"a": 1')], False),
     ),
+    "cut in the closing": (ADD[:-14] + "}", ("", [Called("add", ADD[41:-14] + "}")], False)),
     "cut behind a call": (ADD + "\n<tool", ("", [Called("add", ADD[41:-14])], True)),
+    "a mark without a call": ("a <tool_call> b\n", ("a<tool_call> b\n", [], False)),
     "a mark that is none": ("a <tool> b </tool_call> c", ("a <tool> b </tool_call> c", [], False)),
 }
 
@@ -33,17 +36,17 @@ REPLIES = {
 def test_text_and_calls_are_told_apart(case: str) -> None:
     text, expected = REPLIES[case]
 
-    assert read_reply(text) == expected
+    assert read_reply(text, TOOLS) == expected
 
 
 @given(case=st.sampled_from(sorted(REPLIES)), cuts=st.lists(st.integers(0, 120)))
 def test_pieces_tell_the_same_as_the_whole(case: str, cuts: list[int]) -> None:
     text, expected = REPLIES[case]
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    reader, said, calls = CallReader(), "", dict[int, list[str]]()
+    reader, said, calls = CallReader(TOOLS), "", dict[int, list[str]]()
 
     for start, end in itertools.pairwise(bounds):
-        for piece in reader.feed(text[start:end]):
+        for piece in reader.feed(text[start:end], last=end == len(text)):
             match piece:
                 case Call(index, name):
                     assert index == len(calls)
@@ -54,13 +57,12 @@ def test_pieces_tell_the_same_as_the_whole(case: str, cuts: list[int]) -> None:
                 case str():
                     assert piece
                     said += piece
-    said += reader.finish()
 
     assert (said, [Called(*call) for call in calls.values()], reader.calling) == expected
 
 
 def test_what_is_certain_is_not_held_back() -> None:
-    reader = CallReader()
+    reader = CallReader(TOOLS)
 
     assert list(reader.feed("So I ask")) == ["So I ask"]
     assert list(reader.feed(' <\n<tool_call>\n{"name": "add", "arguments": {"a"')) == [

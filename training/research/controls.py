@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -95,7 +96,10 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
         with FlopCounterMode(display=False) as counted:
             for _ in range(min(COUNTED_STEPS, trainer.total_steps)):
                 trainer.train_step()
-        decoder_flops += counted.get_total_flops() / trainer.step * trainer.total_steps
+        depths = [_passes(trainer.supervision_steps(step)) for step in range(trainer.total_steps)]
+        # Other depths are drawn later; where those are deeper, all that was counted is taken to grow with them.
+        deeper = max(1.0, fmean(depths) / fmean(depths[: trainer.step]))
+        decoder_flops += counted.get_total_flops() / trainer.step * trainer.total_steps * deeper
     torch.manual_seed(run.seed)
     trainer = trainers[0]
     model = trainer.model.backbone.to_transformers().to(device)
@@ -174,6 +178,11 @@ def _batches(trainers: Sequence[Trainer]) -> Iterator[Batch]:
             run, examples = trainer.settings, trainer.feed.examples
             for indices in epoch_order(trainer.feed.lengths, run.batch_size, run.seed, epoch):
                 yield collate([examples[i] for i in indices], trainer.pad_id).to(trainer.device)
+
+
+def _passes(steps: range) -> int:
+    """What the recursion of an optimiser step costs, in forward passes of a supervision step."""
+    return 4 * len(steps) + steps.start  # forward, once more for its gradient, and that takes two
 
 
 def _save(weights: Weights, step: int, path: Path) -> None:

@@ -23,10 +23,20 @@ from trm.engine.schemas import Refused, check_depth, prepare
 from trm.tools import BEFORE_ARGUMENTS, BEFORE_NAME, CLOSING, OPENING, Tools
 
 MAX_SOURCE_CHARS = 2**16
+MAX_BLAMED = 32  # functions that are tried one by one, to say which cannot be served
 MAX_CACHED = 16  # grammars; each may hold as many lexer states as the limit says, of about 1 kB
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 SPACE = {"x-guidance": {"whitespace_pattern": " ?"}}  # at most one: a small model would go on with spaces for ever
-UNNAMED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref"}
+UNNAMED = {
+    "additionalProperties",
+    "patternProperties",
+    "unevaluatedProperties",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "$ref",
+    "minProperties",
+}
 """Keywords that may say something of properties that `properties` does not name."""
 HEAD = (
     '%llguidance {"no_forcing": true}\nstart: '  # forced text would come in the tokenizer's cut, which may be special
@@ -64,10 +74,14 @@ class Form:
     @classmethod
     def arguments(cls, parameters: Mapping[str, Any] | None) -> Self:
         """The arguments of a function; none that its parameters do not name, unless they say more of that."""
-        schema = {"type": "object", **({"properties": {}} if parameters is None else parameters)}
-        if schema["type"] != "object":
+        schema = {**({"properties": {}} if parameters is None else parameters)}
+        allowed = schema.setdefault("type", "object")
+        if allowed != "object" and not (isinstance(allowed, list) and "object" in allowed):
             raise Refused("its parameters are not of type object")
-        if "properties" in schema and not UNNAMED & schema.keys():
+        schema["type"] = "object"
+        properties, required = schema.get("properties"), schema.get("required", [])
+        are_all = isinstance(properties, dict) and isinstance(required, list) and {*map(str, required)} <= {*properties}
+        if are_all and not UNNAMED & schema.keys():
             schema["additionalProperties"] = False
         return cls.json(schema)
 
@@ -138,9 +152,9 @@ class GrammarCompiler:
         try:
             return self._compiled(form, calls)
         except Refused as error:
-            for name, arguments in calls.functions:
+            for name, arguments in calls.functions[:MAX_BLAMED]:
                 try:
-                    self._compiled(arguments, None)
+                    self._compile(arguments, None)  # not to be kept
                 except Refused as found:
                     raise Refused(f"{name}: {found.reason}", "tools") from None
             raise Refused(error.reason, "tools" if form is None else error.param) from None

@@ -16,6 +16,7 @@ from trm.errors import BadRequest
 
 MAX_DEPTH = 127  # what the library reads
 MAX_MULTIPLE = 10_000  # the library needs a state for every remainder, and no limit of its own stops it in time
+MAX_CONNECTIONS = 200_000  # between schemas that are looked at for endless ones: a fifth of a second
 MAX_PARTS = 16  # of a schema, under allOf or behind $ref, and alternatives, that are looked at together
 LARGE = 10**18  # the library's integers have 64 bits
 FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"}
@@ -115,7 +116,7 @@ class _Nodes:
 
 
 class _Finiteness:
-    """Which schemas some finite text meets: the least fixed point, in time linear in the size of the schema.
+    """Which schemas some finite text meets: the least fixed point, in time linear in the number of connections.
 
     Schemas are gates in a circuit: a gate opens when as many of its inputs are open as it needs. What only opens if it
     was open before stays shut.
@@ -123,6 +124,7 @@ class _Finiteness:
 
     def __init__(self, nodes: _Nodes) -> None:
         self._nodes = nodes
+        self._left = MAX_CONNECTIONS
         self._needs: list[int] = []
         self._feeds: list[list[int]] = []  # the gates that each gate is an input of
         self._open, self._shut = self._gate(0), self._gate(1)
@@ -157,7 +159,10 @@ class _Finiteness:
     def _connect(self, gate: int, need: int, inputs: Iterable[int]) -> None:
         self._needs[gate] = need
         for feeding in inputs:
+            self._left -= 1
             self._feeds[feeding].append(gate)
+        if self._left < 0:
+            raise Refused("its parts have too much to do with one another; make it simpler")
 
     def _all(self, inputs: list[int]) -> int:
         return self._gate(len(inputs), inputs)
@@ -226,7 +231,7 @@ class _Finiteness:
         for part in parts:
             properties, patterns = _map(part, "properties"), _map(part, "patternProperties")
             others = [] if patterns else [part.get("additionalProperties", True)]  # a pattern may match any name
-            for name in required:
+            for name in required if properties or others != [True] else ():
                 inputs += map(self._gate_of, [properties[name]] if name in properties else others)
             if least:
                 gates = [self._gate_of(child) for child in properties.values()]
