@@ -90,7 +90,7 @@ class GGUFFile:
         self.architecture = self.fields["general.architecture"]
         if self.architecture not in BACKBONES:
             raise self._error(f"its architecture is {self.architecture}; supported: {', '.join(BACKBONES)}")
-        if self.fields.get("split.count", 1) > 1:
+        if self.fields.get("split.count", 1) not in (0, 1):
             raise self._error(
                 f"is one of {self.fields['split.count']} parts of a model; join them with llama-gguf-split --merge"
             )
@@ -99,6 +99,9 @@ class GGUFFile:
         unknown = [name for name in fields if name.startswith(("attention.", "rope.")) and name not in KNOWN]
         if unknown:
             raise self._error(f"its field {own}{unknown[0]} is not known, and may change what the model computes")
+        layers = sum(name.endswith(".attn_q.weight") for name in self._tensors)
+        if self._field("block_count") != layers:
+            raise self._error(f"{own}block_count is {self._field('block_count')}, and it has {layers} layers")
         try:
             self.config = self._config()
             with torch.device("meta"):

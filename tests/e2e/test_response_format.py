@@ -182,7 +182,7 @@ def test_many_at_once_each_get_what_they_ask_for(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("response_format", "param", "reason"),
     [
-        ({"type": "xml"}, "response_format", "json_schema"),
+        ({"type": "xml"}, "response_format.type", "json_schema"),
         ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", "required"),
         ({"type": "regex", "regex": "(?=a)"}, "response_format", "look-around"),
         (
