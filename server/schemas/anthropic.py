@@ -366,7 +366,7 @@ class MessagesRequest(CountTokensRequest):
     max_tokens: Integer = Field(ge=1)
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = None
-    top_k: Integer | None = Field(None, ge=0)
+    top_k: Integer | None = None
     stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
     stream: bool | None = None
     metadata: Metadata | None = None

@@ -23,7 +23,7 @@ WORK_IS_THE_SYSTEM_PROMPT = Rule(
 
 
 class ChatReasoning(Body):
-    """The other dialect of reasoning_effort."""
+    """The other dialect of reasoning_effort. Its effort goes before what else says how deep to think."""
 
     effort: Effort | None = None
 
@@ -39,8 +39,6 @@ class ChatRequest(Generation, Account):
     rules: ClassVar[tuple[Rule, ...]] = (
         *Generation.rules,
         at_most_one("max_tokens", "max_completion_tokens", param="max_tokens"),
-        at_most_one("reasoning", "reasoning_effort", param="reasoning"),
-        at_most_one("reasoning", "supervision_steps", param="reasoning"),
         needs_true("top_logprobs", "logprobs"),
         WORK_IS_THE_SYSTEM_PROMPT,
     )
@@ -71,7 +69,7 @@ class ChatRequest(Generation, Account):
 
     @property
     def effort(self) -> Effort | None:
-        return self.reasoning.effort if self.reasoning else self.reasoning_effort
+        return (self.reasoning and self.reasoning.effort) or self.reasoning_effort
 
 
 class SaidFunction(BaseModel):
