@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from server.schemas.common import Body
 from server.schemas.messages import FunctionName
@@ -55,8 +55,11 @@ class AllowedToolChoice(Body):
 Mode = Literal["none", "auto", "required"]
 
 
-def choice_of(function: type[Body], allowed: type[Body]) -> BeforeValidator:
-    """Reads the choice that a word or `type` names, so that an error's path needs no union in it."""
+def choice_of(function: type[Body], allowed: type[Body], described: Any = PydanticUndefined) -> BeforeValidator:
+    """Reads the choice that a word or `type` names, so that an error's path needs no union in it.
+
+    described: its type in the OpenAPI document, which cannot say that what is named must be among the tools.
+    """
     kinds = {"function": function, "allowed_tools": allowed}
 
     def read(value: Any) -> Any:
@@ -69,10 +72,14 @@ def choice_of(function: type[Body], allowed: type[Body]) -> BeforeValidator:
             )
         return kinds[kind].model_validate(value)
 
-    return BeforeValidator(read)
+    return BeforeValidator(read, json_schema_input_type=described)
 
 
-ToolChoice = Annotated[Mode | NamedTool | AllowedToolChoice | None, choice_of(NamedTool, AllowedToolChoice)]
+ToolChoice = Annotated[
+    Mode | NamedTool | AllowedToolChoice | None,
+    choice_of(NamedTool, AllowedToolChoice, Literal["none", "auto"] | None),
+    Field(description="where there are tools also required, one of them, or some of them (allowed_tools)"),
+]
 
 
 def chosen_tools(tools: list[Tool] | None, choice: ToolChoice, parallel: bool | None) -> Tools | None:
