@@ -265,7 +265,7 @@ def test_no_refusal_writes_a_key_or_a_prompt_into_the_log(server: ServerProcess)
         ):
             for path in ("/solve", f"/v1/chat/completions?api_key={KEY}"):
                 response = client.post(path, content=content, headers={"Content-Type": "application/json"})
-                assert response.status_code == 400
+                assert response.status_code in (400, 404)  # 404: no such model
         forced = {"type": "regex", "regex": f"({KEY}"}
         messages = [{"role": "user", "content": KEY}]
         body = {"messages": messages, "response_format": forced}
