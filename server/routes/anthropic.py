@@ -1,14 +1,12 @@
 """POST /v1/messages and /v1/messages/count_tokens: chat, as Anthropic's clients ask for it and read it."""
 
 import asyncio
-import contextlib
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
-from pydantic_core import from_json
 
 from server.decoding import conversation, submit_chat
 from server.schemas.anthropic import (
@@ -21,7 +19,7 @@ from server.schemas.anthropic import (
     StopReason,
     TokenCount,
 )
-from server.schemas.tools import chosen_tools
+from server.schemas.tools import chosen_tools, read_arguments
 from server.serving import CallDep, ServingDep
 from server.streaming import ANTHROPIC, STREAMED, EventStream
 from server.strict_json import StrictRoute
@@ -150,10 +148,7 @@ def _usage(usage: Usage) -> MessageUsage:
 
 
 def _tool_use(call: Called) -> SaidToolUse:
-    read: Any = None
-    with contextlib.suppress(ValueError):  # nothing is certain of what was cut at once
-        read = from_json(call.arguments, allow_partial=True)
-    return SaidToolUse(id=_call_id(), name=call.name, input=read if isinstance(read, dict) else {})
+    return SaidToolUse(id=_call_id(), name=call.name, input=read_arguments(call))
 
 
 def _call_id() -> str:

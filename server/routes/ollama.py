@@ -1,6 +1,5 @@
 """GET /api/tags and POST /api/chat: chat, as Ollama's clients ask for it and read it."""
 
-import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
@@ -8,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
-from pydantic_core import from_json
 
 from server.decoding import submit_chat
 from server.schemas.ollama import OllamaChatRequest, OllamaModel, OllamaModels, OllamaReply
+from server.schemas.tools import read_arguments
 from server.serving import Call, CallDep, ServingDep
 from server.streaming import OLLAMA, EventStream
 from server.strict_json import StrictRoute
@@ -75,16 +74,8 @@ async def _lines(
 
 
 def _message(said: str, calls: Iterable[Called] = ()) -> dict[str, Any]:
-    made = [{"function": {"name": call.name, "arguments": _arguments(call)}} for call in calls]
+    made = [{"function": {"name": call.name, "arguments": read_arguments(call)}} for call in calls]
     return {"role": "assistant", "content": said, **({"tool_calls": made} if made else {})}
-
-
-def _arguments(call: Called) -> dict[str, Any]:
-    """The arguments, of a call that was cut what is certain of them."""
-    read: Any = None
-    with contextlib.suppress(ValueError):  # nothing is
-        read = from_json(call.arguments, allow_partial=True)
-    return read if isinstance(read, dict) else {}
 
 
 def _reply(

@@ -309,7 +309,10 @@ class Diagnostics(Body):
 
 
 class CountTokensRequest(Body):
-    """A prompt. Without `system` the model gets the system prompt that it was trained with."""
+    """A prompt. Without `system` the model gets the system prompt that it was trained with.
+
+    user_profile_id and workspace_id are labels.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

@@ -75,7 +75,9 @@ class OllamaMessage(Body):
             case "user":
                 return UserMessage(role="user", content=content)
             case "tool":
-                return ToolMessage(role="tool", content=content, tool_call_id=self.tool_call_id or "")
+                return ToolMessage(
+                    role="tool", content=content, tool_call_id=self.tool_call_id or "", name=self.tool_name
+                )
         calls = [call.as_chat() for call in self.tool_calls or ()]
         return AssistantMessage(role="assistant", content=[*content], tool_calls=calls or None)
 

@@ -1,6 +1,5 @@
 """Tools: what the model is shown of them, what a reply's calls look like, whole and streamed."""
 
-import json
 import random
 
 import pytest
@@ -232,7 +231,6 @@ async def test_numbers_are_bounded_in_arguments_only(client, engine, chat_body):
 
     assert longest('He said "') == 40
     assert longest("So\n" + CALLED[:41] + '{"a": ') == 19
-    assert json.loads('{"a": ' + "7" * 19 + "}")
 
 
 async def test_tokenize_counts_the_tools(client, engine):

@@ -1,7 +1,6 @@
 """Calls in replies: told apart from text, however the text comes in pieces."""
 
 import itertools
-import json
 
 import pytest
 from hypothesis import given
@@ -71,4 +70,3 @@ def test_what_is_certain_is_not_held_back() -> None:
     assert list(reader.feed(": 1")) == [Arguments(0, ": 1")]
     assert list(reader.feed("}")) == []
     assert list(reader.feed("}\n</tool_call>")) == [Arguments(0, "}")]
-    assert json.loads('{"a": 1}') == {"a": 1}

@@ -1,5 +1,7 @@
 """Anthropic's client, on its own routes: whole and streamed, a second turn, a form, tools, and the count of tokens."""
 
+import json
+
 from anthropic import Anthropic
 from common import BASE_URL, KEY, MODEL, QUESTION
 
@@ -27,6 +29,12 @@ assert client.messages.create(messages=turns, **server).content
 counted = client.messages.count_tokens(model=MODEL, messages=[ask]).input_tokens
 used = reply.usage
 assert counted == used.input_tokens + (used.cache_read_input_tokens or 0)
+
+schema = ADD["input_schema"] | {"additionalProperties": False}
+formed = client.messages.create(
+    messages=[ask], output_config={"format": {"type": "json_schema", "schema": schema}}, **server
+)
+assert set(json.loads(formed.content[0].text)) == {"a", "b"}
 
 called = client.messages.create(messages=[ask], tools=[ADD], tool_choice={"type": "tool", "name": "add"}, **server)
 call = called.content[-1]
