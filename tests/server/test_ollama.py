@@ -100,7 +100,7 @@ async def test_turns_come_to_the_model_as_in_chat(client, engine, body):
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "1+2?"},
         {"role": "assistant", "content": "", "tool_calls": [made]},
-        {"role": "tool", "content": "3", "tool_call_id": ""},
+        {"role": "tool", "content": "3", "name": "add", "tool_call_id": ""},
     ]
 
 
