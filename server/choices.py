@@ -69,11 +69,13 @@ class Wording(ABC):
     def told(self, index: int, event: Event) -> list[dict[str, Any]]:
         """What a stream tells of an event: of a token whose text is held back, what else is said comes at once."""
         told = self.pieces(index, event)
-        found = event.logprobs or event.traces
-        if not told and not (found and self.content(event, found)):
-            return []
-        first, *others = told or [self.piece("")]
-        return [{**first, **self.about(index, event)}, *others]
+        if not told:
+            found = event.logprobs or event.traces
+            if not found or not self.content(event, found):
+                return []
+            told = [self.piece("")]
+        told[0] |= self.about(index, event)
+        return told
 
 
 async def respond(

@@ -119,15 +119,16 @@ async def _guarded(
     events: AsyncIterator[dict[str, Any]], name: str, framing: Framing, failure: Failure
 ) -> AsyncIterator[bytes]:
     failed: dict[str, Any] | None = None
+    frame = framing.frame
     try:
         async for content in events:
-            yield framing.frame(content)
+            yield frame(content)
     except TRMError as error:
         failed = framing.error(problem_of(error))
     except Exception:
         logger.exception("stream %s failed", name)
         failed = framing.error(UNEXPECTED)
     for content in failure(failed) if failed else ():
-        yield framing.frame(content)
+        yield frame(content)
     if framing.end:
         yield framing.end
