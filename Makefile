@@ -15,8 +15,10 @@ install: $(VENV)/installed-train
 serve: $(VENV)/installed
 	exec $(VENV)/bin/trm-serve $(if $(PORT),--port $(PORT))
 
+# A file's tests stay in one process, where they share their servers. Each decodes in one thread: see e2e.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 # The fast tests in an environment of their own, with the newest or the oldest versions that pyproject.toml allows.
 # FOLDER/requirements.txt then says which versions these are.
