@@ -324,7 +324,7 @@ class CountTokensRequest(Body):
     )
 
     model: str | None = None
-    messages: list[Turn] = Field(min_length=1, fail_fast=True, description="the last one is no assistant's")
+    messages: list[Turn] = Field(min_length=1, description="the last one is no assistant's")
     system: Annotated[Texts | None, BeforeValidator(_some_texts, json_schema_input_type=str | Texts | None)] = None
     tools: list[Annotated[CustomTool, BeforeValidator(_own_tool)]] | None = None
     tool_choice: Choice | None = None

@@ -43,7 +43,7 @@ class ChatRequest(Generation, Account):
         WORK_IS_THE_SYSTEM_PROMPT,
     )
 
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1)
     work: WorkOfMessages = None
     max_completion_tokens: Integer | None = Field(None, ge=1)
     tools: list[Tool] | None = None

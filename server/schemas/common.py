@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -65,8 +66,20 @@ def one_of(kinds: dict[str, type[BaseModel]], key: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
+def _fail_fast(schema: Any) -> None:
+    """Let every list of a core schema stop at the first bad item: half a million errors take seconds to tell."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+
+
 class Body(BaseModel):
-    """Base of everything that a client sends."""
+    """Base of everything that a client sends. A list in it is refused for its first bad item, the others unread."""
 
     rules: ClassVar[tuple[Rule, ...]] = ()
 
@@ -78,6 +91,12 @@ class Body(BaseModel):
             if not rule.holds(self):
                 raise PydanticCustomError("rule", "{message}", {"param": rule.param, "message": rule.message})
         return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -66,7 +66,7 @@ def _parts_or_none(content: Any) -> Any:
 
 
 Content = Annotated[
-    list[TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(parts, json_schema_input_type=str | Parts)
+    list[TextPart], Field(min_length=1), BeforeValidator(parts, json_schema_input_type=str | Parts)
 ]
 
 
@@ -145,7 +145,7 @@ class AssistantMessage(_Turn):
     role: Literal["assistant"]
     content: Annotated[
         list[ReplyPart] | None,
-        Field(min_length=1, fail_fast=True),
+        Field(min_length=1),
         BeforeValidator(_parts_or_none, json_schema_input_type=str | ReplyParts | None),
     ] = None
     refusal: str | None = None

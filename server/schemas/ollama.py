@@ -128,7 +128,7 @@ class OllamaChatRequest(Body):
     """
 
     model: str | None = None
-    messages: list[OllamaMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[OllamaMessage] = Field(min_length=1)
     tools: list[Tool] | None = None
     stream: bool | None = None
     format: Annotated[

@@ -74,7 +74,7 @@ def _parts(content: Any) -> Any:
 
 ItemContent = Annotated[
     list[ItemPart],
-    Field(min_length=1, fail_fast=True),
+    Field(min_length=1),
     BeforeValidator(_parts, json_schema_input_type=str | ItemParts),
 ]
 
@@ -307,7 +307,7 @@ class ResponsesRequest(FullSampling, Account):
 
     input: Annotated[
         list[AnyItem],
-        Field(min_length=1, fail_fast=True),
+        Field(min_length=1),
         BeforeValidator(_items, json_schema_input_type=str | AnyItems),
     ]
     instructions: str | None = None
