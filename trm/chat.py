@@ -104,7 +104,11 @@ CUT_TOKENS = 64  # whose cut may change on either side of where a word was cut i
 
 
 class TooLong(BadRequest):
-    """A text with more tokens than fit."""
+    """A text with more tokens than fit; `param` is the field that holds it."""
+
+    def __init__(self, at_most: int, param: str) -> None:
+        message = f"the text has more than {at_most} tokens, all that this server reads; shorten it"
+        super().__init__(message, param, "context_length_exceeded")
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,7 @@ class ChatFormat:
             for piece, slack in _pieces(text):
                 certain += max(0, len(self.encode_text(piece)) - slack)
                 if certain > at_most:
-                    message = f"the text has more than {at_most} tokens, all that this server reads; shorten it"
-                    raise TooLong(message, param, "context_length_exceeded")
+                    raise TooLong(at_most, param)
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids
@@ -213,8 +216,11 @@ class ChatFormat:
         turns = [_mapped(turn, guarded) | {"role": ROLES[turn["role"]]} for turn in turns]
         text = self._render(turns, [_mapped(tool, guarded) for tool in offered], add_generation_prompt)
         restore = {ord(char): special for special, char in guards.items()}
+        at_most = None if len(text) <= PIECE_CHARS else at_most
         ids: list[int] = []
         for piece in self._specials.split(text):
+            if at_most is not None and len(ids) > at_most:
+                raise TooLong(at_most, "messages")
             if self._specials.fullmatch(piece):
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             elif piece:

@@ -389,8 +389,9 @@ def test_unusable_tokenizers_are_refused_with_the_remedy():
 def read(chat, monkeypatch):
     """How many characters each call of the tokenizer was given."""
     sizes = []
-    tokenizer = chat.tokenizer
-    monkeypatch.setattr(chat, "tokenizer", lambda text, **how: sizes.append(len(text)) or tokenizer(text, **how))
+    kind = type(chat.tokenizer)
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, text, **how: sizes.append(len(text)) or call(self, text, **how))
     return sizes
 
 
@@ -441,3 +442,14 @@ def test_a_conversation_is_too_long_by_its_messages(chat):
         chat.encode([{"role": "user", "content": "7" * 10**6}], at_most=4096)
 
     assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize("size", [40, 2000])
+def test_a_conversation_of_many_messages_is_read_no_further_than_it_may_be_long(chat, read, size):
+    messages = [{"role": "user", "content": "7" * size}] * (2**20 // size)
+
+    with pytest.raises(TooLong) as refused:
+        chat.encode(messages, at_most=512)
+
+    assert refused.value.param == "messages"
+    assert sum(read) < 2**14
