@@ -65,6 +65,9 @@ def bring(serving: Serving, name: str) -> None:
     if not serving.loading.acquire(blocking=False):
         raise BadRequest("another decoder is being loaded; wait until it is", param="name", code="decoder_loading")
     try:
+        if left := engine.leaving(name):
+            reason = f"{name!r} is being unloaded: {left} of its requests go on; wait until they have ended"
+            raise BadRequest(reason, param="name", code="decoder_unloading")
         engine.load(name, host(*load_beside(source, engine.model, engine.chat)))
     except (CheckpointError, ConfigError) as error:
         raise BadRequest(f"decoder {name!r} was not loaded: {error}", param="name", code="decoder_invalid") from error

@@ -255,6 +255,9 @@ async def test_unloading_waits_for_what_was_accepted_and_takes_nothing_more(serv
         await asyncio.sleep(0.01)
     refused = await client.post("/v1/chat/completions", json=CHAT | {"model": "one"})
     assert refusal(refused)[:3] == (404, "model", "model_not_found")
+    again = refusal(await load(client, "one"))
+    assert again[:3] == (400, "name", "decoder_unloading")
+    assert "1 of its requests go on" in again[3]
     assert not ending.done()
     going.set()
 

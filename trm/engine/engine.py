@@ -168,6 +168,12 @@ class Engine:
             scheduler = self.loop.scheduler
             return sum(row.decoder is decoder for row in (*scheduler.running, *scheduler.waiting))
 
+    def leaving(self, name: str) -> int:
+        """How many requests run or wait for a decoder of that name that was unloaded."""
+        with self._changed:
+            rows = (*self.loop.scheduler.running, *self.loop.scheduler.waiting)
+            return sum(row.decoder.closed and row.request.decoder == name for row in rows)
+
     def check(self, request: Request, decoder: Hosted) -> int:
         """Supervision steps that a request asks `decoder` for. Raises BadRequest where it could never be served.
 
