@@ -33,7 +33,7 @@ from trm.engine.grammar import Form, GrammarCompiler
 from trm.engine.request import Grammar, SamplingParams, Usage
 from trm.engine.request import Request as EngineRequest
 from trm.errors import BadRequest
-from trm.tools import Tools
+from trm.tools import OPENING, Tools
 
 
 def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> SamplingParams:
@@ -205,14 +205,16 @@ async def submit(
     except TooLong:
         raise too_long(f"more than {limit}") from None
     requests: list[EngineRequest] = []
-    decoder = serving.decoder_name
+    decoder, calls = serving.decoder_name, OPENING if tools else None
+    if tools and tools.required:
+        params = replace(params, stop=())  # which are for text, and calls are none
     for prompt in prompts:
         room = limit - len(prompt)
         if room < 1:
             raise too_long(str(len(prompt)))
         fitting = replace(params, max_tokens=min(params.max_tokens, room))
         samples = [replace(fitting, sample_index=index) for index in range(n)]
-        requests += [EngineRequest(prompt, one, grammar, param, decoder) for one in samples]
+        requests += [EngineRequest(prompt, one, grammar, param, decoder, calls) for one in samples]
     serving.worker.submit(submission, requests)
     return submission
 

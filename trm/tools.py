@@ -9,9 +9,13 @@ The form is that of Qwen's chat templates, a JSON object between two tags:
 Several stand one below the other. A grammar keeps the model to it (`trm.engine.grammar`), to the blank.
 """
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 OPENING = "<tool_call>"
 BEFORE_NAME = '\n{"name": "'
@@ -78,6 +82,17 @@ class Called:
     name: str
     arguments: str
 
+    def read(self) -> dict[str, Any]:
+        """The arguments as an object; of a call that was cut, what is certain of them."""
+        for text, partly in ((self.arguments, False), (_LAST_NUMBER.sub("", self.arguments), True)):
+            with contextlib.suppress(ValueError):  # not whole, or nothing is certain
+                read = from_json(text, allow_partial=partly)
+                return read if isinstance(read, dict) else {}
+        return {}
+
+
+_LAST_NUMBER = re.compile(r"[-+.0-9eE]+\Z")  # which may go on where the text was cut
+
 
 def written(name: str, arguments: str) -> str:
     """A whole call."""
@@ -104,7 +119,9 @@ class CallReader:
     """Tells text and calls of a reply apart, piece by piece. What may still become either is held back."""
 
     def __init__(self, tools: Tools) -> None:
+        self._required = tools.required
         self._held = ""
+        self._arguments = ""  # of the call at hand
         self._part = "start" if tools.instead else "text"  # or a call's "head" or "arguments", or "plain" text
         self.calls = 0  # that have begun
 
@@ -120,8 +137,9 @@ class CallReader:
             yield from found
         if last and self._held:
             if self._part == "arguments":
-                yield Arguments(self.calls - 1, self._held)
-            elif self._part != "head" and not self.calls:  # it never became a call
+                if not _is_whole(self._arguments):  # else it is the beginning of the closing
+                    yield Arguments(self.calls - 1, self._held)
+            elif self._part != "head" and not self.calls and not self._required:  # it never became a call
                 yield self._held
             self._held = ""
 
@@ -143,6 +161,7 @@ class CallReader:
             case "head":
                 return self._head()
         said, ended = self._upto(CLOSING, "text")
+        self._arguments += said
         return [Arguments(self.calls - 1, said)] if said else [] if ended else None
 
     def _head(self) -> list[str | Call | Arguments] | None:
@@ -152,7 +171,7 @@ class CallReader:
         head, found, after = self._held.partition(BEFORE_ARGUMENTS)
         if not found:
             return None
-        self._held, self._part, self.calls = after, "arguments", self.calls + 1
+        self._held, self._part, self.calls, self._arguments = after, "arguments", self.calls + 1, ""
         return [Call(self.calls - 1, head.removeprefix(BEFORE_NAME))]
 
     def _upto(self, marker: str, next_part: str) -> tuple[str, bool]:
@@ -171,3 +190,11 @@ class CallReader:
         ready = ready.rstrip() if self._part == "text" else ready
         self._held = before[len(ready) :]
         return ready, False
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it is JSON as it stands."""
+    with contextlib.suppress(ValueError):
+        from_json(text)
+        return True
+    return False

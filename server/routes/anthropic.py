@@ -19,7 +19,7 @@ from server.schemas.anthropic import (
     StopReason,
     TokenCount,
 )
-from server.schemas.tools import chosen_tools, read_arguments
+from server.schemas.tools import chosen_tools
 from server.serving import CallDep, ServingDep
 from server.streaming import ANTHROPIC, STREAMED, EventStream
 from server.strict_json import StrictRoute
@@ -148,7 +148,7 @@ def _usage(usage: Usage) -> MessageUsage:
 
 
 def _tool_use(call: Called) -> SaidToolUse:
-    return SaidToolUse(id=_call_id(), name=call.name, input=read_arguments(call))
+    return SaidToolUse(id=_call_id(), name=call.name, input=call.read())
 
 
 def _call_id() -> str:

@@ -10,7 +10,6 @@ from fastapi.responses import StreamingResponse
 
 from server.decoding import submit_chat
 from server.schemas.ollama import OllamaChatRequest, OllamaModel, OllamaModels, OllamaReply
-from server.schemas.tools import read_arguments
 from server.serving import Call, CallDep, ServingDep
 from server.streaming import OLLAMA, EventStream
 from server.strict_json import StrictRoute
@@ -74,7 +73,7 @@ async def _lines(
 
 
 def _message(said: str, calls: Iterable[Called] = ()) -> dict[str, Any]:
-    made = [{"function": {"name": call.name, "arguments": read_arguments(call)}} for call in calls]
+    made = [{"function": {"name": call.name, "arguments": call.read()}} for call in calls]
     return {"role": "assistant", "content": said, **({"tool_calls": made} if made else {})}
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, from_json
 
-from server.schemas.common import Body, NothingInIt, one_of, or_say
+from server.schemas.common import Body, Integer, NothingInIt, one_of, or_say
 from server.schemas.rules import Rule
 from trm.chat import ROLES
 
@@ -105,11 +105,12 @@ class CalledFunction(Body):
 
 
 class ToolCall(Body):
-    """A call of a function that an earlier reply made."""
+    """A call of a function that an earlier reply made. index: what streams number it by; no news."""
 
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: Integer | None = None
 
     def as_made(self) -> dict[str, Any]:
         """As chat templates want it: with the arguments themselves, where the model wrote them well."""

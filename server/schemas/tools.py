@@ -1,15 +1,14 @@
 """The tools that a request offers: functions, with JSON schemas of their arguments."""
 
-import contextlib
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError, PydanticUndefined, from_json
+from pydantic_core import PydanticCustomError, PydanticUndefined
 
 from server.schemas.common import Body
 from server.schemas.messages import FunctionName
 from trm.errors import BadRequest
-from trm.tools import Called, Function, Tools
+from trm.tools import Function, Tools
 
 
 class FunctionDefinition(Body):
@@ -106,11 +105,3 @@ def chosen_tools(tools: list[Tool] | None, choice: ToolChoice, parallel: bool | 
         return None
     several = parallel is not False and not isinstance(choice, NamedTool)
     return Tools(tuple(functions.values()), tuple(functions[name] for name in wanted), required, several)
-
-
-def read_arguments(call: Called) -> dict[str, Any]:
-    """A call's arguments; of a call that was cut, what is certain of them."""
-    read: Any = None
-    with contextlib.suppress(ValueError):  # nothing is
-        read = from_json(call.arguments, allow_partial=True)
-    return read if isinstance(read, dict) else {}

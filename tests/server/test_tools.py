@@ -93,6 +93,16 @@ async def test_calls_are_no_content(client, engine, chat_body, text, message, fi
         assert [tuple(call) for call in joined.values()] == message.get("tool_calls", [])
 
 
+async def test_stop_strings_are_for_text_and_not_for_calls(client, engine, chat_body):
+    for choice in ("auto", "required"):
+        body = chat_body(tools=[ADD], tool_choice=choice, stop=["\n"])
+        assert (await client.post(URL, json=body)).status_code == 200
+    assert (await client.post(URL, json=chat_body(stop=["\n"]))).status_code == 200
+
+    said = [(request.params.stop, request.stop_before) for request in engine.requests]
+    assert said == [(("\n",), "<tool_call>"), ((), "<tool_call>"), (("\n",), None)]
+
+
 async def test_a_reply_that_was_cut_is_no_call_yet(client, engine, chat_body):
     engine.script = say(CALLED[:-20], finish="length")
 
@@ -104,7 +114,7 @@ async def test_a_reply_that_was_cut_is_no_call_yet(client, engine, chat_body):
 
 async def test_a_turn_with_calls_and_results_comes_back_as_templates_want_it(client, engine, chat_body):
     arguments = '{"a": 1, "b": 2}'
-    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": arguments}, "index": 0}
     turns = [
         {"role": "user", "content": "1+2?", "name": "Ann"},
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": [], "audio": None},

@@ -273,6 +273,21 @@ def assert_streams(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) ->
     assert text.finish() == ""
 
 
+@PROPERTY
+@given(st.text(alphabet="ab<>\n", max_size=20), st.text(alphabet="ab<>\n", max_size=20), st.sampled_from(["b", "\n", "a\nb"]))
+def test_stop_strings_are_looked_for_up_to_a_mark(chat, before, behind, stop):
+    ids = chat.encode_text(f"{before}<call>{behind}")
+    text = TextStream(chat, [stop], stop_before="<call>")
+
+    shown = "".join(map(text.push, ids)) + text.finish()
+
+    found = f"{before}<call>".find(stop)
+    if found >= 0:
+        assert (shown, text.stopped) == (before[:found], stop)
+    else:
+        assert (shown, text.stopped) == (f"{before}<call>{behind}", None)
+
+
 @settings(PROPERTY, max_examples=1500)
 @given(FALLBACK_IDS, ANY_STOP)
 @example(of(b"A\xff"), [])  # the text of the first byte is not what it seems

@@ -1,6 +1,8 @@
 """Calls in replies: told apart from text, however the text comes in pieces."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,7 +26,12 @@ REPLIES = {
         '<tool_call>\n{"name": "ad", "arguments": {"a": 1',
         ("", [Called("ad", '{"a": 1')], False),
     ),
-    "cut in the closing": (ADD[:-14] + "}", ("", [Called("add", ADD[41:-14] + "}")], False)),
+    "cut in the closing": (ADD[:-13], ("", [Called("add", ADD[41:-14])], False)),
+    "cut late in the closing": (ADD[:-1], ("", [Called("add", ADD[41:-14])], False)),
+    "cut in nested arguments": (
+        written("a", '{"b": {"c": {}}}')[:-15],
+        ("", [Called("a", '{"b": {"c": {}}')], False),
+    ),
     "cut behind a call": (ADD + "\n<tool", ("", [Called("add", ADD[41:-14])], True)),
     "a mark without a call": ("a <tool_call> b\n", ("a<tool_call> b\n", [], False)),
     "a mark that is none": ("a <tool> b </tool_call> c", ("a <tool> b </tool_call> c", [], False)),
@@ -70,3 +77,27 @@ def test_what_is_certain_is_not_held_back() -> None:
     assert list(reader.feed(": 1")) == [Arguments(0, ": 1")]
     assert list(reader.feed("}")) == []
     assert list(reader.feed("}\n</tool_call>")) == [Arguments(0, "}")]
+
+
+@pytest.mark.parametrize("text", ["<", "<tool_", "<tool_call>", '<tool_call>\n{"na'])
+def test_half_a_tag_is_no_text_where_there_must_be_a_call(text: str) -> None:
+    assert read_reply(text, replace(TOOLS, required=True)) == ("", [], False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "certain"),
+    [
+        ('{"a": 12, "b": "7"}', {"a": 12, "b": "7"}),
+        ('{"a": 12', {}),
+        ('{"a": 12,', {"a": 12}),
+        ('{"a": 1, "b": -0.5e', {"a": 1}),
+        ('{"a": 1, "b": [3, 4', {"a": 1, "b": [3]}),
+        ('{"a": "x12', {}),
+        ('{"a": true, "b": fal', {"a": True}),
+        ('{"a"', {}),
+        ("", {}),
+        ("[1]", {}),
+    ],
+)
+def test_of_arguments_that_were_cut_what_is_certain_is_read(arguments: str, certain: dict[str, Any]) -> None:
+    assert Called("f", arguments).read() == certain

@@ -22,13 +22,14 @@ LONGEST_WINDOW = 16  # tokens; behind so many without a whole character only the
 class TextStream:
     """Turns token ids into text as they come.
 
-    What `push` and `finish` return, joined, is `chat.decode` of all ids, cut at the first stop string.
-    A token costs the same however long the reply is.
+    What `push` and `finish` return, joined, is `chat.decode` of all ids, cut at the first stop string that begins
+    before `stop_before`, if the text has that. A token costs the same however long the reply is.
     """
 
-    def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
+    def __init__(self, chat: ChatFormat, stop: Sequence[str] = (), stop_before: str | None = None) -> None:
         self.chat = chat
         self.stop = tuple(stop)
+        self._stop_before = stop_before
         self.stopped: str | None = None  # the stop string that was found; nothing follows
         self._ids: list[int] = []
         self._backend = chat.tokenizer.backend_tokenizer
@@ -102,8 +103,11 @@ class TextStream:
         return text
 
     def _release(self, final: bool) -> str:
-        start = max(0, self._released - max(map(len, self.stop), default=0))
+        start = max(0, self._released - max(map(len, (*self.stop, self._stop_before or "")), default=0))
         found = [(at, stop) for stop in self.stop if (at := self._decoded.find(stop, start)) >= 0]
+        if self.stop and self._stop_before and (limit := self._decoded.find(self._stop_before, start)) >= 0:
+            found = [(at, stop) for at, stop in found if at < limit]
+            self.stop = self.stop if found else ()
         if found and not self.stopped:  # be it in a run: if the reply ends here, the run is right
             first, self.stopped = min(found)
             self._decoded = self._decoded[:first]

@@ -236,7 +236,8 @@ class Engine:
             steps = self.check(request, decoder)
             if id(prompt) not in prefixes:
                 prefixes[id(prompt)] = self._read(request)
-            text, prefix = TextStream(decoder.chat, request.params.stop), prefixes[id(prompt)].fork()
+            text = TextStream(decoder.chat, request.params.stop, request.stop_before)
+            prefix = prefixes[id(prompt)].fork()
             handles.append(Handle(request, decoder, steps, text, prefix, on_event and partial(on_event, index)))
         rows = [handle.row for handle in handles]
         with self._changed:

@@ -165,7 +165,7 @@ class Request:
 
     With a grammar only tokens that it allows are chosen, whatever penalties and bias say. The reply ends where
     the grammar lets nothing follow, without an end token, even if that is to be ignored. decoder: which one of the
-    engine's decodes it, None for its model's own.
+    engine's decodes it, None for its model's own. stop_before: text from which on stop strings are not looked for.
     """
 
     prompt_ids: tuple[int, ...]
@@ -173,6 +173,7 @@ class Request:
     grammar: Grammar | None = None
     prompt_field: str = "prompt"  # where its caller got the prompt from, for errors to name
     decoder: str | None = None
+    stop_before: str | None = None
 
     @property
     def positions(self) -> int:

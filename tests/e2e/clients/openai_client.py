@@ -39,7 +39,10 @@ last = client.chat.completions.create(model=MODEL, messages=[*ask, called.choice
 assert last.choices[0].finish_reason in ("stop", "tool_calls", "length")
 with client.chat.completions.stream(model=MODEL, messages=ask, tools=[TOOL], tool_choice="required") as stream:
     names = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
+    streamed = stream.get_final_completion().choices[0].message
 assert set(names) == {"add"}
+results = [{"role": "tool", "tool_call_id": call.id, "content": "12"} for call in streamed.tool_calls]
+client.chat.completions.create(model=MODEL, messages=[*ask, streamed, *results], tools=[TOOL])
 
 answered = client.responses.create(model=MODEL, input=QUESTION)
 assert answered.output_text == reply.choices[0].message.content
