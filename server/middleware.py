@@ -195,7 +195,8 @@ class ReadBody:
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None where the client left before its end."""
         headers = Headers(scope=scope)
-        if (coding := headers.get("content-encoding", "identity")).strip().lower() not in ("", "identity"):
+        coding = ", ".join(headers.getlist("content-encoding"))
+        if any(each.strip().lower() not in ("", "identity") for each in coding.split(",")):
             raise EncodedBody(
                 f"Content-Encoding {coding[:100]}: this server reads bodies as they are; send it without",
                 code="unsupported_content_encoding",

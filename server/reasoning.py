@@ -60,4 +60,5 @@ class Reasoner:
 
 
 def _changed(token: int, said: Said) -> bool:
-    return any(each != token for each in said)
+    """Whether the last step's candidate, which was said, is not that of all stages. Else a form or a dice chose."""
+    return said[-1] == token and any(each != token for each in said)

@@ -65,9 +65,7 @@ def _parts_or_none(content: Any) -> Any:
     return None if content is None else parts(content)
 
 
-Content = Annotated[
-    list[TextPart], Field(min_length=1), BeforeValidator(parts, json_schema_input_type=str | Parts)
-]
+Content = Annotated[list[TextPart], Field(min_length=1), BeforeValidator(parts, json_schema_input_type=str | Parts)]
 
 
 class _Turn(Body):

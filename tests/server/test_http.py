@@ -229,9 +229,11 @@ async def test_a_large_body_is_a_413_and_never_read_whole(make_app, connect):
     assert len(sent) == 3
 
 
-@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
-async def test_an_encoded_body_is_a_415_that_names_the_coding(client, coding):
-    response = await client.post("/solve", content=b"\x1f\x8b", headers={"Content-Encoding": coding})
+@pytest.mark.parametrize("lines", [["gzip"], ["br"], ["identity, gzip"], ["identity", "gzip"]], ids=str)
+async def test_an_encoded_body_is_a_415_that_names_the_coding(client, lines):
+    coding = ", ".join(lines)
+    headers = [("Content-Encoding", line) for line in lines]
+    response = await client.post("/solve", content=b"\x1f\x8b", headers=headers)
     metrics = (await client.get("/metrics")).text
 
     assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_content_encoding")

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 URL = "/v1/chat/completions"
 # Of each character: what was best after step 0, the backbone's, and after three supervision steps.
-STEPS = {"a": "aaaa", "1": "5111", "4": "2944", ";": "x;;;", "?": "yy??", "7": "7777"}
+STEPS = {"a": "aaaa", "1": "5111", "4": "2944", ";": "x;;;", "?": "yy??", "7": "7777", "m": "xxzz"}
 TOLD = {
     "a14a": 'In place of "14" the backbone said "52", step 1 "19", steps 2 to 3 "14".\n',
     "a;?14": (
@@ -21,6 +21,7 @@ TOLD = {
     "714": 'In place of "714" the backbone said "752", step 1 "719", steps 2 to 3 "714".\n',
     "?a?": 'In place of "?" the backbone said "y", step 1 "y", steps 2 to 3 "?".\n' * 2,
     "a7a": "",
+    ";m;": 'In place of ";" the backbone said "x", steps 1 to 3 ";".\n' * 2,  # m was chosen by a form, or at random
 }
 
 

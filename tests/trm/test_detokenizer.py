@@ -273,8 +273,11 @@ def assert_streams(chat: ChatFormat, ids: Sequence[int], stop: Sequence[str]) ->
     assert text.finish() == ""
 
 
+NEAR_MARKS = st.text(alphabet="ab<>\n", max_size=20)
+
+
 @PROPERTY
-@given(st.text(alphabet="ab<>\n", max_size=20), st.text(alphabet="ab<>\n", max_size=20), st.sampled_from(["b", "\n", "a\nb"]))
+@given(NEAR_MARKS, NEAR_MARKS, st.sampled_from(["b", "\n", "a\nb"]))
 def test_stop_strings_are_looked_for_up_to_a_mark(chat, before, behind, stop):
     ids = chat.encode_text(f"{before}<call>{behind}")
     text = TextStream(chat, [stop], stop_before="<call>")

@@ -56,9 +56,17 @@ def prepare(schema: Schema) -> list[int | float]:
     for node in nodes:
         if isinstance(node.get("format"), str) and node["format"] not in FORMATS:
             del node["format"]
+        if _allows_any_name(node.get("propertyNames")):
+            del node["propertyNames"]
     _bound_multiples(nodes, named)
     _Finiteness(nodes).prune()
     return named
+
+
+def _allows_any_name(names: Any) -> bool:
+    """Whether `propertyNames` says nothing. The library does not know it, and zod writes it for every record."""
+    known = {"type": "string"}
+    return names is True or (isinstance(names, dict) and all(known.get(key) == names[key] for key in names))
 
 
 def check_depth(schema: Any) -> None:
