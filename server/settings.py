@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import CliVariadicArg, NoDecode
 
 from trm.errors import ConfigError
@@ -171,8 +171,10 @@ class ServeSettings(Settings):
 
     @field_validator(*LISTS, mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
-        return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
+        """At commas; one in the name of a decoder's directory stays, unless a further NAME= follows."""
+        comma = ",(?=[^,]*=)" if info.field_name == "decoder" else ","
+        return [item.strip() for item in re.split(comma, value)] if isinstance(value, str) else value
 
     @field_validator("root_path", mode="before")
     @classmethod

@@ -229,7 +229,8 @@ def locate_backbone(source: str | Path, revision: str | None = None) -> tuple[Pa
 
 
 def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
-    """The fast tokenizer of a checkpoint or backbone, exactly as its tokenizer.json or GGUF file says.
+    """The fast tokenizer of a checkpoint or backbone, as its tokenizer.json or GGUF file says, but it cuts and pads
+    nothing.
 
     AutoTokenizer would take the class that belongs to the backbone's architecture, and with it that
     class's idea of how text is split.
@@ -240,9 +241,12 @@ def read_tokenizer(model: str | Path, revision: str | None = None) -> Any:
     if not (directory / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: missing")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)  # a local directory  # nosec B615
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)  # a local directory  # nosec B615
     except Exception as error:  # as above
         raise CheckpointError(f"{directory / TOKENIZER_FILE}: not a usable tokenizer: {error}") from error
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

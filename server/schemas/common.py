@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUndefined
 
 from server.schemas.rules import Rule, at_most_one, needs_true
 
@@ -51,8 +51,11 @@ def or_say(message: LiteralString) -> WrapValidator:
     return WrapValidator(check)
 
 
-def one_of(kinds: dict[str, type[BaseModel]], key: str) -> BeforeValidator:
-    """Reads the body that `key` names, so that an error's path needs no union in it."""
+def one_of(kinds: dict[str, type[BaseModel]], key: str, described: Any = PydanticUndefined) -> BeforeValidator:
+    """Reads the body that `key` names, so that an error's path needs no union in it.
+
+    described: its type in the OpenAPI document, where that is another.
+    """
 
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -63,7 +66,7 @@ def one_of(kinds: dict[str, type[BaseModel]], key: str) -> BeforeValidator:
             raise ValidationError.from_exception_data(key, [{"type": problem, "loc": (key,), "input": kind}])
         return kinds[kind].model_validate(value)
 
-    return BeforeValidator(read)
+    return BeforeValidator(read, json_schema_input_type=described)
 
 
 def _fail_fast(schema: Any) -> None:

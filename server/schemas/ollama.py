@@ -6,7 +6,7 @@ How a model is kept in memory is the server's to say: hints about that are taken
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from server.schemas.chat import ChatRequest
@@ -82,8 +82,11 @@ class OllamaMessage(Body):
         return AssistantMessage(role="assistant", content=[*content], tool_calls=calls or None)
 
 
+AS_MANY: dict[str, Any] = {"enum": [-1, -2, None]}
+
+
 def _some(number: int | None) -> int | None:
-    if number == 0:
+    if number is not None and number < 1 and number not in AS_MANY["enum"]:
         raise PydanticCustomError("num_predict", "Input should be at least 1, or -1 for as many as there is room for")
     return number
 
@@ -97,7 +100,7 @@ class Options(Body):
     min_p: float | None = None
     seed: Integer | None = None
     num_predict: Annotated[
-        Integer | None, Field(ge=-2, json_schema_extra={"not": {"const": 0}}), AfterValidator(_some)
+        Integer | None, AfterValidator(_some), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, AS_MANY]})
     ] = None
     stop: Annotated[
         list[str] | None,

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer
 
 from server.app import create_app
 from server.cli import load_engine
@@ -46,6 +47,11 @@ def files(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     save("later/foreign", 5, backbone=7, n_supervision=1)
     save("later/other-words", 6, n_supervision=1)
     (root / "later/other-words/chat_template.jinja").write_text("{{ messages[0].content }}")
+    save("later/padded", 8, n_supervision=1)
+    words = Tokenizer.from_file(str(root / "later/padded/tokenizer.json"))
+    words.enable_truncation(8)
+    words.enable_padding()
+    words.save(str(root / "later/padded/tokenizer.json"))
     save("later/other-rope", 7, n_supervision=1)
     for config in (root / "later/other-rope/config.json", root / "later/other-rope/backbone/config.json"):
         config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 100.0'))
@@ -238,6 +244,12 @@ async def test_one_that_was_named_at_the_start_may_come_back(serve):
     assert (await unload(client, "one")).status_code == (await load(client, "one")).status_code == 200
 
     assert await said() == before
+
+
+async def test_how_a_tokenizer_file_cuts_and_pads_is_no_other_tokenizer(client):
+    assert (await load(client, "padded")).status_code == 200
+    assert (await client.post("/v1/chat/completions", json=CHAT | {"model": "padded"})).status_code == 200
+    assert (await unload(client, "padded")).status_code == 200
 
 
 async def test_unloading_waits_for_what_was_accepted_and_takes_nothing_more(serve, make_engine, files, monkeypatch):

@@ -82,6 +82,23 @@ def test_a_key_that_the_shell_left_empty_or_that_would_be_lost_is_refused(argv):
         ServeSettings.from_command_line(argv)
 
 
+@pytest.mark.parametrize(
+    ("given", "sources"),
+    [
+        (["a=/x,y"], {"a": "/x,y"}),
+        (["a=/x,", "b=y,z"], {"a": "/x,", "b": "y,z"}),
+        (["a=/x, y ,b=/z"], {"a": "/x, y", "b": "/z"}),
+    ],
+    ids=str,
+)
+def test_commas_in_the_directory_of_a_decoder(monkeypatch, given, sources):
+    flags = [word for one in given for word in ("--decoder", one)]
+    assert ServeSettings.from_command_line(flags).decoder_sources() == sources
+
+    monkeypatch.setenv("TRM_DECODER", ",".join(given))
+    assert ServeSettings.from_command_line([]).decoder_sources() == sources
+
+
 @pytest.mark.parametrize(("value", "keys"), [("a", ["a"]), ("a,b", ["a", "b"]), ("sk-1, sk-2", ["sk-1", "sk-2"])])
 def test_keys_from_the_environment_are_plain_text(monkeypatch, value, keys):
     monkeypatch.setenv("TRM_API_KEY", value)

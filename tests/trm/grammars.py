@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from trm.engine.grammar import CompiledGrammar, GrammarCompiler
+from trm.engine.grammar import CompiledGrammar, Form, GrammarCompiler
 from trm.engine.request import Follow, Matcher
 
 BYTES = GrammarCompiler([*(bytes([byte]) for byte in range(256)), None], 256)
-ANYTHING = BYTES.json_schema({})
+ANYTHING = BYTES.compile(Form.json({}))
 
 
 def nested(levels: int, keyword: str) -> dict[str, Any]:

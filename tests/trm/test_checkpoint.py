@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import Qwen2ForCausalLM
 
 from tests.conftest import BACKBONES, make_backbone, make_model, randomize
@@ -81,6 +82,21 @@ def test_tokenizer_and_chat_template_come_back(make_checkpoint, tokenizer):
     messages = solve_messages("What is 2 + 2?")
     assert ChatFormat(again).encode(messages) == ChatFormat(tokenizer).encode(messages)
     assert ChatFormat(again).end_id == ChatFormat(tokenizer).end_id
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_left_out(make_checkpoint):
+    """They belong to whoever saved it: a prompt that they cut would be another prompt."""
+    directory, _ = make_checkpoint()
+    plain = checkpoint.read_tokenizer(directory)
+    file = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+    file.enable_truncation(3)
+    file.enable_padding(length=9)
+    file.save(str(directory / TOKENIZER_FILE))
+
+    again = checkpoint.read_tokenizer(directory)
+
+    assert again.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
+    assert again("1 + 1 = 2")["input_ids"] == plain("1 + 1 = 2")["input_ids"]
 
 
 def test_loaded_checkpoint_can_be_saved_again(make_checkpoint, tmp_path):

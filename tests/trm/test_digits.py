@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trm.grammars import ANYTHING, BYTES, allowed, is_text
-from trm.engine.grammar import GrammarCompiler
+from trm.engine.grammar import Form, GrammarCompiler
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 DIGIT_TEXTS: list[bytes | None] = [
@@ -54,7 +54,7 @@ NUMBERS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("favourite", ["0", "9", "many", *range(4)])
 def test_a_number_ends_however_much_digits_are_liked(schema, start, favourite):
     """Digits wherever they may stand, then whatever makes the number go on."""
-    matcher = GrammarCompiler(DIGIT_TEXTS, len(DIGIT_TEXTS) - 1).json_schema(schema).matcher(may_end=True)
+    matcher = GrammarCompiler(DIGIT_TEXTS, len(DIGIT_TEXTS) - 1).compile(Form.json(schema)).matcher(may_end=True)
     for byte in start.encode():
         assert matcher.follow().allows(byte), f"{start!r} at {chr(byte)!r}"
         matcher.advance(byte)
@@ -107,16 +107,16 @@ def test_every_usual_number_can_be_said(number):
     ids=lambda value: str(value)[:60],
 )
 def test_what_a_schema_names_or_does_not_call_a_number_is_not_bounded(schema, text):
-    assert is_text(BYTES.json_schema(schema), text)
+    assert is_text(BYTES.compile(Form.json(schema)), text)
 
 
 def test_digits_of_other_grammars_are_not_bounded():
-    assert is_text(BYTES.regex("[0-9]+"), "7" * 99)
+    assert is_text(BYTES.compile(Form.regex("[0-9]+")), "7" * 99)
 
 
 @pytest.mark.parametrize("schema", [{"type": "integer"}, {"type": "number", "exclusiveMinimum": 0}])
 def test_drafts_of_digits_are_bounded_like_replies(schema):
-    grammar = BYTES.json_schema(schema)
+    grammar = BYTES.compile(Form.json(schema))
     draft = list(b"0." + b"0" * 20 if "exclusiveMinimum" in schema else b"9" * 19)
     ahead, step = grammar.matcher(may_end=True), grammar.matcher(may_end=True)
 

@@ -25,7 +25,7 @@ from tests.trm.engines import (
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
-from trm.engine.grammar import GrammarCompiler
+from trm.engine.grammar import Form, GrammarCompiler
 from trm.loading import prepare_for_decoding
 
 # P2 and P9: as if alone
@@ -86,8 +86,15 @@ PROMPTS = st.one_of(  # many of them begin alike
 SMALL = GrammarCompiler(TEXTS, END)
 GRAMMARS = st.sampled_from(
     [None] * 4
-    + [SMALL.regex("(a|b){2,4}( 1*)?"), SMALL.regex("[^a]*"), SMALL.choice(["ab12", "ba", "b", "{}"])]
-    + [SMALL.json_schema({"type": "object", "additionalProperties": {"type": "integer"}})]
+    + [
+        SMALL.compile(form)
+        for form in (
+            Form.regex("(a|b){2,4}( 1*)?"),
+            Form.regex("[^a]*"),
+            Form.choice(["ab12", "ba", "b", "{}"]),
+            Form.json({"type": "object", "additionalProperties": {"type": "integer"}}),
+        )
+    ]
 )
 CASES = st.builds(
     Case,

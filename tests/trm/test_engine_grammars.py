@@ -19,13 +19,14 @@ from tests.trm.engines import TEXTS, Listener, assert_empty, expected, make_engi
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
-from trm.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
+from trm.engine.grammar import CompiledGrammar, Form, GrammarCompiler, GrammarMatcher
 from trm.engine.request import Follow, Matcher
 from trm.errors import BadRequest, InternalError
 from trm.loading import prepare_for_decoding
+from trm.tools import Function, Tools
 
 SMALL = GrammarCompiler(TEXTS, END)
-LONG = SMALL.regex("((a|b){2}1){9}2")
+LONG = SMALL.compile(Form.regex("((a|b){2}1){9}2"))
 
 
 def text_of(tokens: Sequence[int]) -> str:
@@ -37,7 +38,7 @@ def text_of(tokens: Sequence[int]) -> str:
 
 def test_reply_ends_where_nothing_may_follow_without_an_end_token(chat, kv_source):
     engine = make_engine(chat, kv_source)
-    one = request(5, max_tokens=20, grammar=SMALL.choice(["ab12", "ba12"]))
+    one = request(5, max_tokens=20, grammar=SMALL.compile(Form.choice(["ab12", "ba12"])))
 
     replies = engine.generate([one, replace(one, params=replace(one.params, ignore_eos=True))])
 
@@ -51,7 +52,7 @@ def test_reply_ends_where_nothing_may_follow_without_an_end_token(chat, kv_sourc
 
 def test_reply_that_is_cut_says_so_and_one_that_just_fits_does_not(chat):
     engine = make_engine(chat)
-    one = request(5, max_tokens=40, grammar=SMALL.regex("(a|b){8}"))
+    one = request(5, max_tokens=40, grammar=SMALL.compile(Form.regex("(a|b){8}")))
     [whole] = engine.generate([one])
     count = len(whole.token_ids)
 
@@ -65,7 +66,7 @@ def test_reply_that_is_cut_says_so_and_one_that_just_fits_does_not(chat):
 
 def test_end_token_ends_a_reply_that_could_go_on(chat):
     engine = make_engine(chat)
-    one = request(5, max_tokens=20, logit_bias=((END, 100.0),), grammar=SMALL.regex("aa?b*"))
+    one = request(5, max_tokens=20, logit_bias=((END, 100.0),), grammar=SMALL.compile(Form.regex("aa?b*")))
 
     [reply] = engine.generate([one])
 
@@ -76,7 +77,7 @@ def test_end_token_ends_a_reply_that_could_go_on(chat):
 
 def test_ignored_end_token_is_not_allowed(chat):
     engine = make_engine(chat)
-    one = request(5, max_tokens=9, ignore_eos=True, logit_bias=((END, 100.0),), grammar=SMALL.regex("b*"))
+    one = request(5, max_tokens=9, ignore_eos=True, logit_bias=((END, 100.0),), grammar=SMALL.compile(Form.regex("b*")))
 
     [reply] = engine.generate([one])
 
@@ -103,7 +104,7 @@ def test_stop_string_ends_the_reply_earlier(chat):
 def test_bias_moves_allowed_tokens_only(temperature, chat):
     engine = make_engine(chat)
     bias = ((TEXTS.index(b"2"), 100.0), (TEXTS.index(b"a"), -100.0), (TEXTS.index(b"ab"), 50.0))
-    one = request(5, max_tokens=3, temperature=temperature, logit_bias=bias, grammar=SMALL.regex("[ab]+"))
+    one = request(5, max_tokens=3, temperature=temperature, logit_bias=bias, grammar=SMALL.compile(Form.regex("[ab]+")))
 
     [reply] = engine.generate([one])
 
@@ -113,7 +114,7 @@ def test_bias_moves_allowed_tokens_only(temperature, chat):
 def test_a_single_allowed_token_is_chosen_whatever_filters_and_penalties_say(chat):
     engine = make_engine(chat)
     params = {"top_k": 1, "min_p": 1.0, "top_p": 1e-9, "repetition_penalty": 2.0, "frequency_penalty": 2.0}
-    one = request(5, max_tokens=40, temperature=2.0, **params, grammar=SMALL.regex(":{20}"))
+    one = request(5, max_tokens=40, temperature=2.0, **params, grammar=SMALL.compile(Form.regex(":{20}")))
 
     [reply] = engine.generate([one])
 
@@ -141,7 +142,9 @@ def test_log_probabilities_are_the_models_own(chat, kv_source):
 def test_reply_with_drafts_is_the_reply_without(params, draft, chat, kv_source):
     requests = [
         request(length, max_tokens=30, n_supervision=1 + length % 4, grammar=grammar, **params)
-        for length, grammar in enumerate([LONG, SMALL.regex("[^{]*"), None, LONG, SMALL.json_schema({})], 3)
+        for length, grammar in enumerate(
+            [LONG, SMALL.compile(Form.regex("[^{]*")), None, LONG, SMALL.compile(Form.json({}))], 3
+        )
     ]
     engine = make_engine(chat, kv_source, draft=draft)
 
@@ -160,7 +163,9 @@ def test_untrained_decoder_accepts_every_draft(chat, kv_source):
     model = make_model(kv_source=kv_source, scale=0.0, sizes={"vocab_size": 16}).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=5))
     engine.decoders[None].drafter.length = lambda rows, num_running: 5
-    one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=12, temperature=1.0), SMALL.regex("a{12}"))
+    one = Request(
+        tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=12, temperature=1.0), SMALL.compile(Form.regex("a{12}"))
+    )
 
     [reply] = engine.generate([one])
 
@@ -173,7 +178,7 @@ def test_nothing_is_drafted_behind_the_end_of_the_grammar(chat):
     model = make_model(scale=0.0, sizes={"vocab_size": 16}).double()
     engine = Engine(model, chat, EngineConfig(max_rows=1, max_model_len=64, max_draft_tokens=7))
     engine.decoders[None].drafter.length = lambda rows, num_running: 7
-    one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=40), SMALL.regex(":{4}"))
+    one = Request(tuple(some_prompt(6, 0, 16)), SamplingParams(max_tokens=40), SMALL.compile(Form.regex(":{4}")))
 
     [reply] = engine.generate([one])
 
@@ -187,7 +192,7 @@ def test_nothing_is_drafted_behind_the_end_of_the_grammar(chat):
 @pytest.mark.parametrize("draft", [0, 3])
 def test_dead_end_fails_its_own_request(draft, chat, kv_source):
     """And only where the reply goes there, not where a draft does: "3" is no token of this model."""
-    grammar = SMALL.choice(["a" + "1" * 8, "b3"])
+    grammar = SMALL.compile(Form.choice(["a" + "1" * 8, "b3"]))
     engine = make_engine(chat, kv_source, draft=draft)
     listener = Listener(engine)
     requests = [request(length, max_tokens=20, grammar=grammar) for length in range(1, 20)]
@@ -195,7 +200,7 @@ def test_dead_end_fails_its_own_request(draft, chat, kv_source):
     [neighbour] = listener.submit(request(30, max_tokens=20))
     run(engine)
 
-    dead = SMALL.choice(["a", "b"])
+    dead = SMALL.compile(Form.choice(["a", "b"]))
     ended = {"stop": 0, "error": 0}
     for number, one in zip(numbers, requests, strict=True):
         reply = listener.reply(number)
@@ -213,6 +218,28 @@ def test_dead_end_fails_its_own_request(draft, chat, kv_source):
     assert min(ended.values()) > 2, ended
     assert listener.reply(neighbour).token_ids == expected(engine, listener.handles[neighbour].request).token_ids
     assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("form", "required", "field"),
+    [(None, True, "tools"), (Form.regex("ab"), True, "tools"), (Form.regex("ab"), False, "response_format")],
+)
+def test_dead_end_is_blamed_on_what_asks_for_it(form, required, field, chat):
+    """No token of this model ends an object, and none is a "b"."""
+    texts = [None, None, None, b"<tool_call>", b'\n{"name": "f', b'", "arguments": {', b"a", *[None] * 9]
+    tools = Tools((Function("f"),), (Function("f"),), required)
+    engine = make_engine(chat)
+    listener = Listener(engine)
+
+    grammar = GrammarCompiler(texts, END).compile(form, tools)
+    [number] = listener.submit(request(5, max_tokens=9, logit_bias=((6, 100.0),), grammar=grammar))
+    run(engine)
+
+    error = listener.events[number][-1].error
+    assert isinstance(error, BadRequest)
+    assert error.param == field
+    tokens = 3 if required else 1
+    assert str(error) == f"{field}: after {tokens} tokens no token of this model may follow"
 
 
 @dataclass(frozen=True)
@@ -299,9 +326,9 @@ OPTIONS = ["yes", "yes, of course", "no", "nobody knows: \u221e"]
 def test_sampled_replies_are_what_the_grammar_describes(kind, bundled):
     engine, compiler = bundled
     grammar = {
-        "schema": lambda: compiler.json_schema(SCHEMA),
-        "pattern": lambda: compiler.regex(PATTERN),
-        "options": lambda: compiler.choice(OPTIONS),
+        "schema": lambda: compiler.compile(Form.json(SCHEMA)),
+        "pattern": lambda: compiler.compile(Form.regex(PATTERN)),
+        "options": lambda: compiler.compile(Form.choice(OPTIONS)),
     }[kind]()
     requests = [ask(engine, grammar, seed % 4, temperature=1.5, seed=seed, n_supervision=1) for seed in range(48)]
 
@@ -324,7 +351,7 @@ def test_a_number_ends_long_before_the_tokens_do(type_, bias, bundled):
     """`{"answer": integer}`, the first thing that anybody asks for, even of a model that loves digits."""
     engine, compiler = bundled
     schema = {"type": "object", "properties": {"answer": {"type": type_}}, "required": ["answer"]}
-    grammar = compiler.json_schema(schema | {"additionalProperties": False})
+    grammar = compiler.compile(Form.json(schema | {"additionalProperties": False}))
     texts = TokenBytes(engine.chat.tokenizer).texts(engine.model.config.vocab_size)
     digits = tuple((token, bias) for token, text in enumerate(texts) if text and text.isdigit())
     requests = [
@@ -341,7 +368,7 @@ def test_a_number_ends_long_before_the_tokens_do(type_, bias, bundled):
 
 def test_any_json_object_is_one_unless_it_is_cut(bundled):
     engine, compiler = bundled
-    grammars = [compiler.json_schema({"type": "object", "minProperties": least}) for least in (0, 2)]
+    grammars = [compiler.compile(Form.json({"type": "object", "minProperties": least})) for least in (0, 2)]
     requests = [
         ask(engine, grammars[seed % 2], seed % 4, temperature=1.0, seed=seed, n_supervision=1, max_tokens=40)
         for seed in range(16)
@@ -358,7 +385,11 @@ def test_any_json_object_is_one_unless_it_is_cut(bundled):
 
 def test_replies_equal_the_reference_but_for_near_ties(bundled):
     engine, compiler = bundled
-    grammars = [compiler.json_schema(SCHEMA), compiler.regex(PATTERN), compiler.choice(OPTIONS)]
+    grammars = [
+        compiler.compile(Form.json(SCHEMA)),
+        compiler.compile(Form.regex(PATTERN)),
+        compiler.compile(Form.choice(OPTIONS)),
+    ]
     requests = [
         ask(engine, grammars[index % 3], index, max_tokens=24, temperature=float(index % 2), seed=index)
         for index in range(6)
@@ -381,7 +412,11 @@ def test_grammar_of_a_tokenizer_that_falls_back_on_bytes_gives_whole_characters(
 
     replies = engine.generate(
         [
-            Request(tuple(some_prompt(3, n, 16)), SamplingParams(40, 2.0, seed=n), grammar=compiler.regex(pattern))
+            Request(
+                tuple(some_prompt(3, n, 16)),
+                SamplingParams(40, 2.0, seed=n),
+                grammar=compiler.compile(Form.regex(pattern)),
+            )
             for n in range(40)
         ]
     )

@@ -17,7 +17,7 @@ from tests.trm.conftest import END
 from tests.trm.engines import TEXTS
 from tests.trm.grammars import allowed, nested
 from trm.engine import grammar as grammars
-from trm.engine.grammar import CompiledGrammar, GrammarCompiler
+from trm.engine.grammar import CompiledGrammar, Form, GrammarCompiler
 from trm.engine.request import Follow
 from trm.errors import BadRequest
 
@@ -109,7 +109,7 @@ def assert_masks(grammar: CompiledGrammar, language: set[bytes], rng: random.Ran
     rng=st.randoms(use_true_random=False),
 )
 def test_choice_lets_follow_what_continues_an_option(options, rng):
-    assert_masks(SMALL.choice(options), {option.encode() for option in options}, rng)
+    assert_masks(SMALL.compile(Form.choice(options)), {option.encode() for option in options}, rng)
 
 
 @pytest.mark.parametrize("pattern", ["(a|b){1,4}", "a?b?1?2", "(ab|ba|12){2}", "[^ab]{1,2}", "(?i)AB+?1|a.{2}", "^a$"])
@@ -118,15 +118,15 @@ def test_regex_lets_follow_what_continues_a_match(pattern, seed):
     texts = ("".join(letters) for size in range(1, 7) for letters in itertools.product('ab12 {}":,', repeat=size))
     language = {text.encode() for text in itertools.islice(texts, 120_000) if re.fullmatch(pattern, text)}
 
-    assert_masks(SMALL.regex(pattern), language, random.Random(seed))
+    assert_masks(SMALL.compile(Form.regex(pattern)), language, random.Random(seed))
 
 
 def test_empty_text_may_end_at_once():
-    assert END in allowed(SMALL.regex("a*").matcher(may_end=True).follow(), len(TEXTS))
+    assert END in allowed(SMALL.compile(Form.regex("a*")).matcher(may_end=True).follow(), len(TEXTS))
 
 
 def test_reply_that_may_not_end_goes_on_until_nothing_follows():
-    matcher = SMALL.regex("a{0,2}").matcher(may_end=False)
+    matcher = SMALL.compile(Form.regex("a{0,2}")).matcher(may_end=False)
 
     assert allowed(matcher.follow(), len(TEXTS)) == {TEXTS.index(b"a")}
     matcher.advance(TEXTS.index(b"a"))
@@ -140,13 +140,13 @@ def test_a_token_without_text_never_follows(bundled, tokenizer):
     _, texts, end = bundled
     compiler = GrammarCompiler([*texts, *[None] * 45], end)
 
-    anything = allowed(compiler.regex("(?s).*").matcher(may_end=True).follow(), len(texts) + 45)
-    inside = compiler.regex(r"<\|im_(start|end)\|>").matcher(may_end=True)
+    anything = allowed(compiler.compile(Form.regex("(?s).*")).matcher(may_end=True).follow(), len(texts) + 45)
+    inside = compiler.compile(Form.regex(r"<\|im_(start|end)\|>")).matcher(may_end=True)
 
     assert set(tokenizer.all_special_ids) & anything == {end}
     assert max(anything) < len(texts)
     assert allowed(inside.follow(), len(texts) + 45) == {token for token in anything if texts[token] == b"<"}
-    assert walk(compiler.regex(r"<\|im_start\|>"), [*texts, *[None] * 45], end, 0) == "<|im_start|>"
+    assert walk(compiler.compile(Form.regex(r"<\|im_start\|>")), [*texts, *[None] * 45], end, 0) == "<|im_start|>"
 
 
 def test_the_large_vocabulary_of_qwen2(qwen2_tokenizer):
@@ -155,13 +155,15 @@ def test_the_large_vocabulary_of_qwen2(qwen2_tokenizer):
     end = qwen2_tokenizer.convert_tokens_to_ids("<|im_end|>")
     compiler = GrammarCompiler(texts, end)
 
-    anything = allowed(compiler.regex("(?s).*").matcher(may_end=True).follow(), 151_936)
+    anything = allowed(compiler.compile(Form.regex("(?s).*")).matcher(may_end=True).follow(), 151_936)
 
     assert 100_000 < len(anything) <= len(qwen2_tokenizer)
     assert max(anything) < len(qwen2_tokenizer)
     assert set(qwen2_tokenizer.all_special_ids) & anything == {end}
-    assert walk(compiler.choice(["e\u0301", "e\u0302"]), texts, end, 0) in ("e\u0301", "e\u0302")
-    jsonschema.validate(json.loads(walk(compiler.json_schema(SCHEMAS["object"]), texts, end, 0)), SCHEMAS["object"])
+    assert walk(compiler.compile(Form.choice(["e\u0301", "e\u0302"])), texts, end, 0) in ("e\u0301", "e\u0302")
+    jsonschema.validate(
+        json.loads(walk(compiler.compile(Form.json(SCHEMAS["object"])), texts, end, 0)), SCHEMAS["object"]
+    )
 
 
 # Whole texts
@@ -172,7 +174,7 @@ def test_the_large_vocabulary_of_qwen2(qwen2_tokenizer):
 def test_json_is_what_the_schema_describes_and_on_one_line(name, seed, bundled):
     compiler, texts, end = bundled
 
-    text = walk(compiler.json_schema(SCHEMAS[name]), texts, end, seed)
+    text = walk(compiler.compile(Form.json(SCHEMAS[name])), texts, end, seed)
 
     jsonschema.validate(json.loads(text), SCHEMAS[name], format_checker=jsonschema.FormatChecker())
     assert "\n" not in text
@@ -184,7 +186,7 @@ def test_properties_come_in_the_order_of_the_schema(bundled):
     properties = {"b": {"type": "null"}, "a": {"type": "null"}}
 
     text = walk(
-        compiler.json_schema({"properties": properties, "required": ["a", "b"], "type": "object"}), texts, end, 3
+        compiler.compile(Form.json({"properties": properties, "required": ["a", "b"], "type": "object"})), texts, end, 3
     )
 
     assert list(json.loads(text))[:2] == ["b", "a"]
@@ -209,7 +211,7 @@ def test_properties_come_in_the_order_of_the_schema(bundled):
 def test_choice_takes_its_options_as_they_are(options, bundled):
     compiler, texts, end = bundled
 
-    assert {walk(compiler.choice(options), texts, end, seed) for seed in range(40)} == set(options)
+    assert {walk(compiler.compile(Form.choice(options)), texts, end, seed) for seed in range(40)} == set(options)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_text_is_what_the_regular_expression_matches(pattern, bundled):
     compiler, texts, end = bundled
 
     for seed in range(8):
-        text = walk(compiler.regex(pattern), texts, end, seed)
+        text = walk(compiler.compile(Form.regex(pattern)), texts, end, seed)
         assert re.fullmatch(pattern.replace(r"[\p{Greek}&&[\u0370-\u03ff]]", "[\u0370-\u03ff]"), text)
 
 
@@ -230,7 +232,7 @@ def test_text_is_what_the_regular_expression_matches(pattern, bundled):
 @given(st.data())
 def test_what_follows_depends_on_the_tokens_alone(data):
     """Whatever was asked before, and however far drafts went that came to nothing."""
-    grammar = SMALL.regex("(a|b|12){0,9}( 1*)?")
+    grammar = SMALL.compile(Form.regex("(a|b|12){0,9}( 1*)?"))
     matcher, reply = grammar.matcher(may_end=True), list[int]()
     for _ in range(data.draw(st.integers(1, 8))):
         draft = data.draw(st.lists(st.sampled_from(some_way(grammar, reply) or [0]), max_size=1))
@@ -266,7 +268,7 @@ def test_full_lexer_is_started_afresh_and_changes_nothing(monkeypatch, bundled):
     pattern = r"(\w|\s){5,400}\."
 
     def replies(compiler: GrammarCompiler) -> Iterator[list[bytes]]:
-        grammar = compiler.regex(pattern)
+        grammar = compiler.compile(Form.regex(pattern))
         for seed in range(3):
             rng, matcher, masks = random.Random(seed), grammar.matcher(may_end=True), []
             for _ in range(40):
@@ -295,7 +297,7 @@ def count_calls(function: Any, calls: list[Any]) -> Any:
 def test_grammar_that_is_too_much_in_the_middle_says_so_and_spoils_nothing(monkeypatch, bundled):
     _, texts, end = bundled
     monkeypatch.setattr(grammars, "LIMITS", grammars.LLParserLimits(max_lexer_states=80, verbose_errors=False))
-    grammar = GrammarCompiler(texts, end).regex(r"a(b|c\w{400})")
+    grammar = GrammarCompiler(texts, end).compile(Form.regex(r"a(b|c\w{400})"))
     good, bad = grammar.matcher(may_end=True), grammar.matcher(may_end=True)
     a, b, c = (texts.index(letter) for letter in (b"a", b"b", b"c"))
     good.advance(a)
@@ -312,7 +314,7 @@ def test_grammar_that_is_too_much_in_the_middle_says_so_and_spoils_nothing(monke
 
 
 def test_dead_end_says_so():
-    matcher = SMALL.choice(["a3", "b"]).matcher(may_end=True)
+    matcher = SMALL.compile(Form.choice(["a3", "b"])).matcher(may_end=True)
 
     matcher.advance(TEXTS.index(b"a"))
 
@@ -357,7 +359,7 @@ def test_dead_end_says_so():
 )
 def test_schema_that_cannot_be_kept_is_refused_with_its_reason(schema, reason):
     with pytest.raises(BadRequest) as refused:
-        SMALL.json_schema(schema)
+        SMALL.compile(Form.json(schema))
 
     assert refused.value.param == "response_format"
     assert reason in str(refused.value)
@@ -384,7 +386,7 @@ def test_schema_that_cannot_be_kept_is_refused_with_its_reason(schema, reason):
 )
 def test_regular_expression_that_cannot_be_kept_is_refused_with_its_reason(pattern, reason):
     with pytest.raises(BadRequest) as refused:
-        SMALL.regex(pattern)
+        SMALL.compile(Form.regex(pattern))
 
     assert refused.value.param == "response_format"
     assert reason in str(refused.value)
@@ -396,15 +398,15 @@ def test_regular_expression_that_cannot_be_kept_is_refused_with_its_reason(patte
     "schema", [{"properties": {"multipleOf": {"type": "integer"}}}, {"multipleOf": 0.01}, {}, TREE]
 )
 def test_schema_that_only_looks_difficult_is_served(schema):
-    assert SMALL.json_schema(schema).matcher(may_end=True).follow().failure is None
+    assert SMALL.compile(Form.json(schema)).matcher(may_end=True).follow().failure is None
 
 
 def test_equal_grammars_are_compiled_once_and_old_ones_forgotten():
     compiler = GrammarCompiler(TEXTS, END)
-    first = compiler.regex("a+")
+    first = compiler.compile(Form.regex("a+"))
 
-    assert compiler.regex("a+") is first
-    assert compiler.json_schema({"type": "object"}) is compiler.json_schema({"type": "object"})
+    assert compiler.compile(Form.regex("a+")) is first
+    assert compiler.compile(Form.json({"type": "object"})) is compiler.compile(Form.json({"type": "object"}))
     for number in range(grammars.MAX_CACHED):
-        compiler.regex(f"a{{1,{number + 2}}}")
-    assert compiler.regex("a+") is not first
+        compiler.compile(Form.regex(f"a{{1,{number + 2}}}"))
+    assert compiler.compile(Form.regex("a+")) is not first

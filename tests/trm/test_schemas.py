@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.trm.grammars import BYTES, begins, is_text, nested
 from trm.engine import schemas
+from trm.engine.grammar import Form
 from trm.errors import BadRequest
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -65,7 +66,7 @@ NODE = ENDLESS["deeper down"]["$defs"]["n"]
 @pytest.mark.parametrize("name", ENDLESS)
 def test_schema_that_no_finite_text_meets_is_refused(name):
     with pytest.raises(BadRequest, match="no finite text meets the schema"):
-        BYTES.json_schema(ENDLESS[name])
+        BYTES.compile(Form.json(ENDLESS[name]))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_schema_that_no_finite_text_meets_is_refused(name):
     ids=lambda value: str(value)[:60],
 )
 def test_an_endless_part_is_left_out(schema, good, bad):
-    grammar = BYTES.json_schema(schema)
+    grammar = BYTES.compile(Form.json(schema))
 
     assert [text for text in good if not is_text(grammar, text)] == []
     assert [text for text in bad if begins(grammar, text)] == []
@@ -134,7 +135,7 @@ def test_an_endless_part_is_left_out(schema, good, bad):
     ids=lambda schema: str(schema)[:60],
 )
 def test_schema_that_only_looks_endless_is_served(schema):
-    BYTES.json_schema(schema)
+    BYTES.compile(Form.json(schema))
 
 
 SCALARS: list[Any] = [None, True, 1, "a", [], {}]
@@ -238,7 +239,7 @@ def test_no_schema_that_a_text_meets_is_refused_for_being_endless(rng):
 
 @pytest.mark.parametrize("format_", sorted(schemas.FORMATS - {"unknown"}))
 def test_known_format_is_kept(format_):
-    assert not begins(BYTES.json_schema({"type": "string", "format": format_}), '"\u00a7')
+    assert not begins(BYTES.compile(Form.json({"type": "string", "format": format_})), '"\u00a7')
 
 
 @pytest.mark.parametrize("format_", ["path", "binary", "password", "byte", "int32", "uri-reference", "Date", ""])
@@ -258,11 +259,11 @@ def test_known_format_is_kept(format_):
 )
 def test_other_formats_are_annotations(format_, where, text):
     for type_ in ({"type": "string"}, {}):
-        assert is_text(BYTES.json_schema(where({**type_, "format": format_})), text)
+        assert is_text(BYTES.compile(Form.json(where({**type_, "format": format_}))), text)
 
 
 def test_format_of_a_number_is_an_annotation():
-    assert is_text(BYTES.json_schema({"type": "integer", "format": "int32"}), "5")
+    assert is_text(BYTES.compile(Form.json({"type": "integer", "format": "int32"})), "5")
 
 
 @pytest.mark.parametrize("keyword", ["enum", "const"])
@@ -271,7 +272,7 @@ def test_values_that_look_like_schemas_are_not_touched(keyword):
     schema = {keyword: [value], "default": value, "examples": [value]}
     before = copy.deepcopy(schema)
 
-    assert is_text(BYTES.json_schema(schema), json.dumps([value] if keyword == "const" else value))
+    assert is_text(BYTES.compile(Form.json(schema)), json.dumps([value] if keyword == "const" else value))
     assert schema == before
 
 

@@ -45,8 +45,9 @@ def take_reply(row: Row, work: Pass, asks: Sequence[Ask], answers: Sequence[Answ
             chosen.error = DeviceError("the model gave a logit that is not finite; the request was ended")
             break
         if ask.follow and ask.follow.failure:
-            why = f"response_format: after {len(row.reply)} tokens {ask.follow.failure}"
-            chosen.error = BadRequest(why, param="response_format")
+            field = row.request.grammar.field if row.request.grammar else None
+            why = f"{field}: after {len(row.reply)} tokens {ask.follow.failure}"
+            chosen.error = BadRequest(why, param=field)
             break
         token = answer.token
         chosen.ids.append(token)

@@ -159,18 +159,6 @@ class GrammarCompiler:
                     raise Refused(f"{name}: {found.reason}", "tools") from None
             raise Refused(error.reason, "tools" if form is None else error.param) from None
 
-    def json_schema(self, schema: Mapping[str, Any]) -> "CompiledGrammar":
-        """JSON that `schema` describes, on one line. Raises Refused where it cannot be served."""
-        return self.compile(Form.json(schema))
-
-    def regex(self, pattern: str) -> "CompiledGrammar":
-        """Text that all of `pattern` matches, in the syntax of Rust's regex crate, so without look-around."""
-        return self.compile(Form.regex(pattern))
-
-    def choice(self, options: Sequence[str]) -> "CompiledGrammar":
-        """One of `options`, as it is."""
-        return self.compile(Form.choice(options))
-
     def _compile(self, form: Form | None, calls: Calls | None) -> "CompiledGrammar":
         forms = [*([form] if form else []), *(arguments for _, arguments in (calls.functions if calls else ()))]
         if (length := sum(len(each.source) for each in forms)) > MAX_SOURCE_CHARS:
@@ -179,7 +167,9 @@ class GrammarCompiler:
         source = rules[0] if calls is None else calls.source(rules[0] if form else None, rules[-len(calls.functions) :])
         digits = Digits(self._digits, chain(*named)) if any(each.is_schema for each in forms) else None
         is_json = form.is_schema if form else calls is not None and calls.required
-        grammar = CompiledGrammar(self._tokenizer, HEAD + source, digits, Place() if is_json else Place(Part.TEXT))
+        field = "response_format" if calls is None or (form and not calls.required) else "tools"
+        place = Place() if is_json else Place(Part.TEXT)
+        grammar = CompiledGrammar(self._tokenizer, HEAD + source, digits, place, field)
         first = grammar.matcher(may_end=True).follow()
         if first.failure:
             raise Refused(first.failure)
@@ -189,13 +179,14 @@ class GrammarCompiler:
 
 
 class CompiledGrammar:
-    """What replies may look like. `digits` bounds the numbers in it, read from `place` on.
+    """What replies may look like. `digits` bounds the numbers in it, read from `place` on. `field` asks for it.
 
     All its matchers share the states of one lexer, which grow with use up to a limit. A matcher that meets the
     limit starts the grammar afresh and goes on there, so that nobody's reply depends on what others have used up.
     """
 
-    def __init__(self, tokenizer: LLTokenizer, source: str, digits: Digits | None, place: Place) -> None:
+    def __init__(self, tokenizer: LLTokenizer, source: str, digits: Digits | None, place: Place, field: str) -> None:
+        self.field = field
         self._tokenizer = tokenizer
         self._source = source
         self.digits = digits

@@ -155,6 +155,10 @@ class Matcher(Protocol):
 class Grammar(Protocol):
     """What replies may look like; see `trm.engine.grammar`."""
 
+    @property
+    def field(self) -> str:
+        """Of the request, what asks for it, for errors to name."""
+
     def matcher(self, may_end: bool) -> Matcher:
         """For one reply, empty so far. `may_end`: whether the end token may follow where the grammar is satisfied."""
 
