@@ -207,8 +207,18 @@ class Kilos(BaseModel):
             ['{"kilos": 3}', written("now", "{}")],
             ["3", "{}"],
         ),
+        (
+            {"tools": [NOW], "response_format": {"type": "regex", "regex": "(?s).*"}},
+            ["3", "", f"a{written('evil', '{}')}", written("now", "{}"), "<tool_call"],
+            [written("evil", "{}"), "<tool_call>", written("now", '{"a": 1}')],
+        ),
+        (
+            {"tools": [NOW], "response_format": {"type": "choice", "choice": [written("evil", "{}"), "no"]}},
+            ["no", written("now", "{}")],
+            [written("evil", "{}")],
+        ),
     ],
-    ids=["auto", "required", "named", "allowed", "or an answer of a form"],
+    ids=["auto", "required", "named", "allowed", "or an answer of a form", "or of a pattern", "or a choice"],
 )
 async def test_a_reply_keeps_to_what_is_asked_for(client, engine, chat_body, fields, taken, refused):
     await client.post(URL, json=chat_body(**fields))

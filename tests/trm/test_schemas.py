@@ -266,6 +266,15 @@ def test_format_of_a_number_is_an_annotation():
     assert is_text(BYTES.compile(Form.json({"type": "integer", "format": "int32"})), "5")
 
 
+@pytest.mark.parametrize("names", [{"type": "string"}, {}, True])
+def test_names_of_properties_that_may_be_any_are_no_matter(names):
+    values = {"type": "object", "propertyNames": names, "additionalProperties": {"type": "string"}}
+
+    assert is_text(BYTES.compile(Form.json({"properties": {"m": values}})), '{"m": {"é": "b"}}')
+    with pytest.raises(BadRequest, match="propertyNames"):
+        BYTES.compile(Form.json({**values, "propertyNames": {"pattern": "a"}}))
+
+
 @pytest.mark.parametrize("keyword", ["enum", "const"])
 def test_values_that_look_like_schemas_are_not_touched(keyword):
     value = {"format": "path", "multipleOf": 10_007, "items": {"format": "path"}, "$ref": "#", "allOf": [False]}

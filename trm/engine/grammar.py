@@ -120,8 +120,12 @@ class Calls:
         either = "ANY | before" if answer is None else f"answer | {opening}"
         lines = [f"{opening if self.required else either} call{more}"]
         if not self.required:
-            text = [f"ANY: /(?s:.*)/ & ~/(?s:.*{OPENING}.*)/", f"before[lazy]: /(?s:.*)/ {opening}"]
-            lines += text if answer is None else [f"answer: {answer}"]
+            if answer is None:
+                lines += [f"ANY: /(?s:.*)/ & ~/(?s:.*{OPENING}.*)/", f"before[lazy]: /(?s:.*)/ {opening}"]
+            elif answer.startswith("%json"):
+                lines.append(f"answer: {answer}")
+            else:  # what begins as a call is never the answer
+                lines += ["answer: ANSWER", f"ANSWER: {answer} & ~/(?s:{OPENING}.*)/"]
         lines.append(f"call: {' | '.join(f'call_{index}' for index in range(len(self.functions)))}")
         for index, ((name, _), rule) in enumerate(zip(self.functions, arguments, strict=True)):
             before, after = json.dumps(BEFORE_NAME + name + BEFORE_ARGUMENTS), json.dumps(CLOSING)
