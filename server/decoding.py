@@ -4,13 +4,13 @@ Shared by the routes that decode. Raises BadRequest, naming the field.
 """
 
 import asyncio
-import contextlib
-import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
+from server.errors import renamed
 from server.schemas.chat import ChatRequest
 from server.schemas.common import (
     ChoiceFormat,
@@ -130,22 +130,23 @@ def reply_grammar(wanted: ResponseFormat | None, tools: Tools | None, compiler: 
     return compiler.compile(form, tools) if form or tools else None
 
 
-@contextlib.contextmanager
-def renamed(fields: Mapping[str, str]) -> Iterator[None]:
-    """Errors about chat's fields name them as a route does that calls them otherwise, their messages too."""
-    try:
-        yield
-    except BadRequest as error:
-        if (field := error.param) is not None and field in fields:
-            error.param = fields[field]
-            error.args = (re.sub(rf"^{field}\b", error.param, str(error)),)
-        raise
-
-
 async def submit_chat(
+    body: ChatRequest, serving: Serving, call: Call, names: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Submission, SamplingParams, int, Tools | None]:
+    """The body's n requests, the parameters of the first, n, and what the replies may call.
+
+    Every chat-like route comes through here. names: chat's fields that are called otherwise where the client asks, and
+    how: so errors name them, these and those of the submission.
+    """
+    with renamed(names):
+        submission, *others = await _submit_chat(body, serving, call)
+    submission.names = names
+    return submission, *others
+
+
+async def _submit_chat(
     body: ChatRequest, serving: Serving, call: Call
 ) -> tuple[Submission, SamplingParams, int, Tools | None]:
-    """The body's n requests, the parameters of the first, n, and what the replies may call."""
     n = num_samples(body, serving)
     params = generation_params(
         body,

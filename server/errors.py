@@ -5,7 +5,9 @@ asked (`shape`). What is raised on purpose (TRMError) keeps its message; anythin
 traceback goes to the log only.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +138,18 @@ SHAPES: Mapping[str, Shape] = {"/v1/messages": anthropic_body, "/api/": ollama_b
 def shape(path: str) -> Shape:
     """How errors look on a path."""
     return next((body for prefix, body in SHAPES.items() if path.startswith(prefix)), openai_body)
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about fields that the API that was asked calls otherwise name them so, in their messages too."""
+    try:
+        yield
+    except BadRequest as error:
+        if (field := error.param) is not None and field in names:
+            error.param = names[field]
+            error.args = (re.sub(rf"^{field}\b", error.param, str(error)),)
+        raise
 
 
 def problem_of(error: TRMError) -> Problem:

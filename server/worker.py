@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from server.errors import TimedOut, Unavailable
+from server.errors import TimedOut, Unavailable, renamed
 from server.metrics import Metrics, Times
 from trm.engine.engine import Engine
 from trm.engine.handle import Handle, Reservation
@@ -34,6 +34,7 @@ class Submission:
         self.reservation = reservation
         self.error: TRMError | None = None  # that it ended with
         self.requests: Sequence[EngineRequest] = ()
+        self.names: Mapping[str, str] = {}  # of fields that are called otherwise where it was asked for, and how
         self.completion_tokens = 0  # so far
         self.finish_reasons: Counter[str] = Counter()
         self._handles: Sequence[Handle] = ()
@@ -107,7 +108,8 @@ class Submission:
             index, event = await self._events.get()
             if event.finish_reason == "error":
                 self.error = event.error or DeviceError("the engine gave up the request")
-                raise self.error
+                with renamed(self.names):
+                    raise self.error
             if event.finish_reason == "cancelled" and index not in self._spared:
                 raise Unavailable("the server is stopping and ended the request; send it again", "draining")
             left -= event.finish_reason is not None

@@ -29,12 +29,15 @@ from trm.tools import Arguments, Call, Called, CallReader, read_reply
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute)
 
+NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
+"""Chat's fields that have other names here."""
+
 
 @router.post("", response_model=AssistantReply, responses=STREAMED)
 async def messages(body: MessagesRequest, serving: ServingDep, call: CallDep) -> AssistantReply | StreamingResponse:
     """Decode the next message of a conversation."""
     serving = serving.choose(body.model)
-    submission, _, _, tools = await submit_chat(body.as_chat(), serving, call)
+    submission, _, _, tools = await submit_chat(body.as_chat(), serving, call, NAMES)
     start = AssistantReply(
         id=f"msg_{call.id}",
         model=serving.model_id,

@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from server.decoding import renamed, submit_chat, usage_body
+from server.decoding import submit_chat, usage_body
 from server.schemas.responses import (
     IncompleteDetails,
     InputTokensDetails,
@@ -46,18 +46,16 @@ Told = dict[str, Any]
 async def responses(body: ResponsesRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
     """Decode one reply to a conversation."""
     serving = serving.choose(body.model)
-    with renamed(NAMES):
-        submission, params, _, tools = await submit_chat(body.as_chat(), serving, call)
-        response = ResponseBody(
-            id=f"resp_{call.id}", created_at=int(time.time()), model=serving.model_id, **echo(body, params)
-        )
-        telling = Telling(response, Output(CallReader(tools) if tools else None))
-        if body.stream:
-            events = telling.events(submission)
-            seconds = serving.settings.keep_alive_seconds
-            return EventStream(events, response.id, seconds, RESPONSES, telling.failed)
-        (reply,) = await submission.replies()
-        return telling.whole(reply)
+    submission, params, _, tools = await submit_chat(body.as_chat(), serving, call, NAMES)
+    response = ResponseBody(
+        id=f"resp_{call.id}", created_at=int(time.time()), model=serving.model_id, **echo(body, params)
+    )
+    telling = Telling(response, Output(CallReader(tools) if tools else None))
+    if body.stream:
+        events = telling.events(submission)
+        return EventStream(events, response.id, serving.settings.keep_alive_seconds, RESPONSES, telling.failed)
+    (reply,) = await submission.replies()
+    return telling.whole(reply)
 
 
 def echo(body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
@@ -187,12 +185,11 @@ class Telling:
         """The response as it comes to be."""
         yield self._numbered(self._state("created"))
         yield self._numbered(self._state("in_progress"))
-        with renamed(NAMES):
-            async for _, event, reply in submission.progress():
-                for said in self._output.tell(event.text, event.finish_reason):
-                    yield self._numbered(said)
-                if reply is not None:
-                    yield self._numbered(self._state(self._ended(reply).status))
+        async for _, event, reply in submission.progress():
+            for said in self._output.tell(event.text, event.finish_reason):
+                yield self._numbered(said)
+            if reply is not None:
+                yield self._numbered(self._state(self._ended(reply).status))
 
     def failed(self, body: dict[str, Any]) -> Iterator[Told]:
         """What a stream says at its end that an error is, with this body."""

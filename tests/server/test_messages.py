@@ -302,8 +302,12 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
         ({"max_tokens": None}, "max_tokens: "),
         ({"max_tokens": 0}, "max_tokens: "),
         ({"temperature": 1.5}, "temperature: "),
-        ({"stop_sequences": ["a"] * 17}, "stop holds 17 strings"),
+        ({"stop_sequences": ["a"] * 17}, "stop_sequences holds 17 strings"),
         ({"stop_sequences": [""]}, "stop_sequences.0: "),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"not": {"type": "string"}}}}},
+            "output_config.format cannot be served: ",
+        ),
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content: "),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0: this model reads no block"),
