@@ -275,6 +275,17 @@ def test_names_of_properties_that_may_be_any_are_no_matter(names):
         BYTES.compile(Form.json({**values, "propertyNames": {"pattern": "a"}}))
 
 
+def test_more_optional_properties_than_the_library_looks_at_are_refused_before_decoding():
+    def schema(count: int, **more: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(count)}, **more}
+
+    whole = BYTES.compile(Form.json(schema(400, additionalProperties=False)))
+    assert is_text(whole, '{"p7": null, "p399": null}')
+    BYTES.compile(Form.json(schema(1500, required=[f"p{i}" for i in range(1200)])))
+    with pytest.raises(BadRequest, match="an object has 401 optional properties; the limit is 400"):
+        BYTES.compile(Form.json({"properties": {"a": schema(401)}}))
+
+
 @pytest.mark.parametrize("keyword", ["enum", "const"])
 def test_values_that_look_like_schemas_are_not_touched(keyword):
     value = {"format": "path", "multipleOf": 10_007, "items": {"format": "path"}, "$ref": "#", "allOf": [False]}

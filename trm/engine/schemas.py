@@ -18,6 +18,7 @@ MAX_DEPTH = 127  # what the library reads
 MAX_MULTIPLE = 10_000  # the library needs a state for every remainder, and no limit of its own stops it in time
 MAX_CONNECTIONS = 200_000  # between schemas that are looked at for endless ones: a fifth of a second
 MAX_PARTS = 16  # of a schema, under allOf or behind $ref, and alternatives, that are looked at together
+MAX_OPTIONAL = 400  # properties of one object: the library looks at all of them at once, and at no more than about 500
 LARGE = 10**18  # the library's integers have 64 bits
 FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid"}
 """Those that the library keeps."""
@@ -56,11 +57,20 @@ def prepare(schema: Schema) -> list[int | float]:
     for node in nodes:
         if isinstance(node.get("format"), str) and node["format"] not in FORMATS:
             del node["format"]
+        if (optional := _num_optional(node)) > MAX_OPTIONAL:
+            raise Refused(f"an object has {optional} optional properties; the limit is {MAX_OPTIONAL}: require some")
         if _allows_any_name(node.get("propertyNames")):
             del node["propertyNames"]
     _bound_multiples(nodes, named)
     _Finiteness(nodes).prune()
     return named
+
+
+def _num_optional(node: Schema) -> int:
+    properties, required = node.get("properties"), node.get("required")
+    if not isinstance(properties, dict):
+        return 0
+    return len(properties.keys() - set(map(str, required if isinstance(required, list) else ())))
 
 
 def _allows_any_name(names: Any) -> bool:
