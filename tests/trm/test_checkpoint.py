@@ -100,12 +100,14 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_left_out(make_checkpoint
     assert again("1 + 1 = 2")["input_ids"] == plain("1 + 1 = 2")["input_ids"]
 
 
-def test_what_files_hold_is_known_of_a_model_that_is_loaded(tmp_path):
+def test_what_files_hold_is_known_of_a_model_that_is_loaded(tmp_path, monkeypatch):
     """Copied backbone or named one; the digest tells decoders on the same backbone apart."""
+    monkeypatch.setattr(checkpoint, "MAX_COPIED_BACKBONE_BYTES", 0)
     make_backbone().save_pretrained(tmp_path / "backbone")
+    record = backbone_record(tmp_path / "backbone", None, checkpoint.read_backbone(tmp_path / "backbone"))
     found = {}
-    for name, seed, source in (("copied", 1, None), ("named", 1, str(tmp_path / "backbone")), ("other", 2, None)):
-        model = TRMForCausalLM.from_backbone(make_backbone(), backbone_source=source, n_latent=1, n_cycles=1)
+    for name, seed, fields in (("copied", 1, {}), ("named", 1, record), ("other", 2, {})):
+        model = TRMForCausalLM.from_backbone(make_backbone(), n_latent=1, n_cycles=1, **fields)
         randomize(model, seed=seed).save_pretrained(tmp_path / name)
         found[name] = load_for_decoding(tmp_path / name, dtype="float32").stored
 
