@@ -99,3 +99,5 @@ def attach(app: FastAPI, engine: Engine) -> None:
         settings=settings,
         may_load=bool(settings.keys() and settings.decoder_dir) and not app.state.one_of_many,
     )
+    for model in app.state.serving.models:
+        metrics.of(model)

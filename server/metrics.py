@@ -2,7 +2,8 @@
 
 Gauges and counters of the engine are read from it at each scrape; latencies are recorded
 as events pass, with the times at which the engine gave them. Every label is there from the
-start: what appears with its first count, no rate can see. One registry per app.
+start: what appears with its first count, no rate can see. Models appear when they are loaded
+and go when they are unloaded, and their counts with them. One registry per app.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from trm.errors import DeviceError, TRMError
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 STEP_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+REQUEST_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 REJECTIONS = {
     400: "invalid",
     401: "unauthorized",
@@ -66,7 +68,10 @@ class Metrics:
         self.alive.set(1)
         self.ready = Gauge("trm_ready", "1 while new work is taken", registry=registry)
         self.finished = Counter(
-            "trm_request_success", "Accepted requests that ended, by how", ["finished_reason"], registry=registry
+            "trm_request_success",
+            "Accepted requests that ended, by how",
+            ["model_name", "finished_reason"],
+            registry=registry,
         )
         self.rejected = Counter("trm_request_rejected", "HTTP requests refused, by why", ["reason"], registry=registry)
         self.departures = Counter(
@@ -76,42 +81,61 @@ class Metrics:
         self.first_token_s = Histogram(
             "trm_time_to_first_token_seconds",
             "From arrival to the first token",
+            ["model_name"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.inter_token_s = Histogram(
             "trm_inter_token_latency_seconds",
             "Between one token of a reply and the next, or the next few where they come together",
+            ["model_name"],
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
         self.per_token_s = Histogram(
             "trm_request_time_per_output_token_seconds",
             "Mean over the tokens after the first of a reply that was not cut short",
+            ["model_name"],
             buckets=TOKEN_BUCKETS_S,
             registry=registry,
         )
         self.request_s = Histogram(
             "trm_e2e_request_latency_seconds",
             "From arrival to the end of a reply that was not cut short",
+            ["model_name"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.queue_s = Histogram(
             "trm_request_queue_time_seconds",
             "From acceptance to the start of decoding, or to the end of a request that never got there",
+            ["model_name"],
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.steps_per_token = Histogram(
             "trm_supervision_steps_per_token",
             "Mean over the tokens of a reply that was not cut short",
+            ["model_name"],
             buckets=STEP_BUCKETS,
             registry=registry,
         )
+        self.prompt_tokens = Histogram(
+            "trm_request_prompt_tokens",
+            "Prompt tokens of a request that ended",
+            ["model_name"],
+            buckets=REQUEST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.generation_tokens = Histogram(
+            "trm_request_generation_tokens",
+            "Tokens decoded for a request that ended",
+            ["model_name"],
+            buckets=REQUEST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._models: dict[str, ModelMetrics] = {}
 
-        for reason in get_args(FinishReason):
-            self.finished.labels(reason)
         for reason in (*REJECTIONS.values(), DEVICE_FAILED):
             self.rejected.labels(reason)
         for outcome in get_args(Outcome):
@@ -122,6 +146,40 @@ class Metrics:
         self.registry.register(_EngineCollector(engine))
         self.alive.set_function(engine.alive)
         self.ready.set_function(ready)
+
+    def of(self, model: str) -> "ModelMetrics":
+        """The counts of one model, from 0 where it is new."""
+        if model not in self._models:
+            self._models[model] = ModelMetrics(self, model)
+        return self._models[model]
+
+    def forget(self, model: str) -> None:
+        """Show nothing of a model any more."""
+        for metric in (
+            *(self.finished, self.first_token_s, self.inter_token_s, self.per_token_s, self.request_s, self.queue_s),
+            *(self.steps_per_token, self.prompt_tokens, self.generation_tokens),
+        ):
+            metric.remove_by_labels({"model_name": model})
+        self._models.pop(model, None)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """What is counted of one model's requests. Its series are looked up once, not with every token."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.finished = {reason: metrics.finished.labels(model, reason) for reason in get_args(FinishReason)}
+        self.first_token_s = metrics.first_token_s.labels(model)
+        self.inter_token_s = metrics.inter_token_s.labels(model)
+        self.per_token_s = metrics.per_token_s.labels(model)
+        self.request_s = metrics.request_s.labels(model)
+        self.queue_s = metrics.queue_s.labels(model)
+        self.steps_per_token = metrics.steps_per_token.labels(model)
+        self.prompt_tokens = metrics.prompt_tokens.labels(model)
+        self.generation_tokens = metrics.generation_tokens.labels(model)
 
     def record(self, event: Event, times: Times, at: float) -> None:
         """Count one event, given at time `at`, and bring its request's times up to date."""
@@ -135,17 +193,15 @@ class Metrics:
         if event.finish_reason is None or event.usage is None:
             return
         usage = event.usage
-        self.finished.labels(event.finish_reason).inc()
+        self.finished[event.finish_reason].inc()
         self.queue_s.observe(usage.queue_s)
+        self.prompt_tokens.observe(usage.prompt_tokens)
+        self.generation_tokens.observe(usage.completion_tokens)
         if event.finish_reason in ("stop", "length"):
             self.request_s.observe(at - times.arrived_at)
             self.steps_per_token.observe(usage.supervision_steps / max(1, usage.completion_tokens))
             if usage.completion_tokens > 1 and times.first_at is not None and times.last_at is not None:
                 self.per_token_s.observe((times.last_at - times.first_at) / (usage.completion_tokens - 1))
-
-    def exposition(self) -> bytes:
-        """Everything in Prometheus' text format."""
-        return generate_latest(self.registry)
 
 
 class _EngineCollector(Collector):

@@ -22,9 +22,11 @@ from server.errors import (
     EncodedBody,
     SlowBody,
     Unauthorized,
+    anthropic_body,
     describe,
     error_response,
     internal_error_response,
+    shape,
 )
 from server.metrics import Metrics, rejection
 from server.paths import path_below
@@ -87,6 +89,8 @@ class Record:
                 call.status = message["status"]
                 headers, timings = MutableHeaders(scope=message), call.timings_ms()
                 headers["X-Request-Id"] = call.id
+                if shape(path_below(scope)) is anthropic_body:
+                    headers["Request-Id"] = call.id  # where its clients look for it
                 headers["OpenAI-Processing-Ms"] = f"{timings['total']:.0f}"
                 headers.setdefault("Server-Timing", ", ".join(f"{name};dur={ms:.1f}" for name, ms in timings.items()))
             await send(message)

@@ -65,7 +65,7 @@ class Serving:
 
     def reserve(self, call: Call, count: int) -> Submission:
         """`Worker.reserve`, on behalf of an HTTP request."""
-        call.submission = self.worker.reserve(count)
+        call.submission = self.worker.reserve(count, self.model_id)
         return call.submission
 
     @property

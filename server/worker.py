@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from typing import TypeVar
 
 from server.errors import TimedOut, Unavailable, renamed
-from server.metrics import Metrics, Times
+from server.metrics import Metrics, ModelMetrics, Times
 from trm.engine.engine import Engine
 from trm.engine.handle import Handle, Reservation
 from trm.engine.request import Event, Reply
@@ -30,7 +30,7 @@ class Submission:
     `on_end` is called once nothing is reserved nor running any more.
     """
 
-    def __init__(self, reservation: Reservation, metrics: Metrics, on_end: Callable[["Submission"], None]) -> None:
+    def __init__(self, reservation: Reservation, metrics: ModelMetrics, on_end: Callable[["Submission"], None]) -> None:
         self.reservation = reservation
         self.error: TRMError | None = None  # that it ended with
         self.requests: Sequence[EngineRequest] = ()
@@ -157,8 +157,8 @@ class Worker:
         self._arrived: deque[tuple[Submission, int, Event, float]] = deque()
         self._woken = False  # the loop will look at what has arrived
 
-    def reserve(self, count: int) -> Submission:
-        """Keep places for so many requests, all or none, until `submit` or the submission's `cancel`.
+    def reserve(self, count: int, model: str) -> Submission:
+        """Keep places for so many requests of a model, all or none, until `submit` or the submission's `cancel`.
 
         Called on the event loop, as all of this; does not wait. Raises Unavailable while stopping or after
         the device failed, and what `Engine.reserve` raises.
@@ -166,7 +166,7 @@ class Worker:
         if (reason := self.unavailable()) is not None:
             raise reason
         with _unavailable():
-            submission = Submission(self._engine.reserve(count), self._metrics, self._forget)
+            submission = Submission(self._engine.reserve(count), self._metrics.of(model), self._forget)
         timer = None
         if self._timeout_s:
             timer = asyncio.get_running_loop().call_later(self._timeout_s, self._expire, submission)

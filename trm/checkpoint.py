@@ -10,6 +10,7 @@ CheckpointError with the file and the reason.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -43,6 +44,18 @@ class Loaded:
     config: TRMConfig
     weights: dict[str, Tensor]
     backbone: Backbone
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the weight files of a checkpoint hold, those of its backbone included.
+
+    parameters: numbers in them. digest: SHA-256 in hex of the decoder's file and the backbone's fingerprint.
+    """
+
+    parameters: int
+    size_bytes: int
+    digest: str
 
 
 def locate(model: str | Path, revision: str | None = None) -> Path:
@@ -121,6 +134,22 @@ def backbone_identity(directory: Path, config: TRMConfig) -> str | None:
     return config.backbone_fingerprint
 
 
+def stored(directory: Path, config: TRMConfig, identity: str | None) -> Stored:
+    """What lies in a checkpoint directory, and in what it names as its backbone; `identity`: of the backbone."""
+    copy = directory / BACKBONE_DIR
+    place = copy if copy.is_dir() else locate_backbone(str(config.backbone_source), config.backbone_revision)[0]
+    files = [directory / WEIGHTS_FILE, *_shard_files(place)]
+    parameters = sum(
+        math.prod(shard.get_slice(name).get_shape())
+        for shard in (_open(files[0]), *_shards(place))
+        for name in shard.keys()  # noqa: SIM118 - no mapping
+    )
+    with files[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update((identity or "").encode())
+    return Stored(parameters, sum(file.stat().st_size for file in files), digest.hexdigest())
+
+
 def _read_recorded(config: TRMConfig) -> Backbone:
     """The backbone that a configuration names, rounded as in training; a file in bfloat16 needs no rounding."""
     source, revision = config.backbone_source, config.backbone_revision
@@ -190,18 +219,23 @@ def read_backbone(
 
 
 def _shards(place: Path) -> list[Any]:
-    """The open files of a backbone: the only one, or those that a directory's index names."""
+    """The open files of a backbone."""
+    return [gguf_file.GGUFFile(place)] if place.is_file() else [_open(file) for file in _shard_files(place)]
+
+
+def _shard_files(place: Path) -> list[Path]:
+    """The only file of a backbone, or those that a directory's index names."""
     if place.is_file():
-        return [gguf_file.GGUFFile(place)]
+        return [place]
     whole, index = place / WEIGHTS_FILE, place / f"{WEIGHTS_FILE}.index.json"
     if whole.exists():
-        return [_open(whole)]
+        return [whole]
     if not index.exists():
         raise CheckpointError(f"{place}: no {WEIGHTS_FILE} file; only safetensors weights are read, and GGUF files")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files")
-    return [_open(place / name) for name in sorted(set(names.values()))]
+    return [place / name for name in sorted(set(names.values()))]
 
 
 def read_backbone_config(source: str | Path, revision: str | None = None) -> Any:

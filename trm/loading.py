@@ -47,7 +47,9 @@ def load_for_decoding(
         dtype, quantize, place, lambda: checkpoint.read_config(checkpoint.locate(source)).backbone_config
     )
     model = TRMForCausalLM.from_pretrained(source, dtype=DTYPES[chosen], device_map=place)
-    model.backbone.identity = checkpoint.backbone_identity(checkpoint.locate(source), model.config)
+    directory = checkpoint.locate(source)
+    model.backbone.identity = checkpoint.backbone_identity(directory, model.config)
+    model.stored = checkpoint.stored(directory, model.config, model.backbone.identity)
     return prepare_for_decoding(model, quantize, keep_head)
 
 
@@ -78,6 +80,7 @@ def load_beside(source: str | Path, first: TRMForCausalLM, chat: ChatFormat) -> 
     _check_tokenizer(directory, chat.tokenizer)
     model = TRMForCausalLM(config, backbone)
     model.load_trained(checkpoint.read_decoder(directory), str(directory))
+    model.stored = checkpoint.stored(directory, config, identity)
     parts = [part.to(first.device, first.decoder.dtype) for part in (model.decoder, model.lm_head) if part is not None]
     _lay_out(model, parts)
     return model.eval(), ChatFormat(chat.tokenizer, config.normalize_text)

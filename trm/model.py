@@ -173,6 +173,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_lm_head else None
         self.exact = False  # whether products are the same to the bit in any company; see `trm.linear`
+        self.stored: checkpoint.Stored | None = None  # what its files hold, where it was loaded for decoding
         if self.lm_head is not None and isinstance(self.backbone.lm_head, Linear):  # else it is packed, or left out
             self.lm_head.weight.data.copy_(self.backbone.lm_head.weight)
         self.post_init()

@@ -15,10 +15,10 @@ export class ServerError extends Error {
   }
 }
 
-/** The served model: id, n_supervision, max_supervision. */
-export async function servedModel() {
+/** The served models, the server's own first: id, n_supervision, max_supervision, work. */
+export async function servedModels() {
   const { data } = await (await send("v1/models")).json();
-  return data[0];
+  return data;
 }
 
 /** Ask for one reply: its chunks as they come. */

@@ -1,6 +1,6 @@
 // The page: a question in, its answer out, and what happened in between.
 
-import { apiKey, chat, servedModel, ServerError, solve } from "./api.js";
+import { apiKey, chat, servedModels, ServerError, solve } from "./api.js";
 import { find, make, plural } from "./dom.js";
 import { EXAMPLES } from "./examples.js";
 import { showSteps } from "./steps.js";
@@ -13,20 +13,29 @@ const STARTING_MS = 500; // between two questions whether it has loaded its mode
 const question = find("question");
 const effort = find("effort");
 const thinking = new Thinking();
-let model; // as the server describes it
+let models = []; // as the server describes them
+let model; // the chosen one
 let controller; // of the newest request
 let last = Promise.resolve(); // when the one before it has cleaned up
 
-async function loadModel() {
+async function loadModels() {
   model = undefined;
   effort.disabled = true;
   try {
-    model = await servedModel();
+    models = await servedModels();
   } catch (error) {
     complain(error);
-    if (error.code === "starting") setTimeout(loadModel, STARTING_MS);
+    if (error.code === "starting") setTimeout(loadModels, STARTING_MS);
     return;
   }
+  find("models").replaceChildren(...models.map(({ id }) => make("option", {}, id)));
+  find("choice").hidden = models.length === 1;
+  find("problem").hidden = true;
+  showModel();
+}
+
+function showModel() {
+  model = models[find("models").selectedIndex];
   const { id, n_supervision: trained, max_supervision: deepest } = model;
   find("model").replaceChildren(
     make("strong", {}, id),
@@ -37,7 +46,6 @@ async function loadModel() {
   find("scale").style.setProperty("--trained", trained / deepest);
   find("trained").textContent = `trained ${trained}`;
   find("deepest").textContent = deepest > trained ? deepest : "";
-  find("problem").hidden = true;
   if (!model.work.includes(work().value)) work().value = model.work[0];
   showWork();
   showEffort();
@@ -56,10 +64,10 @@ function showEffort() {
   find("effort-words").textContent = `${plural(steps, "step")} a token${note}`;
 }
 
-/** How much work to show, and how deep to think. */
+/** Of whom, how much work to show, and how deep to think. */
 const chosen = () => ({
   work: work().value,
-  ...(model && { supervision_steps: effort.valueAsNumber }),
+  ...(model && { model: model.id, supervision_steps: effort.valueAsNumber }),
 });
 
 /** One request at a time: a new one stops the one before it, and waits until that has left the page. */
@@ -172,6 +180,7 @@ find("work").addEventListener("change", showWork);
 find("key").value = apiKey.get();
 find("key").addEventListener("change", () => {
   apiKey.set(find("key").value.trim());
-  loadModel();
+  loadModels();
 });
-loadModel();
+find("models").addEventListener("change", showModel);
+loadModels();

@@ -32,6 +32,7 @@ async def load(body: DecoderRequest, request: Request, serving: ServingDep) -> M
     if (reason := serving.worker.unavailable()) is not None:
         raise reason
     await asyncio.to_thread(bring, serving, body.name)
+    serving.metrics.of(body.name)
     request.app.openapi_schema = None  # it names all models
     return model_body(serving.choose(body.name))
 
@@ -49,6 +50,7 @@ async def unload(body: DecoderRequest, request: Request, serving: ServingDep) ->
     request.app.openapi_schema = None
     while serving.engine.rows_of(decoder) and serving.engine.alive():
         await asyncio.sleep(POLL_S)
+    serving.metrics.forget(body.name)
     return DecoderUnloaded(id=body.name)
 
 

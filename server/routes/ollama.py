@@ -1,16 +1,32 @@
-"""GET /api/tags and POST /api/chat: chat, as Ollama's clients ask for it and read it."""
+"""Under /api, what Ollama's clients ask for and read: the models, what is known of each, and chat."""
 
 import time
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from server.decoding import submit_chat
+<<<<<<< HEAD
 from server.schemas.ollama import OllamaChatRequest, OllamaModel, OllamaModels, OllamaReply
 from server.serving import Call, CallDep, ServingDep
+=======
+from server.schemas.ollama import (
+    OllamaChatRequest,
+    OllamaDetails,
+    OllamaModel,
+    OllamaModels,
+    OllamaReply,
+    OllamaShown,
+    OllamaShowRequest,
+    OllamaVersion,
+)
+from server.schemas.tools import read_arguments
+from server.serving import Call, CallDep, Serving, ServingDep
+>>>>>>> wt-wire
 from server.streaming import OLLAMA, EventStream
 from server.strict_json import StrictRoute
 from server.worker import Submission
@@ -23,13 +39,64 @@ router = APIRouter(prefix="/api", route_class=StrictRoute)
 LINE = {"type": "object", "properties": {"done": {"type": "boolean"}}, "required": ["done"]}
 
 
+@router.get("/version")
+async def build() -> OllamaVersion:
+    """The version of this package."""
+    return OllamaVersion(version=version("qwen-trm"))
+
+
 @router.get("/tags")
 async def tags(serving: ServingDep) -> OllamaModels:
     """All models that there are, the server's own first."""
-    found = serving.models.items()
-    return OllamaModels(
-        models=[OllamaModel(name=name, model=name, modified_at=_spelt(one.loaded_at)) for name, one in found]
+    return OllamaModels(models=[_listed(serving.choose(name)) for name in serving.models])
+
+
+@router.post("/show")
+async def show(body: OllamaShowRequest, serving: ServingDep) -> OllamaShown:
+    """What there is to say of one model."""
+    serving = serving.choose(body.model)
+    model, chat = serving.decoder.model, serving.decoder.chat
+    return OllamaShown(
+        modified_at=_spelt(serving.decoder.loaded_at),
+        details=_details(serving),
+        template=chat.template,
+        capabilities=["completion", "tools"] if chat.knows_tools else ["completion"],
+        model_info={
+            "general.architecture": "trm",
+            "general.parameter_count": model.stored.parameters,
+            "trm.context_length": serving.engine.max_model_len,
+            "trm.embedding_length": model.config.hidden_size,
+            "trm.vocab_size": model.config.vocab_size,
+        },
     )
+
+
+def _listed(serving: Serving) -> OllamaModel:
+    stored = serving.decoder.model.stored
+    return OllamaModel(
+        name=serving.model_id,
+        model=serving.model_id,
+        modified_at=_spelt(serving.decoder.loaded_at),
+        size=stored.size_bytes,
+        digest=stored.digest,
+        details=_details(serving),
+    )
+
+
+def _details(serving: Serving) -> OllamaDetails:
+    kind = serving.settings.quantize or serving.engine.dtype
+    return OllamaDetails(
+        parameter_size=spelt_size(serving.decoder.model.stored.parameters),
+        quantization_level={"float32": "F32", "bfloat16": "BF16"}.get(kind, kind.upper()),
+    )
+
+
+def spelt_size(count: int) -> str:
+    """A number of parameters as Ollama writes it: 494.0M."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            return f"{count / unit:.1f}{letter}"
+    return str(count)
 
 
 @router.post("/chat", response_model=OllamaReply, responses={200: {"content": {OLLAMA.media_type: {"schema": LINE}}}})

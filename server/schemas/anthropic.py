@@ -111,6 +111,7 @@ def _readable(kinds: Iterable[str]) -> BeforeValidator:
 
 TEXTS: dict[str, type[BaseModel]] = {"text": TextBlock}
 Texts = list[Annotated[TextBlock, one_of(TEXTS, "type"), _readable(TEXTS)]]
+SomeTexts = Annotated[Texts, Field(min_length=1)]
 
 
 def _some_texts(given: Any) -> Any:
@@ -137,6 +138,7 @@ REPLIED: dict[str, type[BaseModel]] = {
 SaidBlocks = list[
     Annotated[TextBlock | ToolResultBlock, Field(discriminator="type"), one_of(SAID, "type"), _readable(SAID)]
 ]
+SomeSaid = Annotated[SaidBlocks, Field(min_length=1)]
 RepliedBlocks = list[
     Annotated[
         TextBlock | ToolUseBlock | ThinkingBlock | RedactedThinkingBlock,
@@ -156,7 +158,7 @@ def _parts(blocks: list[TextBlock] | None) -> list[TextPart]:
 
 class SystemTurn(Body):
     role: Literal["system"]
-    content: Annotated[Texts, Field(min_length=1), BeforeValidator(parts, json_schema_input_type=str | Texts)]
+    content: Annotated[SomeTexts, BeforeValidator(parts, json_schema_input_type=str | SomeTexts)]
 
     def as_chat(self) -> Iterator[ChatMessage]:
         """The same turn in OpenAI's shape."""
@@ -167,7 +169,7 @@ class UserTurn(Body):
     """What a person says, and what tools return."""
 
     role: Literal["user"]
-    content: Annotated[SaidBlocks, Field(min_length=1), BeforeValidator(parts, json_schema_input_type=str | SaidBlocks)]
+    content: Annotated[SomeSaid, BeforeValidator(parts, json_schema_input_type=str | SomeSaid)]
 
     def as_chat(self) -> Iterator[ChatMessage]:
         """The same in OpenAI's shape, where what each tool returns is a turn of its own."""

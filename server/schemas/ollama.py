@@ -1,4 +1,4 @@
-"""Bodies of GET /api/tags and POST /api/chat: Ollama's, each request also said as a chat request.
+"""Bodies of /api/chat, /api/tags, /api/show and /api/version: Ollama's, each conversation also said as a chat request.
 
 How a model is kept in memory is the server's to say: hints about that are taken and change nothing.
 """
@@ -172,22 +172,53 @@ class OllamaChatRequest(Body):
         )
 
 
+class OllamaShowRequest(Body):
+    """verbose: nothing is left out without it either."""
+
+    model: str
+    verbose: bool | None = None
+
+
 class OllamaDetails(BaseModel):
+    """parameter_size: numbers in the weight files. quantization_level: what the model decodes in."""
+
+    parent_model: Literal[""] = ""
     format: Literal["safetensors"] = "safetensors"
     family: Literal["trm"] = "trm"
+    families: list[Literal["trm"]] = ["trm"]
+    parameter_size: str
+    quantization_level: str
 
 
 class OllamaModel(BaseModel):
-    """modified_at: when it was loaded."""
+    """modified_at: when it was loaded. size: bytes of its weight files, the backbone's included. digest: of them."""
 
     name: str
     model: str
     modified_at: str
-    details: OllamaDetails = OllamaDetails()
+    size: int
+    digest: str
+    details: OllamaDetails
 
 
 class OllamaModels(BaseModel):
     models: list[OllamaModel]
+
+
+class OllamaShown(BaseModel):
+    """template: of chats, in Jinja."""
+
+    modified_at: str
+    details: OllamaDetails
+    template: str
+    capabilities: list[Literal["completion", "tools"]]
+    model_info: dict[str, str | int]
+
+
+class OllamaVersion(BaseModel):
+    """Of this package, not of an Ollama."""
+
+    version: str
 
 
 class OllamaReply(BaseModel):

@@ -19,7 +19,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from server.app import attach, create_app
 from server.cli import listen
@@ -29,6 +29,8 @@ from tests.server.conftest import END_ID, FakeEngine
 from trm import bundled_model_path
 from trm.chat import solve_messages
 from trm.checkpoint import read_config
+from trm.config import TRMConfig
+from trm.engine.hosted import Hosted
 from trm.engine.request import Event, Usage
 from trm.errors import DeviceError
 
@@ -651,3 +653,27 @@ def test_a_reply_that_breaks_off_says_so(page: Page) -> None:
         assert page["problem"].text == "That did not work: a logit is not finite."
         assert page["answer"].text == "?"
         assert page["summary"].text.startswith("stopped after 2 tokens")
+
+
+def test_a_model_is_chosen_where_there_are_several(page: Page) -> None:
+    """Hidden with one. The effort is then that model's, and its questions go to it."""
+    engine = FakeEngine(saying(rb"\boxed{5}"), max_model_len=1000, max_queue=16)
+    with serving(create_app(engine, ServeSettings(served_model_name="own"))) as server:
+        page.open_ready(server)
+        assert not page["choice"].is_displayed()
+
+        config = TRMConfig(n_supervision=2, work=["none"])
+        engine.decoders["short"] = Hosted(SimpleNamespace(config=config), engine.chat, max_supervision=3)
+        page.open_ready(server)
+        assert page["choice"].is_displayed()
+        assert page["model"].text.startswith("own ")
+        Select(page["models"]).select_by_visible_text("short")
+        assert page["model"].text.startswith("short ")
+        assert (page["effort"].get_property("max"), page["effort"].get_property("value")) == ("3", "2")
+        page.picture("models")
+        assert page.overflow() == 0
+        page.ask("2+3?")
+        page["vote"].click()
+        page.wait(lambda: len(engine.requests) > 2 and not page["stop"].is_displayed())
+
+    assert {request.decoder for request in engine.requests} == {"short"}

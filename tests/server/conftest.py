@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from server.app import create_app
 from server.settings import ServeSettings
 from trm.chat import PIECE_CHARS, TooLong
+from trm.checkpoint import Stored
 from trm.config import TRMConfig
 from trm.engine.engine import EngineConfig
 from trm.engine.handle import Reservation
@@ -86,6 +87,8 @@ class FakeChat:
     """One id per character; remembers the conversations."""
 
     end_id = END_ID
+    template = "{{ messages }}"
+    knows_tools = True
 
     def __init__(self):
         self.conversations = []
@@ -128,7 +131,8 @@ class FakeEngine:
     """
 
     def __init__(self, script=None, max_rows=4, max_queue=8, max_model_len=400):
-        self.model = SimpleNamespace(config=TRMConfig(n_supervision=N_SUPERVISION))
+        stored = Stored(parameters=1_234_567, size_bytes=4_938_268, digest="ab" * 32)
+        self.model = SimpleNamespace(config=TRMConfig(n_supervision=N_SUPERVISION), stored=stored)
         self.chat = FakeChat()
         self.config = EngineConfig(max_rows=max_rows, max_queue=max_queue)
         self.max_model_len = max_model_len

@@ -5,12 +5,14 @@ import gc
 import shutil
 import threading
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from server.app import create_app
@@ -231,6 +233,29 @@ async def test_a_decoder_is_loaded_and_unloaded_while_the_server_runs(serve):
     assert (await client.post("/v1/chat/completions", json=CHAT | {"model": name})).status_code == 404
     enum = (await client.get("/openapi.json")).json()["components"]["schemas"]["ChatRequest"]["properties"]["model"]
     assert enum["enum"] == ["base", "one", None]
+
+
+async def test_requests_are_counted_by_model_while_it_is_there(serve):
+    client, name = serve(), "a/checkpoint-5"
+
+    async def counted(metric: str) -> dict[str, float]:
+        families = text_string_to_metric_families((await client.get("/metrics")).text)
+        found: Counter[str] = Counter()
+        for sample in (sample for family in families for sample in family.samples if sample.name == metric):
+            found[sample.labels["model_name"]] += sample.value
+        return dict(found)
+
+    assert await counted("trm_request_success_total") == {"base": 0, "one": 0}
+    await load(client, name)
+    assert await counted("trm_request_success_total") == {"base": 0, "one": 0, name: 0}
+    for model in (None, "one", name, name):
+        await client.post("/v1/chat/completions", json=CHAT | {"model": model})
+    assert await counted("trm_request_success_total") == {"base": 1, "one": 1, name: 2}
+    assert await counted("trm_request_generation_tokens_sum") == {"base": 4, "one": 4, name: 8}
+    assert await counted("trm_time_to_first_token_seconds_count") == {"base": 1, "one": 1, name: 2}
+    await unload(client, name)
+    for metric in ("trm_request_success_total", "trm_time_to_first_token_seconds_count"):
+        assert await counted(metric) == {"base": 1, "one": 1}
 
 
 async def test_one_that_was_named_at_the_start_may_come_back(serve):

@@ -44,6 +44,18 @@ async def read(client, body):
     return told
 
 
+@pytest.mark.parametrize("url", [URL, COUNT])
+@pytest.mark.parametrize("more", [{}, {"max_tokens": "x"}], ids=["answered", "refused"])
+async def test_the_requests_id_has_the_name_that_anthropics_clients_look_for(url, more, client, body):
+    response = await client.post(url, json=body(**more), headers={"X-Request-Id": "abc"})
+
+    assert response.headers["request-id"] == response.headers["x-request-id"] == "abc"
+
+
+async def test_it_has_that_name_there_only(client, chat_body):
+    assert "request-id" not in (await client.post("/v1/chat/completions", json=chat_body())).headers
+
+
 def joined(events):
     """The message that a stream tells, as Anthropic's clients put it together."""
     start, *middle, delta, stop = events

@@ -1,10 +1,12 @@
 """GET /api/tags and POST /api/chat: chat in Ollama's shapes, whole and line by line."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 
 from server.errors import Unavailable
+from server.routes.ollama import spelt_size
 from tests.server.conftest import MODEL, say
 from trm.errors import Overloaded
 from trm.tools import written
@@ -18,6 +20,14 @@ ADD = {
 }
 NOW = {"type": "function", "function": {"name": "now"}}
 CALLED = written("add", '{"a": 1}')
+DETAILS = {
+    "parent_model": "",
+    "format": "safetensors",
+    "family": "trm",
+    "families": ["trm"],
+    "parameter_size": "1.2M",
+    "quantization_level": "F32",
+}
 DURATIONS = {"total_duration", "load_duration", "prompt_eval_duration", "eval_duration"}
 
 
@@ -40,8 +50,62 @@ async def read(client, body):
 async def test_tags_lists_the_models(client):
     [model] = (await client.get("/api/tags")).json()["models"]
 
-    assert model["name"] == model["model"] == MODEL
-    assert model["modified_at"].endswith("Z")
+    assert model.pop("name") == model.pop("model") == MODEL
+    assert model.pop("modified_at").endswith("Z")
+    assert model == {"size": 4_938_268, "digest": "ab" * 32, "details": DETAILS}
+
+
+async def test_show_says_what_is_known_of_a_model(client, engine):
+    shown = (await client.post("/api/show", json={"model": MODEL})).json()
+
+    assert shown.pop("modified_at").endswith("Z")
+    assert shown == {
+        "details": DETAILS,
+        "template": engine.chat.template,
+        "capabilities": ["completion", "tools"],
+        "model_info": {
+            "general.architecture": "trm",
+            "general.parameter_count": 1_234_567,
+            "trm.context_length": 400,
+            "trm.embedding_length": engine.model.config.hidden_size,
+            "trm.vocab_size": engine.model.config.vocab_size,
+        },
+    }
+    assert (await client.post("/api/show", json={"model": MODEL, "verbose": True})).status_code == 200
+
+
+async def test_a_model_whose_template_knows_no_tools_does_not_show_them(client, engine):
+    engine.chat.knows_tools = False
+
+    assert (await client.post("/api/show", json={"model": MODEL})).json()["capabilities"] == ["completion"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"model": "other"}, 404, "model 'other' does not exist"),
+        ({}, 400, "model: "),
+        ({"model": MODEL, "system": "Be kind."}, 400, "system: unknown or unsupported field"),
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_shown_is_refused(client, body, status, message):
+    response = await client.post("/api/show", json=body)
+
+    assert response.status_code == status
+    assert response.json()["error"].startswith(message)
+
+
+async def test_version_is_that_of_this_package(client):
+    assert (await client.get("/api/version")).json() == {"version": version("qwen-trm")}
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(999, "999"), (1000, "1.0K"), (136_000, "136.0K"), (494_032_768, "494.0M"), (7_615_616_512, "7.6B")],
+)
+def test_sizes_are_spelt_as_ollama_does(count, said):
+    assert spelt_size(count) == said
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,7 @@ def solve_with(engine, num_questions, early_stop):
     """What three samples of each question bring, as it comes; and the worker. A prompt is its question's number."""
     metrics = Metrics()
     worker = Worker(engine, metrics)
-    submission = worker.reserve(3 * num_questions)
+    submission = worker.reserve(3 * num_questions, "model")
     params = [SamplingParams(sample_index=sample) for sample in range(3)]
     worker.submit(submission, [Request((question,), one) for question in range(num_questions) for one in params])
     return solving(submission, num_questions, 3, early_stop, metrics), worker

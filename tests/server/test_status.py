@@ -1,6 +1,7 @@
 """Routes for operators and the list of models."""
 
 import re
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,11 +18,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 async def samples(client):
-    """Every sample of /metrics by name and labels."""
+    """Every sample of /metrics by name and labels, summed over models."""
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     families = text_string_to_metric_families(response.text)
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    found = Counter()
+    for sample in (sample for family in families for sample in family.samples):
+        labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
+        found[sample.name, *labels.values()] += sample.value
+    return found
 
 
 async def test_alive_and_ready(client):

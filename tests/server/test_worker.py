@@ -22,7 +22,7 @@ def requests(n=1):
 
 
 def submit(worker, requests):
-    submission = worker.reserve(len(requests))
+    submission = worker.reserve(len(requests), "model")
     worker.submit(submission, requests)
     return submission
 
@@ -77,7 +77,7 @@ async def test_what_the_engine_refuses_is_raised(worker, engine, error):
 
 
 async def test_a_reserved_place_is_work_under_way_and_ends_with_its_caller(worker, engine):
-    first, second = worker.reserve(2), worker.reserve(1)
+    first, second = worker.reserve(2, "model"), worker.reserve(1, "model")
     drain = asyncio.create_task(worker.drain(10))
     await until(lambda: worker.draining)
     assert engine.reserved == 3
@@ -93,7 +93,7 @@ async def test_a_reserved_place_is_work_under_way_and_ends_with_its_caller(worke
 
 
 async def test_whoever_is_late_with_the_requests_learns_why_the_place_is_gone(worker, engine):
-    late = worker.reserve(1)
+    late = worker.reserve(1, "model")
     await worker.drain(0)
 
     with pytest.raises(Unavailable, match="stopping"):
@@ -104,7 +104,7 @@ async def test_whoever_is_late_with_the_requests_learns_why_the_place_is_gone(wo
 async def test_requests_that_take_too_long_are_ended(engine):
     worker = Worker(engine, Metrics(), timeout_s=0.05)
     engine.hold()
-    submission, late = submit(worker, requests(2)), worker.reserve(1)
+    submission, late = submit(worker, requests(2)), worker.reserve(1, "model")
 
     with pytest.raises(TimedOut, match=r"longer than 0\.05 s"):
         await submission.replies()

@@ -22,6 +22,7 @@ from trm.backbone import Backbone
 from trm.chat import ChatFormat, solve_messages
 from trm.checkpoint import BACKBONE_DIR, CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, backbone_record, fingerprint
 from trm.errors import CheckpointError
+from trm.loading import load_for_decoding
 
 ROOT = Path(__file__).parents[2]
 BACKBONE_WEIGHTS = f"{BACKBONE_DIR}/{WEIGHTS_FILE}"
@@ -97,6 +98,26 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_left_out(make_checkpoint
 
     assert again.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
     assert again("1 + 1 = 2")["input_ids"] == plain("1 + 1 = 2")["input_ids"]
+
+
+def test_what_files_hold_is_known_of_a_model_that_is_loaded(tmp_path, monkeypatch):
+    """Copied backbone or named one; the digest tells decoders on the same backbone apart."""
+    monkeypatch.setattr(checkpoint, "MAX_COPIED_BACKBONE_BYTES", 0)
+    make_backbone().save_pretrained(tmp_path / "backbone")
+    record = backbone_record(tmp_path / "backbone", None, checkpoint.read_backbone(tmp_path / "backbone"))
+    found = {}
+    for name, seed, fields in (("copied", 1, {}), ("named", 1, record), ("other", 2, {})):
+        model = TRMForCausalLM.from_backbone(make_backbone(), n_latent=1, n_cycles=1, **fields)
+        randomize(model, seed=seed).save_pretrained(tmp_path / name)
+        found[name] = load_for_decoding(tmp_path / name, dtype="float32").stored
+
+    files = [tmp_path / "copied" / WEIGHTS_FILE, tmp_path / "copied" / BACKBONE_WEIGHTS]
+    numbers = sum(tensor.numel() for file in files for tensor in load_file(file).values())
+    assert found["copied"].parameters == found["named"].parameters == numbers
+    assert found["copied"].size_bytes == sum(file.stat().st_size for file in files)
+    assert found["copied"].digest == found["named"].digest
+    assert len(found["other"].digest) == 64
+    assert found["other"].digest != found["copied"].digest
 
 
 def test_loaded_checkpoint_can_be_saved_again(make_checkpoint, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 
-from anthropic import Anthropic
+from anthropic import Anthropic, BadRequestError
 from common import BASE_URL, KEY, MODEL, QUESTION
 
 ADD = {
@@ -21,6 +21,13 @@ server = {"model": MODEL, "max_tokens": 200}
 reply = client.messages.create(messages=[ask], **server)
 assert r"\boxed{" in reply.content[0].text
 assert reply.stop_reason == "end_turn"
+assert reply._request_id
+refused = None
+try:
+    client.messages.create(messages=[ask], model=MODEL, max_tokens=0)
+except BadRequestError as error:
+    refused = error.request_id
+assert refused
 with client.messages.stream(messages=[ask], **server) as stream:
     assert "".join(stream.text_stream) == reply.content[0].text
     assert stream.get_final_message().stop_reason == "end_turn"
