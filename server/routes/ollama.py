@@ -10,10 +10,6 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from server.decoding import submit_chat
-<<<<<<< HEAD
-from server.schemas.ollama import OllamaChatRequest, OllamaModel, OllamaModels, OllamaReply
-from server.serving import Call, CallDep, ServingDep
-=======
 from server.schemas.ollama import (
     OllamaChatRequest,
     OllamaDetails,
@@ -24,9 +20,7 @@ from server.schemas.ollama import (
     OllamaShowRequest,
     OllamaVersion,
 )
-from server.schemas.tools import read_arguments
 from server.serving import Call, CallDep, Serving, ServingDep
->>>>>>> wt-wire
 from server.streaming import OLLAMA, EventStream
 from server.strict_json import StrictRoute
 from server.worker import Submission
@@ -35,6 +29,9 @@ from trm.tools import Arguments, Called, CallReader, read_reply
 from trm.tools import Call as CallBegun
 
 router = APIRouter(prefix="/api", route_class=StrictRoute)
+
+NAMES = {"response_format": "format", "stop": "options.stop", "max_tokens": "options.num_predict"}
+"""Chat's fields that have other names here."""
 
 LINE = {"type": "object", "properties": {"done": {"type": "boolean"}}, "required": ["done"]}
 
@@ -103,7 +100,7 @@ def spelt_size(count: int) -> str:
 async def chat(body: OllamaChatRequest, serving: ServingDep, call: CallDep) -> OllamaReply | StreamingResponse:
     """Decode the next message of a conversation, by default line by line."""
     serving = serving.choose(body.model)
-    submission, _, _, tools = await submit_chat(body.as_chat(serving.engine.max_model_len), serving, call)
+    submission, _, _, tools = await submit_chat(body.as_chat(serving.engine.max_model_len), serving, call, NAMES)
     if body.stream is not False:
         lines = _lines(serving.model_id, submission, CallReader(tools) if tools else None, call)
         return EventStream(lines, f"ollama-{call.id}", serving.settings.keep_alive_seconds, OLLAMA)
