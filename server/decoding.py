@@ -139,9 +139,9 @@ async def submit_chat(
     how: so errors name them, these and those of the submission.
     """
     with renamed(names):
-        submission, *others = await _submit_chat(body, serving, call)
-    submission.names = names
-    return submission, *others
+        submitted = await _submit_chat(body, serving, call)
+    submitted[0].names = names
+    return submitted
 
 
 async def _submit_chat(
