@@ -266,7 +266,7 @@ def test_metrics_of_all_replicas_are_one_exposition() -> None:
     one, two = Metrics(), Metrics()
     one.rejected.labels("overloaded").inc(2)
     two.rejected.labels("overloaded").inc(3)
-    two.first_token_s.observe(0.3)
+    two.first_token_s.labels("m").observe(0.3)
 
     text = ray_serve.merge_expositions({"one": one.exposition(), "two": two.exposition()}).decode()
 
@@ -278,7 +278,7 @@ def test_metrics_of_all_replicas_are_one_exposition() -> None:
     }
     assert rejected == {"one": 2, "two": 3}
     assert text.count("# TYPE trm_time_to_first_token_seconds histogram") == 1
-    assert 'trm_time_to_first_token_seconds_count{replica="two"} 1.0' in text
+    assert 'trm_time_to_first_token_seconds_count{model_name="m",replica="two"} 1.0' in text
 
 
 def test_settings_come_from_arguments_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
