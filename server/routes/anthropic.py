@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from server.decoding import conversation, submit_chat
+from server.decoding import conversation, renamed, submit_chat
 from server.schemas.anthropic import (
     AssistantReply,
     CountTokensRequest,
@@ -27,6 +27,9 @@ from server.worker import Submission
 from trm.engine.request import Event, Reply, Usage
 from trm.tools import Arguments, Call, Called, CallReader, read_reply
 
+NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
+"""What chat calls otherwise, for errors."""
+
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute)
 
 
@@ -34,7 +37,8 @@ router = APIRouter(prefix="/v1/messages", route_class=StrictRoute)
 async def messages(body: MessagesRequest, serving: ServingDep, call: CallDep) -> AssistantReply | StreamingResponse:
     """Decode the next message of a conversation."""
     serving = serving.choose(body.model)
-    submission, _, _, tools = await submit_chat(body.as_chat(), serving, call)
+    with renamed(NAMES):
+        submission, _, _, tools = await submit_chat(body.as_chat(), serving, call)
     start = AssistantReply(
         id=f"msg_{call.id}",
         model=serving.model_id,

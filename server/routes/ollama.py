@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from server.decoding import submit_chat
+from server.decoding import renamed, submit_chat
 from server.schemas.ollama import (
     OllamaChatRequest,
     OllamaDetails,
@@ -98,7 +98,8 @@ def spelt_size(count: int) -> str:
 async def chat(body: OllamaChatRequest, serving: ServingDep, call: CallDep) -> OllamaReply | StreamingResponse:
     """Decode the next message of a conversation, by default line by line."""
     serving = serving.choose(body.model)
-    submission, _, _, tools = await submit_chat(body.as_chat(serving.engine.max_model_len), serving, call)
+    with renamed({"response_format": "format"}):
+        submission, _, _, tools = await submit_chat(body.as_chat(serving.engine.max_model_len), serving, call)
     if body.stream is not False:
         lines = _lines(serving.model_id, submission, CallReader(tools) if tools else None, call)
         return EventStream(lines, f"ollama-{call.id}", serving.settings.keep_alive_seconds, OLLAMA)

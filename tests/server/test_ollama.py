@@ -209,6 +209,7 @@ async def test_formats(client, engine, body):
         ({"options": {"temperature": 3}}, 400, "temperature is 3"),
         ({"options": {"num_predict": 0}}, 400, "options.num_predict: "),
         ({"options": {"mirostat": 1}}, 400, "options.mirostat: unknown or unsupported field"),
+        ({"format": {"else": []}}, 400, "format cannot be served: "),
         ({"format": "yaml"}, 400, 'format: should be "json" or a JSON schema'),
         ({"think": "hard"}, 400, "think: "),
     ],
