@@ -334,9 +334,10 @@ class ErraticRunner:
     def probe(self) -> None:
         """The device is well."""
 
-    def tick(self, *args: Any) -> list[list[bool]]:
+    late = False
+
+    def tick(self, *args: Any) -> None:
         self.call()
-        return []
 
     def finite(self, *args: Any) -> bool:
         self.call()

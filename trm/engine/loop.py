@@ -17,7 +17,7 @@ from trm.engine.choosing import Chosen, ask_draft, ask_reply, take_draft, take_r
 from trm.engine.hosted import Hosted
 from trm.engine.request import Event, FinishReason
 from trm.engine.row import Pass, Row
-from trm.engine.runner import Chunk, Halting, Runner
+from trm.engine.runner import Chunk, Halted, Halting, Runner
 from trm.engine.sampling import Answer, Ask, choose, likeliest
 from trm.engine.scheduler import Copy, Scheduler
 from trm.engine.slots import Span
@@ -207,14 +207,22 @@ class Loop:
         limits = None
         if any(row.request.params.halts for row in rows):
             limits = [Halting.of(row.request.params) for row in rows]
-        halted: list[list[bool]] = []
-        if not self._call(rows, lambda: halted.extend(self.runner.tick(spans, steps, limits))):
+
+        def tick() -> None:
+            halted = self.runner.tick(spans, steps, limits)
+            for index, (_, work) in enumerate(working):
+                work.step += 1
+                earlier, work.unread = work.unread, None
+                if halted is not None:
+                    work.unread = partial(_note_halted, work, work.step, halted, index)
+                if not self.runner.late:
+                    earlier, work.unread = work.unread, None
+                if earlier is not None:
+                    earlier()
+
+        if not self._call(rows, tick):
             return False
         self.counters.row_steps += len(rows)
-        for _, work in working:
-            work.step += 1
-        for (_, work), stopped in zip(working, halted, strict=limits is not None):
-            work.note_halted(stopped)
         self._trace(rows)
         return True
 
@@ -357,6 +365,10 @@ def _by_decoder(rows: Iterable[Row]) -> dict[Hosted, list[Row]]:
     for row in rows:
         found.setdefault(row.decoder, []).append(row)
     return found
+
+
+def _note_halted(work: Pass, step: int, halted: Halted, index: int) -> None:
+    work.note_halted(step, halted.of(index))
 
 
 def _at_work(rows: Iterable[Row]) -> Iterable[tuple[Row, Pass]]:

@@ -23,6 +23,7 @@ class Pass:
     step: int = 0  # supervision steps done
     draft: list[int] = field(default_factory=list)
     halted_at: list[int] = field(default_factory=list)  # steps that each place took, 0 while it goes on
+    unread: Callable[[], None] | None = None  # notes who halted in the latest step, where nobody has asked yet
     seen: list[Candidates] = field(default_factory=list)  # of a request that is traced: after each step but the last
 
     @property
@@ -30,11 +31,11 @@ class Pass:
         """How many tokens it works on."""
         return 1 + len(self.draft)
 
-    def note_halted(self, halted: Sequence[bool]) -> None:
-        """After a step: which of the places have halted by now."""
+    def note_halted(self, step: int, halted: Sequence[bool]) -> None:
+        """Which of the places had halted after a step, counted from 1."""
         before = self.halted_at or [0] * self.places
         self.halted_at = [
-            at or (self.step if stopped else 0) for at, stopped in zip(before, halted[: len(before)], strict=True)
+            at or (step if stopped else 0) for at, stopped in zip(before, halted[: len(before)], strict=True)
         ]
 
     def steps_taken(self, place: int) -> int:

@@ -1,0 +1,281 @@
+"""The runner whose calls have few shapes, so that a GPU replays each of them by one launch.
+
+Every position that is decoded is a *lane* of its own, with a slot, a position, a step and a token. As many lanes as a
+*bucket* has, at a width that is a power of two of what exact attention looks at, are one call; it depends on nothing
+but five numbers of each lane. Masks, rotary positions and entries of the cache are made of these on the device. Lanes
+that nobody needs work in a spare slot, which nobody reads.
+
+The positions of one row may be cut anywhere into calls that follow each other: each position looks only at itself and
+at those before it. Prompts are packed, as in the plain runner: their calls are few and large.
+
+Where the model is exact, or there is one bucket only, no bit of a lane depends on its company: its width is its own,
+and prompts are lanes, too.
+
+Legend: N lanes of a call, W positions in view, D hidden, C states of each, V vocabulary.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trm.device import fetch, send
+from trm.engine.graphs import Graphs
+from trm.engine.runner import Chunk, Halted, Halting, Runner
+from trm.engine.slots import WIDTH, Group, SlotView, Span, Where, rounded
+from trm.model import TRMForCausalLM
+
+
+class Lane(NamedTuple):
+    """One position of one slot. seat: where its x, y and z lie; step: how many it has done; limits: see `Halting`."""
+
+    slot: int
+    position: int
+    seat: int
+    step: int = 0
+    token: int = 0
+    limits: Halting | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a call depends on, beside the limits."""
+        return self[:5]
+
+
+class Piece(NamedTuple):
+    """Lanes of one call, some of its bucket's `size`, that look at `width` positions."""
+
+    lanes: Sequence[Lane]
+    size: int
+    width: int
+
+
+class Lanes(NamedTuple):
+    """The numbers of a call's lanes on the device, (N,) each."""
+
+    slots: Tensor
+    positions: Tensor
+    seats: Tensor
+    steps: Tensor
+    tokens: Tensor
+
+
+class StaticRunner(Runner):
+    """A runner of calls of so many lanes as one of `buckets` has, which rise. More lanes are several calls."""
+
+    spare = 1
+    late = True
+
+    def __init__(
+        self,
+        model: TRMForCausalLM,
+        num_slots: int,
+        max_len: int,
+        entries: int,
+        max_draft_tokens: int = 0,
+        *,
+        buckets: Sequence[int],
+    ) -> None:
+        super().__init__(model, num_slots, max_len, entries, max_draft_tokens)
+        self.buckets = buckets
+        self.exact = self.exact or len(buckets) == 1  # all calls have one shape, whoever is in them
+        self.graphs = Graphs(self.device)
+        self._spare = Lane(num_slots, 0, self._seat(num_slots, 0))
+
+    @classmethod
+    def width(cls, model: TRMForCausalLM, max_len: int) -> int:
+        """Positions of a slot that holds `max_len`: whole blocks, which fast attention asks for."""
+        return rounded(max_len)
+
+    @torch.inference_mode()
+    def encode(self, chunks: Sequence[Chunk]) -> None:
+        """Pass tokens of any rows through the backbone; see `Runner.encode`."""
+        packed = [chunk for chunk in chunks if chunk.place is None and not self.exact]
+        if packed:
+            super().encode(packed)
+        together: list[Lane] = []
+        thinking: dict[tuple[TRMForCausalLM, int], list[Lane]] = {}  # parts of prompts, by decoder and depth
+        for chunk in chunks:
+            if chunk.place is None and not self.exact:
+                continue
+            model, seat = self._models[chunk.slot], self._spare.seat
+            if chunk.place is not None:
+                seat = self._seat(chunk.slot, chunk.place)
+            lanes = [Lane(chunk.slot, at, seat, token=token) for at, token in enumerate(chunk.tokens, chunk.start)]
+            if chunk.place is None and model.config.kv_source == "state":
+                thinking.setdefault((model, chunk.steps), []).extend(lanes)
+            else:
+                together += lanes
+        for piece in self._pieces(together):
+            self._feed(piece)
+        for (model, depth), lanes in thinking.items():
+            for piece in self._pieces(lanes):
+                x = self._feed(piece)
+                where = self._lanes_at(Lanes(*send(self._table(piece), self.device)), piece.width)
+                self._think(model, x, where, depth)
+
+    @torch.inference_mode()
+    def tick(
+        self, spans: Sequence[Span], steps: Sequence[int], halting: Sequence[Halting] | None = None
+    ) -> Halted | None:
+        """One supervision step for rows of one decoder; see `Runner.tick`."""
+        model, limits = self._models[spans[0].slot], halting or [None] * len(spans)
+        lanes = [
+            Lane(span.slot, span.start + place, self._seat(span.slot, place), step, limits=limit)
+            for span, step, limit in zip(spans, steps, limits, strict=True)
+            for place in range(span.length)
+        ]
+        reads = []
+        for piece in self._pieces(lanes):
+            now = self._step(model, piece)
+            if halting is not None:
+                reads.append((piece.lanes, fetch(now[: len(piece.lanes)])))
+        if halting is None:
+            return None
+
+        def read() -> list[bool]:
+            found = {lane: halted for some, numbers in reads for lane, halted in zip(some, numbers(), strict=True)}
+            return [found[lane] for lane in lanes]
+
+        return Halted(read, [span.length for span in spans])
+
+    # --- the calls ---------------------------------------------------------------------------------------
+
+    def _feed(self, piece: Piece) -> Tensor:
+        """Backbone pass over the tokens of lanes, which then sit in their seats; returns x (N, D).
+
+        Each decoder whose keys come from the context stores those of its lanes.
+        """
+        own = {lane.slot: self._models[lane.slot] for lane in piece.lanes}
+        models = list(dict.fromkeys(own.values()))
+        layers = sorted({layer for model in models for layer in model.config.state_layers})
+
+        def backbone(table: Tensor) -> Tensor:
+            lanes = Lanes(*table)
+            where = self._lanes_at(lanes, piece.width)
+            embedded = self.model.backbone.embed_tokens(lanes.tokens)
+            found = self.model.encode(embedded, self._rope(where), SlotView(self.backbone_slots, where), layers)
+            self._sit_down(lanes.seats, found[:, -1])
+            return found
+
+        states = self._run(self.model, "backbone", piece, backbone, extra=tuple(layers))  # (N, C, D)
+        for model in models:
+            if model.config.kv_source != "context":
+                continue
+
+            def context(table: Tensor, model: TRMForCausalLM = model) -> Tensor:
+                lanes = Lanes(*table)
+                self._write_context(model, states, layers, Where(lanes.slots, lanes.positions, ()))
+                return lanes.slots
+
+            mine = [lane if own[lane.slot] is model else self._spare for lane in piece.lanes]
+            self._run(model, "context", piece._replace(lanes=mine), context, extra=tuple(layers))
+        return states[:, -1]
+
+    def _step(self, model: TRMForCausalLM, piece: Piece) -> Tensor:
+        """One supervision step of lanes; returns which of those that have limits have halted, (N,)."""
+        limits = [lane.limits for lane in piece.lanes if lane.limits is not None]
+        watched = slice(None) if any(limit.tolerance > 0 for limit in limits) else None
+
+        def step(table: Tensor, of_lanes: Tensor | None = None) -> Tensor:
+            lanes = Lanes(*table)
+            where = self._lanes_at(lanes, piece.width)
+            if model.config.kv_source == "context":
+                view = SlotView(self.slots, where, keep=True)
+            else:
+                view = SlotView(self.slots, where, lanes.steps * model.config.cache_entries(1))
+            now = self._advance(model, where, view, lanes.seats, lanes.steps > 0, of_lanes, watched)
+            return lanes.seats if now is None else now
+
+        more, idle = [], []
+        if limits:
+            more, idle = [torch.zeros(piece.size, 2)], [torch.zeros(piece.size, 2)]
+            more[0][: len(limits)] = torch.tensor(limits)
+        return self._run(model, "tick", piece, step, more, idle, extra=(bool(limits), watched is not None))
+
+    def _readout(self, model: TRMForCausalLM, seats: Sequence[int]) -> Tensor:
+        """Logits (M, V) of the answers in `seats`."""
+
+        def head(table: Tensor) -> Tensor:
+            return model.readout(self._seats[1, Lanes(*table).seats])
+
+        parts = []
+        lanes = [self._spare._replace(seat=seat) for seat in seats]
+        for first in range(0, len(lanes), self.buckets[-1]):
+            some = lanes[first : first + self.buckets[-1]]
+            out = self._run(model, "head", Piece(some, self._size(some), 0), head)[: len(some)]
+            parts.append(out.clone() if len(lanes) > len(some) else out)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _trial(self, count: int) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]]:
+        """Calls of backbone, step and head over the first positions of the first slot."""
+        lanes = [Lane(0, position, self._spare.seat) for position in range(count)]
+        pieces = self._pieces(lanes)
+        return (
+            lambda: [self._feed(piece) for piece in pieces],
+            lambda: [self._step(self.model, piece) for piece in pieces],
+            lambda: self._readout(self.model, [lane.seat for lane in lanes]),
+        )
+
+    # --- their shapes ------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        model: TRMForCausalLM,
+        name: str,
+        piece: Piece,
+        function: Callable[..., Tensor],
+        more: Sequence[Tensor] = (),
+        idle: Sequence[Tensor] = (),
+        extra: object = None,
+    ) -> Tensor:
+        """Let a function compute on a piece's table and on `more`, at first once on none of its lanes, with `idle`."""
+        key = name, piece.size, piece.width, extra
+        unused = self._table(piece._replace(lanes=()))
+        return self.graphs.run(model, key, function, [unused, *idle], [self._table(piece), *more])
+
+    def _pieces(self, lanes: Sequence[Lane]) -> list[Piece]:
+        """Lanes that share calls: in exact mode those of equal width, else all, as wide as the widest."""
+        if not lanes:
+            return []
+        widths = [self._width(lane.position + 1) for lane in lanes]
+        if not self.exact:
+            widths = [max(widths)] * len(lanes)
+        pieces = []
+        for width in sorted(set(widths)):
+            group = [lane for lane, its in zip(lanes, widths, strict=True) if its == width]
+            for first in range(0, len(group), self.buckets[-1]):
+                some = group[first : first + self.buckets[-1]]
+                pieces.append(Piece(some, self._size(some), width))
+        return pieces
+
+    def _size(self, lanes: Sequence[Lane]) -> int:
+        """Lanes of the smallest bucket that holds so many."""
+        return self.buckets[bisect_left(self.buckets, len(lanes))]
+
+    def _width(self, positions: int) -> int:
+        """So many positions, rounded up to WIDTH times a power of two, but no further than a slot."""
+        width = WIDTH
+        while width < positions:
+            width *= 2
+        return min(width, self.slots.keys.shape[3])
+
+    def _table(self, piece: Piece) -> Tensor:
+        """The numbers of a piece's lanes, and of idle ones up to its size, (5, N), on the host."""
+        rows = [*[lane.numbers for lane in piece.lanes], *[self._spare.numbers] * (piece.size - len(piece.lanes))]
+        return torch.tensor(rows).T.contiguous()
+
+    def _lanes_at(self, lanes: Lanes, width: int) -> Where:
+        """Where lanes lie: each attends alone to its own slot, up to itself."""
+        hidden = torch.arange(width, device=self.device) > lanes.positions[:, None]  # (N, W)
+        mask = torch.zeros(hidden.shape, dtype=self.backbone_slots.keys.dtype, device=self.device)
+        mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+        group = Group(slice(None), (len(lanes.slots), 1), lanes.slots, width, mask, alone=False)
+        return Where(lanes.slots, lanes.positions, [group])
+
+
+def powers_of_two(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, … and `largest` itself."""
+    return *(2**power for power in range((largest - 1).bit_length())), largest
