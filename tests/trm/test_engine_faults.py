@@ -12,6 +12,7 @@ from tests.trm.engines import Listener, assert_empty, expected, make_engine, req
 from trm.engine import Engine, Reply, Request, SamplingParams
 from trm.engine.detokenizer import TextStream
 from trm.engine.runner import Chunk
+from trm.engine.sampling import choose
 from trm.errors import DeviceError, InternalError, Overloaded
 
 # Cancelling
@@ -350,6 +351,9 @@ class ErraticRunner:
             if self.rng.random() < 0.02:
                 row[self.rng.randrange(16)] = self.rng.choice([float("nan"), float("inf"), -float("inf")])
         return scores
+
+    def choose(self, slots: Sequence[int], places: Sequence[int], asks: Sequence[Any]) -> Any:
+        return choose(self.logits(slots), asks)
 
     def clear(self, slot: int, start: int = 0, end: int | None = None) -> None:
         """Nothing is kept."""

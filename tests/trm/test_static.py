@@ -179,8 +179,9 @@ def test_replies_are_those_of_the_reference(chat, kv_source, others, draft):
         request(2 + 3 * index, index, n_supervision=index % 4, decoder=(None, *others)[index % (1 + len(others))])
         for index in range(9)
     ]
-    long = request(40, 3, max_tokens=24, ignore_eos=True, temperature=0.8)
-    requests.append(replace(long, params=replace(long.params, seed=2)))
+    long = request(40, 3, max_tokens=8, ignore_eos=True, temperature=0.8)
+    for drawn in ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"logprobs": 2}, {"frequency_penalty": 1.0}):
+        requests.append(replace(long, params=replace(long.params, seed=2, **drawn)))
 
     for one, reply in zip(requests, engine.generate(requests), strict=True):
         assert reply.token_ids == expected(engine, one).token_ids
@@ -262,9 +263,15 @@ def test_no_call_asks_the_host(check, chat, kv_source):
     runner = engine.loop.runner
     runner.graphs = checked = Checked(check)
     rule = {"halt_threshold": 0.5, "halt_tolerance": 0.1} if kv_source == "context" else {}
-    engine.generate([request(3, 1, decoder=name) for name in (None, *OTHERS)] + [request(4, n_supervision=3, **rule)])
+    drawn = [{"temperature": 0.7}, {"temperature": 0.7, "top_k": 3}, {"temperature": 0.7, "top_p": 0.9}]
+    requests = [request(3, 1, decoder=name) for name in (None, *OTHERS)]
+    requests += [request(4, n_supervision=3, **rule), *(request(4, **params) for params in drawn)]
 
-    assert {name for name, *_ in checked.keys} >= {"backbone", "context", "tick", "head"}
+    engine.generate(requests)
+
+    names = [name for name, *_ in checked.keys]
+    assert set(names) == {"backbone", "context", "tick", "pick"}
+    assert len({how for name, *_, how in checked.keys if name == "pick"}) == 1 + len(drawn)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from trm.engine.hosted import Hosted
 from trm.engine.request import Event, FinishReason
 from trm.engine.row import Pass, Row
 from trm.engine.runner import Chunk, Halted, Halting, Runner
-from trm.engine.sampling import Answer, Ask, choose, likeliest
+from trm.engine.sampling import Answer, Ask, likeliest
 from trm.engine.scheduler import Copy, Scheduler
 from trm.engine.slots import Span
 from trm.errors import DeviceError, InternalError, TRMError
@@ -178,7 +178,7 @@ class Loop:
         def choose_all() -> None:
             slots = [row.slot for row, asks in asking for _ in asks]
             places = [first + place for _, asks in asking for place in range(len(asks))]
-            answers.extend(choose(self.runner.logits(slots, places), [one for _, asks in asking for one in asks]))
+            answers.extend(self.runner.choose(slots, places, [one for _, asks in asking for one in asks]))
 
         if asking and not self._call([row for row, _ in asking], choose_all):
             return None

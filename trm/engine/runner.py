@@ -24,6 +24,7 @@ from torch import Tensor
 from trm.device import upload
 from trm.engine.drafting import Costs
 from trm.engine.request import SamplingParams
+from trm.engine.sampling import Answer, Ask, choose
 from trm.engine.slots import Slots, SlotView, Span, Where, locate, rounded
 from trm.errors import DeviceError
 from trm.layers import Rope
@@ -201,6 +202,11 @@ class Runner:
             return parts[0]
         order = [index for some in by_head.values() for index in some]
         return torch.cat(parts)[upload(order, self.device).argsort()]
+
+    @torch.inference_mode()
+    def choose(self, slots: Sequence[int], places: Sequence[int], asks: Sequence[Ask]) -> list[Answer]:
+        """The next token of answer states, each as it is asked for; see `logits`."""
+        return choose(self.logits(slots, places), asks)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int, entries: int) -> None:

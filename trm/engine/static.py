@@ -16,7 +16,7 @@ Legend: N lanes of a call, W positions in view, D hidden, C states of each, V vo
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from torch import Tensor
 from trm.device import fetch, send
 from trm.engine.graphs import Graphs
 from trm.engine.runner import Chunk, Halted, Halting, Runner
+from trm.engine.sampling import Answer, Ask, Numbers, Picker, is_plain, pick, picker
 from trm.engine.slots import WIDTH, Group, SlotView, Span, Where, rounded
 from trm.model import TRMForCausalLM
+
+T = TypeVar("T")
 
 
 class Lane(NamedTuple):
@@ -141,6 +144,29 @@ class StaticRunner(Runner):
 
         return Halted(read, [span.length for span in spans])
 
+    @torch.inference_mode()
+    def choose(self, slots: Sequence[int], places: Sequence[int], asks: Sequence[Ask]) -> list[Answer]:
+        """The next token of answer states; see `Runner.choose`. What is plainly asked for is one call with the head."""
+        plain: dict[tuple[Any, Picker], list[int]] = {}
+        for index, (slot, ask) in enumerate(zip(slots, asks, strict=True)):
+            if is_plain(ask):
+                plain.setdefault((self._models[slot].head, picker(ask.params)), []).append(index)
+        reads = []
+        for (_, how), group in plain.items():
+            for some in self._cut(group):
+                seats = [self._seat(slots[index], places[index]) for index in some]
+                found = self._pick(self._models[slots[some[0]]], how, seats, [asks[index] for index in some])
+                reads.append((some, fetch(found[:, : len(some)])))
+        answers: dict[int, Answer] = {}
+        for some, read in reads:
+            for index, token, finite, proven in zip(some, *read(), strict=True):
+                if proven:
+                    answers[index] = Answer(int(token), bool(finite))
+        if left := [index for index in range(len(asks)) if index not in answers]:
+            rest = ([of_all[index] for index in left] for of_all in (slots, places, asks))
+            answers.update(zip(left, super().choose(*rest), strict=True))
+        return [answers[index] for index in range(len(asks))]
+
     # --- the calls ---------------------------------------------------------------------------------------
 
     def _feed(self, piece: Piece) -> Tensor:
@@ -202,12 +228,23 @@ class StaticRunner(Runner):
             return model.readout(self._seats[1, Lanes(*table).seats])
 
         parts = []
-        lanes = [self._spare._replace(seat=seat) for seat in seats]
-        for first in range(0, len(lanes), self.buckets[-1]):
-            some = lanes[first : first + self.buckets[-1]]
-            out = self._run(model, "head", Piece(some, self._size(some), 0), head)[: len(some)]
-            parts.append(out.clone() if len(lanes) > len(some) else out)
+        for some in self._cut(seats):
+            out = self._run(model, "head", self._sitting(some), head)[: len(some)]
+            parts.append(out.clone() if len(some) < len(seats) else out)  # the next call overwrites it
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _pick(self, model: TRMForCausalLM, how: Picker, seats: Sequence[int], asks: Sequence[Ask]) -> Tensor:
+        """Tokens, and what is known of them, from the answers in `seats`: see `pick`."""
+
+        def head_and_pick(table: Tensor, filters: Tensor, keys: Tensor) -> Tensor:
+            return pick(model.readout(self._seats[1, Lanes(*table).seats]), how, filters, keys)
+
+        piece = self._sitting(seats)
+        idle = [torch.ones(piece.size, 4, dtype=torch.float64), torch.zeros(piece.size, 1, dtype=torch.int64)]
+        numbers = [tensor.clone() for tensor in idle]
+        for tensor, given in zip(numbers, Numbers.on_host(asks), strict=True):
+            tensor[: len(asks)] = given
+        return self._run(model, "pick", piece, head_and_pick, numbers, idle, extra=how)
 
     def _trial(self, count: int) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]]:
         """Calls of backbone, step and head over the first positions of the first slot."""
@@ -246,14 +283,20 @@ class StaticRunner(Runner):
         pieces = []
         for width in sorted(set(widths)):
             group = [lane for lane, its in zip(lanes, widths, strict=True) if its == width]
-            for first in range(0, len(group), self.buckets[-1]):
-                some = group[first : first + self.buckets[-1]]
-                pieces.append(Piece(some, self._size(some), width))
+            pieces += [Piece(some, self._size(len(some)), width) for some in self._cut(group)]
         return pieces
 
-    def _size(self, lanes: Sequence[Lane]) -> int:
+    def _sitting(self, seats: Sequence[int]) -> Piece:
+        """Lanes that are no more than their seats."""
+        return Piece([self._spare._replace(seat=seat) for seat in seats], self._size(len(seats)), 0)
+
+    def _cut(self, some: Sequence[T]) -> list[Sequence[T]]:
+        """Parts that fit into the largest bucket."""
+        return [some[first : first + self.buckets[-1]] for first in range(0, len(some), self.buckets[-1])]
+
+    def _size(self, count: int) -> int:
         """Lanes of the smallest bucket that holds so many."""
-        return self.buckets[bisect_left(self.buckets, len(lanes))]
+        return self.buckets[bisect_left(self.buckets, count)]
 
     def _width(self, positions: int) -> int:
         """So many positions, rounded up to WIDTH times a power of two, but no further than a slot."""
