@@ -109,6 +109,7 @@ class Engine:
         for decoder in self.decoders.values():
             self._try(decoder)
         runner.exact = self.decoders[None].exact
+        runner.prepare()
         self.dtype = str(model.backbone.dtype).removeprefix("torch.")
         self.loop = Loop(
             runner,

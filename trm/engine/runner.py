@@ -119,6 +119,9 @@ class Runner:
         self._stopped = self.halted.flatten()
         self._last: dict[TRMForCausalLM, tuple[tuple[Span, ...], Where, SlotView]] = {}  # of each decoder's latest tick
 
+    def prepare(self) -> None:
+        """Get ready for the first request."""
+
     @classmethod
     def width(cls, model: TRMForCausalLM, max_len: int) -> int:
         """Positions of a slot that holds `max_len`: exact attention looks at whole blocks of them."""

@@ -14,6 +14,7 @@ and prompts are lanes, too.
 Legend: N lanes of a call, W positions in view, D hidden, C states of each, V vocabulary.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -23,10 +24,15 @@ from torch import Tensor
 
 from trm.device import fetch, send
 from trm.engine.graphs import Graphs
+from trm.engine.request import SamplingParams
 from trm.engine.runner import Chunk, Halted, Halting, Runner
 from trm.engine.sampling import Answer, Ask, Numbers, Picker, is_plain, pick, picker
 from trm.engine.slots import WIDTH, Group, SlotView, Span, Where, rounded
 from trm.model import TRMForCausalLM
+
+logger = logging.getLogger(__name__)
+
+GREEDY = SamplingParams(temperature=0.0)
 
 T = TypeVar("T")
 
@@ -86,6 +92,18 @@ class StaticRunner(Runner):
         self.exact = self.exact or len(buckets) == 1  # all calls have one shape, whoever is in them
         self.graphs = Graphs(self.device)
         self._spare = Lane(num_slots, 0, self._seat(num_slots, 0))
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Capture what a short greedy request needs, in every bucket. Slots must be empty, for one is written to."""
+        for size in self.buckets:
+            piece = Piece([Lane(0, 0, self._spare.seat)], size, self._width(1))
+            self._feed(piece)
+            self._step(self.model, piece)
+            self._pick(self.model, picker(GREEDY), [self._spare.seat] * size, [Ask(GREEDY, 0)] * size)
+        graphs = self.graphs
+        words = "%d calls of the model are prepared, in %.1f s and %d MB; others follow when they are first needed"
+        logger.info(words, graphs.count, graphs.seconds, graphs.bytes / 1e6)
 
     @classmethod
     def width(cls, model: TRMForCausalLM, max_len: int) -> int:
