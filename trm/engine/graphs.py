@@ -10,6 +10,7 @@ capture does not allow.
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,7 +32,8 @@ class Graphs:
         self.seconds = 0.0
         self.bytes = 0
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
         self._of: WeakKeyDictionary[nn.Module, dict[Hashable, _Graph]] = WeakKeyDictionary()
 
     def run(
@@ -44,35 +46,50 @@ class Graphs:
         """
         graphs = self._of.setdefault(owner, {})
         if key not in graphs:
-            free, started = self._free_bytes(), time.perf_counter()
-            graphs[key] = _Graph(function, [send(tensor, self._device) for tensor in idle], self._pool)
+            started, free = time.perf_counter(), self._free_bytes()
+            buffers = [send(tensor, self._device) for tensor in idle]
+            try:
+                graphs[key] = _Graph(function, buffers, self._stream, self._pool)
+            except BaseException:
+                if self._pool is not None:  # a capture that failed may still hold on to it
+                    self._pool = torch.cuda.graph_pool_handle()
+                raise
             self.count += 1
             self.seconds += time.perf_counter() - started
             self.bytes += free - self._free_bytes()
         return graphs[key].run(function, inputs)
 
     def _free_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info(self._device)[0]) if self._pool is not None else 0
+        if self._pool is None:
+            return 0
+        torch.cuda.empty_cache()  # as a capture begins with
+        return int(torch.cuda.mem_get_info(self._device)[0])
 
 
 class _Graph:
     """One function with its buffers. On a CPU nothing is captured."""
 
-    def __init__(self, function: Function, buffers: Sequence[Tensor], pool: tuple[int, int] | None) -> None:
+    def __init__(
+        self, function: Function, buffers: Sequence[Tensor], stream: torch.cuda.Stream | None, pool: Any
+    ) -> None:
         self._buffers = buffers
         self._graph: torch.cuda.CUDAGraph | None = None
-        if pool is None:
+        if stream is None:
             self._out = function(*buffers).clone()
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        here = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
             function(*buffers)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # of this thread alone: others may be loading a decoder
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        here.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.stream(here),  # where a capture that fails would not come back to
+            # of this thread alone: others may be loading a decoder
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._out = function(*buffers)
+        self._graph = graph
 
     def run(self, function: Function, inputs: Sequence[Tensor]) -> Tensor:
         """Fill the buffers, and compute."""
