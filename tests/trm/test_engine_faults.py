@@ -352,7 +352,7 @@ class ErraticRunner:
                 row[self.rng.randrange(16)] = self.rng.choice([float("nan"), float("inf"), -float("inf")])
         return scores
 
-    def choose(self, slots: Sequence[int], places: Sequence[int], asks: Sequence[Any]) -> Any:
+    def choose(self, slots: Sequence[int], places: Any, asks: Sequence[Any], ahead: Any) -> Any:
         return choose(self.logits(slots), asks)
 
     def clear(self, slot: int, start: int = 0, end: int | None = None) -> None:

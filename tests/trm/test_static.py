@@ -16,11 +16,11 @@ from tests.trm.engines import OTHERS, assert_empty, expected, make_engine, reque
 from tests.trm.test_exactness import alone, bits, packed_model, some_request
 from trm import TRMForCausalLM
 from trm.device import has_fast_bfloat16
-from trm.engine import Engine, EngineConfig
+from trm.engine import Engine, EngineConfig, Request, SamplingParams, sampling
 from trm.engine.graphs import Graphs
 from trm.engine.runner import Chunk, Halting, Runner
 from trm.engine.slots import WIDTH, Span
-from trm.engine.static import StaticRunner
+from trm.engine.static import Lane, StaticRunner
 from trm.linear import has_packed_bfloat16
 
 BUCKETS = (1, 2, 4, 7)
@@ -189,6 +189,32 @@ def test_replies_are_those_of_the_reference(chat, kv_source, others, draft):
     for one, reply in zip(requests, engine.generate(requests), strict=True):
         assert reply.token_ids == expected(engine, one).token_ids
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("blocks", [1, 32])
+def test_a_token_passes_the_backbone_before_the_host_knows_it(chat, blocks, monkeypatch):
+    """Unless it must be chosen once more: with one block looked at, few drawn tokens are proven at first."""
+    monkeypatch.setattr(sampling, "NUM_BLOCKS", blocks)
+    model = make_model().double()
+    fed: list[Lane] = []
+    feed = StaticRunner._feed
+    monkeypatch.setattr(StaticRunner, "_feed", lambda self, piece: (fed.extend(piece.lanes), feed(self, piece))[1])
+    params = [
+        SamplingParams(max_tokens=9, temperature=one % 3 / 2, seed=one, n_supervision=one % 3) for one in range(6)
+    ]
+    requests = [Request(tuple(some_prompt(4 + seed, seed)), one) for seed, one in enumerate(params)]
+    sizes = {"max_rows": 4, "max_model_len": 80, "max_draft_tokens": 0}
+    engine, plain = (Engine(model, chat, EngineConfig(row_buckets=some, **sizes)) for some in ((1, 4), None))
+    fed.clear()
+
+    replies = engine.generate(requests)
+
+    assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in plain.generate(requests)]
+    ahead = [lane for lane in fed if lane.token < 0]
+    assert len(ahead) == 6 * 8, "of each reply all tokens but the last"
+    again = len(fed) - len(ahead) - 6
+    assert again == 0 if blocks == 32 else 0 < again < 4 * 8
+    assert not engine.loop.runner._ahead
 
 
 @pytest.mark.parametrize("draft", [0, 3])

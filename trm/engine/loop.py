@@ -159,10 +159,11 @@ class Loop:
         return answered is not None
 
     def _chosen(
-        self, rows: Sequence[Row], ask: Callable[[Row, Pass], list[Ask]], first: int = 0
+        self, rows: Sequence[Row], ask: Callable[[Row, Pass], list[Ask]], first: int = 0, last: bool = False
     ) -> list[tuple[Row, Pass, list[Ask], list[Answer]]] | None:
         """Choose the tokens that are asked for, at the places of each row's pass from `first` on: all together.
 
+        last: the passes end with it, and the next ones begin with what is chosen.
         Rows that cannot even ask fail alone. Where choosing fails all others do, and None is returned.
         """
         asked: list[tuple[Row, Pass, list[Ask]]] = []
@@ -178,7 +179,8 @@ class Loop:
         def choose_all() -> None:
             slots = [row.slot for row, asks in asking for _ in asks]
             places = [first + place for _, asks in asking for place in range(len(asks))]
-            answers.extend(self.runner.choose(slots, places, [one for _, asks in asking for one in asks]))
+            ahead = [row.position_ahead if last else None for row, asks in asking for _ in asks]
+            answers.extend(self.runner.choose(slots, places, [one for _, asks in asking for one in asks], ahead))
 
         if asking and not self._call([row for row, _ in asking], choose_all):
             return None
@@ -241,7 +243,7 @@ class Loop:
 
     def _answer(self) -> None:
         """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
-        for row, work, asks, answers in self._chosen(self.scheduler.answered(), ask_reply) or ():
+        for row, work, asks, answers in self._chosen(self.scheduler.answered(), ask_reply, last=True) or ():
             self._call([row], partial(self._take, row, work, asks, answers), on_device=False)
 
     def _take(self, row: Row, work: Pass, asks: Sequence[Ask], answers: Sequence[Answer]) -> None:

@@ -127,6 +127,12 @@ class Row:
         return self.work is not None and self.work.answered(self.steps)
 
     @property
+    def position_ahead(self) -> int | None:
+        """Where the token that is chosen next will lie, if it is the only one, and not the last that may be."""
+        drafted = self.work is None or self.work.draft
+        return None if drafted or len(self.reply) + 1 >= self.request.params.max_tokens else self.cached + 1
+
+    @property
     def room_for_draft(self) -> int:
         """Tokens that may be drafted behind the next one."""
         if not self.may_draft or self.steps == 0 or self.request.params.trace is not None:

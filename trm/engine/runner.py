@@ -207,8 +207,17 @@ class Runner:
         return torch.cat(parts)[upload(order, self.device).argsort()]
 
     @torch.inference_mode()
-    def choose(self, slots: Sequence[int], places: Sequence[int], asks: Sequence[Ask]) -> list[Answer]:
-        """The next token of answer states, each as it is asked for; see `logits`."""
+    def choose(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        asks: Sequence[Ask],
+        ahead: Sequence[int | None] | None = None,
+    ) -> list[Answer]:
+        """The next token of answer states, each as it is asked for; see `logits`.
+
+        ahead: where each token will lie that `encode` will most likely be given as the next of its slot, at place 0.
+        """
         return choose(self.logits(slots, places), asks)
 
     @torch.inference_mode()

@@ -8,6 +8,9 @@ that nobody needs work in a spare slot, which nobody reads.
 The positions of one row may be cut anywhere into calls that follow each other: each position looks only at itself and
 at those before it. Prompts are packed, as in the plain runner: their calls are few and large.
 
+A token that was just chosen passes the backbone before the host knows it, so that the device need not wait for the
+host: the lane says in which seat it was chosen. If it turns out not to be wanted, nobody looks at what it left.
+
 Where the model is exact, or there is one bucket only, no bit of a lane depends on its company: its width is its own,
 and prompts are lanes, too.
 
@@ -38,7 +41,11 @@ T = TypeVar("T")
 
 
 class Lane(NamedTuple):
-    """One position of one slot. seat: where its x, y and z lie; step: how many it has done; limits: see `Halting`."""
+    """One position of one slot.
+
+    seat: where its x, y and z lie; step: how many it has done; token: its id, or ~s for what was chosen in seat s;
+    limits: see `Halting`.
+    """
 
     slot: int
     position: int
@@ -92,6 +99,9 @@ class StaticRunner(Runner):
         self.exact = self.exact or len(buckets) == 1  # all calls have one shape, whoever is in them
         self.graphs = Graphs(self.device)
         self._spare = Lane(num_slots, 0, self._seat(num_slots, 0))
+        self._chosen = torch.zeros(self._stopped.shape, dtype=torch.int64, device=self.device)  # in each seat
+        self._answers = torch.zeros_like(self._seats[1])  # that they were chosen from
+        self._ahead: dict[int, tuple[int, int]] = {}  # slots whose next token passed ahead: its position and id
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -110,9 +120,17 @@ class StaticRunner(Runner):
         """Positions of a slot that holds `max_len`: whole blocks, which fast attention asks for."""
         return rounded(max_len)
 
+    def leave(self, slot: int) -> None:
+        """The slot is free; see `Runner.leave`."""
+        super().leave(slot)
+        self._ahead.pop(slot, None)
+
     @torch.inference_mode()
     def encode(self, chunks: Sequence[Chunk]) -> None:
         """Pass tokens of any rows through the backbone; see `Runner.encode`."""
+        ahead = [self._ahead.pop(chunk.slot, None) for chunk in chunks]
+        pairs = zip(chunks, ahead, strict=True)
+        chunks = [chunk for chunk, its in pairs if its is None or (chunk.start, *chunk.tokens) != its]
         packed = [chunk for chunk in chunks if chunk.place is None and not self.exact]
         if packed:
             super().encode(packed)
@@ -163,8 +181,18 @@ class StaticRunner(Runner):
         return Halted(read, [span.length for span in spans])
 
     @torch.inference_mode()
-    def choose(self, slots: Sequence[int], places: Sequence[int], asks: Sequence[Ask]) -> list[Answer]:
-        """The next token of answer states; see `Runner.choose`. What is plainly asked for is one call with the head."""
+    def choose(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        asks: Sequence[Ask],
+        ahead: Sequence[int | None] | None = None,
+    ) -> list[Answer]:
+        """The next token of answer states; see `Runner.choose`. What is plainly asked for is one call with the head.
+
+        Tokens that have a position in `ahead` pass the backbone meanwhile.
+        """
+        positions = ahead or [None] * len(slots)
         plain: dict[tuple[Any, Picker], list[int]] = {}
         for index, (slot, ask) in enumerate(zip(slots, asks, strict=True)):
             if is_plain(ask):
@@ -175,11 +203,27 @@ class StaticRunner(Runner):
                 seats = [self._seat(slots[index], places[index]) for index in some]
                 found = self._pick(self._models[slots[some[0]]], how, seats, [asks[index] for index in some])
                 reads.append((some, fetch(found[:, : len(some)])))
+        lanes = [
+            Lane(slots[index], position, self._seat(slots[index], 0), token=~self._seat(slots[index], places[index]))
+            for some, _ in reads
+            for index in some
+            if (position := positions[index]) is not None
+        ]
+        for piece in self._pieces(lanes):
+            self._feed(piece)
         answers: dict[int, Answer] = {}
         for some, read in reads:
             for index, token, finite, proven in zip(some, *read(), strict=True):
+                position = positions[index]
                 if proven:
                     answers[index] = Answer(int(token), bool(finite))
+                if position is None:
+                    continue
+                if proven:
+                    self._ahead[slots[index]] = position, int(token)
+                else:  # it has to be chosen once more, from what was there before
+                    seat = self._seat(slots[index], places[index])
+                    self._seats[1, seat] = self._answers[seat]
         if left := [index for index in range(len(asks)) if index not in answers]:
             rest = ([of_all[index] for index in left] for of_all in (slots, places, asks))
             answers.update(zip(left, super().choose(*rest), strict=True))
@@ -199,7 +243,8 @@ class StaticRunner(Runner):
         def backbone(table: Tensor) -> Tensor:
             lanes = Lanes(*table)
             where = self._lanes_at(lanes, piece.width)
-            embedded = self.model.backbone.embed_tokens(lanes.tokens)
+            tokens = torch.where(lanes.tokens < 0, self._chosen[(~lanes.tokens).clamp(min=0)], lanes.tokens)
+            embedded = self.model.backbone.embed_tokens(tokens)
             found = self.model.encode(embedded, self._rope(where), SlotView(self.backbone_slots, where), layers)
             self._sit_down(lanes.seats, found[:, -1])
             return found
@@ -255,7 +300,12 @@ class StaticRunner(Runner):
         """Tokens, and what is known of them, from the answers in `seats`: see `pick`."""
 
         def head_and_pick(table: Tensor, filters: Tensor, keys: Tensor) -> Tensor:
-            return pick(model.readout(self._seats[1, Lanes(*table).seats]), how, filters, keys)
+            seats = Lanes(*table).seats
+            answers = self._seats[1, seats]
+            found = pick(model.readout(answers), how, filters, keys)
+            self._chosen[seats] = found[0].long().clamp(max=model.config.vocab_size - 1)  # of no numbers: anything
+            self._answers[seats] = answers
+            return found
 
         piece = self._sitting(seats)
         idle = [torch.ones(piece.size, 4, dtype=torch.float64), torch.zeros(piece.size, 1, dtype=torch.int64)]
