@@ -223,9 +223,7 @@ def _int8_product(rows: Tensor, packed: Tensor, scale: Tensor, zero_points: Tens
 
 def _fp8_product(rows: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
     """Rows (N, I) times a weight (I, O), both float8, scaled by rows (N, 1) and outputs (1, O): in bfloat16."""
-    return torch._scaled_mm(  # type: ignore[no-any-return]
-        rows, weight, scale_a=scale, scale_b=weight_scale, out_dtype=torch.bfloat16
-    )
+    return torch._scaled_mm(rows, weight, scale_a=scale, scale_b=weight_scale, out_dtype=torch.bfloat16)
 
 
 def _seconds(call: object) -> float:

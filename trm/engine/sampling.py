@@ -84,7 +84,13 @@ class Numbers(NamedTuple):
         """The numbers of some asks on a device."""
         filters, keys = (send(part, device) for part in cls.on_host(asks))
         few = max([NUM_CANDIDATES, *(min(ask.params.top_k, MORE_CANDIDATES) for ask in asks)])
-        return cls(*filters.T[..., None], keys, few)
+        return cls.in_columns(filters, keys)._replace(few=few)
+
+    @classmethod
+    def in_columns(cls, filters: Tensor, keys: Tensor) -> Self:
+        """The numbers that `on_host` gave."""
+        temperature, top_k, least, top_p = filters.T[..., None]
+        return cls(temperature, top_k, least, top_p, keys)
 
 
 class Width(Enum):
@@ -215,7 +221,7 @@ def pick(logits: Tensor, how: Picker, filters: Tensor, keys: Tensor) -> Tensor:
     """
     table = _Table.of(logits.float())
     rows = torch.arange(len(logits), device=logits.device)
-    tokens, proven = how(table, rows, Numbers(*filters.T[..., None], keys), Width.FEW)
+    tokens, proven = how(table, rows, Numbers.in_columns(filters, keys), Width.FEW)
     finite = table.finite(logits.shape[1])
     return torch.stack((tokens.double(), finite.double(), (proven | ~finite).double()))
 

@@ -160,7 +160,8 @@ class StaticRunner(Runner):
         self, spans: Sequence[Span], steps: Sequence[int], halting: Sequence[Halting] | None = None
     ) -> Halted | None:
         """One supervision step for rows of one decoder; see `Runner.tick`."""
-        model, limits = self._models[spans[0].slot], halting or [None] * len(spans)
+        model = self._models[spans[0].slot]
+        limits: Sequence[Halting | None] = halting or [None] * len(spans)
         lanes = [
             Lane(span.slot, span.start + place, self._seat(span.slot, place), step, limits=limit)
             for span, step, limit in zip(spans, steps, limits, strict=True)
@@ -225,8 +226,9 @@ class StaticRunner(Runner):
                     seat = self._seat(slots[index], places[index])
                     self._seats[1, seat] = self._answers[seat]
         if left := [index for index in range(len(asks)) if index not in answers]:
-            rest = ([of_all[index] for index in left] for of_all in (slots, places, asks))
-            answers.update(zip(left, super().choose(*rest), strict=True))
+            where = [slots[index] for index in left], [places[index] for index in left]
+            rest = super().choose(*where, [asks[index] for index in left])
+            answers.update(zip(left, rest, strict=True))
         return [answers[index] for index in range(len(asks))]
 
     # --- the calls ---------------------------------------------------------------------------------------
