@@ -21,6 +21,7 @@ from trm.engine.graphs import Graphs
 from trm.engine.runner import Chunk, Halting, Runner
 from trm.engine.slots import WIDTH, Span
 from trm.engine.static import Lane, StaticRunner
+from trm.errors import ConfigError
 from trm.linear import has_packed_bfloat16
 
 BUCKETS = (1, 2, 4, 7)
@@ -241,6 +242,23 @@ def test_a_trace_ends_with_the_step_that_halted(chat):
 
     assert late.usage.supervision_steps < 4 * 6
     assert [len(steps) for steps in late.traces] == [len(steps) for steps in at_once.traces]
+
+
+def test_memory_and_lengths_count_the_spare_slot(chat):
+    model = exact_model("context")
+    per_token = Runner.bytes_per_position(model, model.config.cache_entries(2))
+
+    engine = make_engine(chat, row_buckets=(1, 4), max_model_len=None, kv_cache_bytes=(4 + 1) * 130 * per_token)
+
+    runner = engine.loop.runner
+    assert engine.max_model_len == 128, "whole blocks of 64 positions"
+    assert engine.stats().kv_cache_bytes == sum(table.nbytes for table in runner._tables())
+
+
+@pytest.mark.parametrize("buckets", [(), (0, 1), (2, 1), (1, 1)])
+def test_buckets_that_do_not_rise_are_refused(buckets):
+    with pytest.raises(ConfigError, match="row_buckets"):
+        EngineConfig(row_buckets=buckets)
 
 
 # What may be captured
