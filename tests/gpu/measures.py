@@ -20,7 +20,7 @@ from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.runner import Chunk, Runner
 from trm.engine.sampling import Ask
 from trm.engine.slots import Span
-from trm.engine.static import StaticRunner, powers_of_two
+from trm.engine.static import StaticRunner, default_buckets
 from trm.loading import prepare_for_decoding
 
 Raw = dict[str, Any]
@@ -115,7 +115,7 @@ def replies(
     """Tokens per second of the whole engine, its device's idle share, the time to a first token, and memory."""
     started = time.perf_counter()
     sizes = {"max_rows": rows, "max_model_len": 512, "max_draft_tokens": max_draft_tokens}
-    engine = Engine(model, chat, EngineConfig(**sizes, row_buckets=powers_of_two(rows)))
+    engine = Engine(model, chat, EngineConfig(**sizes, row_buckets=default_buckets(rows, max_draft_tokens)))
     engine.generate([wanted(0, 1, effort, **params)])
     first_s = time.perf_counter() - started
     requests = [wanted(row, tokens, effort, **params) for row in range(rows)]

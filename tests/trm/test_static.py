@@ -20,7 +20,7 @@ from trm.engine import Engine, EngineConfig, Request, SamplingParams, sampling
 from trm.engine.graphs import Graphs
 from trm.engine.runner import Chunk, Halting, Runner
 from trm.engine.slots import WIDTH, Span
-from trm.engine.static import Lane, StaticRunner
+from trm.engine.static import Lane, StaticRunner, default_buckets
 from trm.errors import ConfigError
 from trm.linear import has_packed_bfloat16
 
@@ -253,6 +253,14 @@ def test_memory_and_lengths_count_the_spare_slot(chat):
     runner = engine.loop.runner
     assert engine.max_model_len == 128, "whole blocks of 64 positions"
     assert engine.stats().kv_cache_bytes == sum(table.nbytes for table in runner._tables())
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "drafts", "buckets"),
+    [(32, 7, (1, 2, 4, 8, 16, 32)), (6, 0, (1, 2, 4, 6)), (1, 7, (1, 2, 4, 8)), (1, 0, (1, 2))],
+)
+def test_default_buckets_hold_all_rows_and_a_draft(max_rows, drafts, buckets):
+    assert default_buckets(max_rows, drafts) == buckets
 
 
 @pytest.mark.parametrize("buckets", [(), (0, 1), (2, 1), (1, 1)])

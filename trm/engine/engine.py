@@ -27,7 +27,7 @@ from trm.engine.request import Event, Reply, Request, Stats
 from trm.engine.runner import CHECKED_SLOTS, COST_POSITIONS, Runner
 from trm.engine.scheduler import Scheduler
 from trm.engine.slots import WIDTH
-from trm.engine.static import StaticRunner, powers_of_two
+from trm.engine.static import StaticRunner, default_buckets
 from trm.errors import BadRequest, ConfigError, DeviceError, UnknownModel
 from trm.model import TRMForCausalLM
 
@@ -99,7 +99,7 @@ class Engine:
         self.decoders.update((others or {}).items())
         self._buckets = config.row_buckets
         if self._buckets is None and model.device.type == "cuda":
-            self._buckets = powers_of_two(config.max_rows)
+            self._buckets = default_buckets(config.max_rows, config.max_draft_tokens)
         self._runner_type = Runner if self._buckets is None else StaticRunner
         self._entries = max(decoder.entries() for decoder in self.decoders.values())
         self.bytes_per_token = Runner.bytes_per_position(model, self._entries)

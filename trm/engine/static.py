@@ -389,6 +389,7 @@ class StaticRunner(Runner):
         return Where(lanes.slots, lanes.positions, [group])
 
 
-def powers_of_two(largest: int) -> tuple[int, ...]:
-    """1, 2, 4, … and `largest` itself."""
+def default_buckets(max_rows: int, max_draft_tokens: int) -> tuple[int, ...]:
+    """1, 2, 4, … up to all rows, or to one row and its draft: at least two, for a single one would mean exactness."""
+    largest = max(max_rows, 1 + max_draft_tokens, 2)
     return *(2**power for power in range((largest - 1).bit_length())), largest
