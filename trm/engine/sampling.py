@@ -17,6 +17,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
+from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -234,7 +235,12 @@ def is_plain(ask: Ask) -> bool:
 
 def _numbers(how: Picker, asks: Sequence[Ask], device: torch.device) -> Numbers:
     """The numbers that rows are picked by: none for the likeliest token."""
-    return Numbers.of(() if how is _greedy else asks, device)
+    return _no_numbers(device) if how is _greedy else Numbers.of(asks, device)
+
+
+@cache
+def _no_numbers(device: torch.device) -> Numbers:
+    return Numbers.of((), device)
 
 
 def _greedy(table: _Table, rows: Tensor, numbers: Numbers, width: Width) -> tuple[Tensor, Tensor]:
