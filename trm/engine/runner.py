@@ -330,7 +330,7 @@ class Runner:
         """
         x, y, z = self._seats[:, seats]  # each (N, D)
         # what stands there before the first step is the answer of step 0; the recursion starts from zero
-        start = y if begun is None else torch.where(begun[:, None], y, 0)
+        start = y if begun is None else y.masked_fill(~begun[:, None], 0)
         new_y, new_z = model.decoder.step(x, start, z, self._rope(where), view)
         now = None
         if limits is not None:

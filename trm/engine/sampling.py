@@ -281,7 +281,7 @@ def _among_best(
     else:
         proven = (up_to[:, -1:] >= enough) | (count == num_tokens)
     kept &= up_to - weights < enough
-    scores = torch.where(kept, scores + gumbel_noise(numbers.keys, ids), -math.inf)
+    scores = (scores + gumbel_noise(numbers.keys, ids)).masked_fill_(~kept, -math.inf)
     return _first_best(scores, ids), proven[:, 0]
 
 
