@@ -152,6 +152,8 @@ def load_engine(settings: ServeSettings) -> "Engine":
         max_model_len=settings.max_model_len,
         max_queue=settings.max_queue,
         kv_cache_bytes=settings.kv_cache_bytes,
+        prefill_chunk=settings.prefill_chunk,
+        row_buckets=tuple(sorted(set(settings.row_buckets))) or None,
         max_draft_tokens=settings.max_draft_tokens,
         max_step_s=settings.max_step_seconds,
     )

@@ -17,10 +17,11 @@ BUNDLED_MODEL_ID = "qwen-trm"
 DECODER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]*(/[A-Za-z0-9_][A-Za-z0-9._:-]*)*", re.ASCII)
 
 ApiKey = Annotated[str, Field(min_length=1)]
+Bucket = Annotated[int, Field(ge=1)]
 PublicPath = Annotated[str, Field(pattern=r"^/([^*]*|[^*]*/\*)$")]
 RootPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")]
-LISTS = ("api_key", "public_paths", "cors_origins", "decoder")  # flags that take several values at once
+LISTS = ("api_key", "public_paths", "cors_origins", "decoder", "row_buckets")  # flags that take several values at once
 REPEATED = ("decoder",)  # those of them that may also be given several times
 
 
@@ -37,7 +38,15 @@ class ServeSettings(Settings):
         "model": ("model", "served_model_name", "decoder", "decoder_dir", "device", "dtype", "quantize", "num_threads"),
         "address": ("host", "port", "root_path", "cors_origins"),
         "keys": ("api_key", "api_key_file", "public_paths"),
-        "engine": ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"),
+        "engine": (
+            "max_rows",
+            "row_buckets",
+            "max_model_len",
+            "max_queue",
+            "kv_cache_bytes",
+            "prefill_chunk",
+            "max_draft_tokens",
+        ),
         "limits of one request": (
             "max_body_bytes",
             "max_body_fields",
@@ -74,9 +83,10 @@ class ServeSettings(Settings):
         "auto",
         description="auto: bfloat16 on cuda, and for large models on a CPU that computes it natively, else float32",
     )
-    quantize: Literal["int8"] | None = Field(
+    quantize: Literal["int8", "fp8"] | None = Field(
         None,
-        description="int8: the backbone's linear layers in int8, on a CPU; faster, and a hundredth off in each layer",
+        description="the backbone's linear layers in 8 bits, int8 on a CPU and fp8 on a GPU of Hopper's kind or later: "
+        "faster, and a hundredth off in each layer",
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads for decoding; by default torch chooses")
 
@@ -106,12 +116,21 @@ class ServeSettings(Settings):
     )
 
     max_rows: int = Field(32, ge=1, description="requests decoded together")
+    row_buckets: Annotated[CliVariadicArg[list[Bucket]], NoDecode] = Field(
+        [],
+        description="numbers of rows that calls of the model are filled up to, such as 1 8 32; by default 1, 2, 4, … "
+        "on a GPU, where each is one launch, and none on a CPU; with a single one replies are the same to the bit in "
+        "any company, at the price of calls that are always full",
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus reply in tokens; by default what model and memory allow"
     )
     max_queue: int = Field(256, ge=0, description="requests that may wait; further ones get 429")
     kv_cache_bytes: int | None = Field(
         None, ge=1, description="memory for keys and values; by default at most a quarter of what is free"
+    )
+    prefill_chunk: int = Field(
+        256, ge=1, description="prompt tokens that pass the backbone between two steps of the running rows"
     )
     max_draft_tokens: int = Field(
         7,

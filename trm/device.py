@@ -1,7 +1,10 @@
-"""Which device a command runs on, and what it is good at."""
+"""Which device a command runs on, what it is good at, and how numbers get there and back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trm.errors import ConfigError
 
@@ -25,6 +28,33 @@ def has_fast_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def upload(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host on a device. Nobody waits: a GPU copies them when it comes to that."""
+    return send(torch.tensor(numbers, dtype=dtype), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; see `upload`."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def fetch(tensor: Tensor) -> Callable[[], list[Any]]:
+    """A copy of a device's numbers: it begins now, and who calls what is returned waits for it alone."""
+    if tensor.device.type != "cuda":
+        return tensor.clone().tolist
+    copied = torch.cuda.Event()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied.record()
+
+    def read() -> list[Any]:
+        copied.synchronize()
+        found: list[Any] = host.tolist()
+        return found
+
+    return read
 
 
 def lay_out_by_columns(model: nn.Module) -> None:

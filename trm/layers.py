@@ -63,14 +63,14 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
 
     `mask` (B, 1, Q, S) is boolean, or additive in the queries' type. Returns (B, H, Q, d).
     Few queries are folded: the heads that share keys become queries of one head, so each key is
-    read once, not once per head. Under autocast on a CPU it runs in float32: bfloat16 takes four
-    times as long there.
+    read once, not once per head. On a GPU all are: no fast kernel takes grouped heads and a mask.
+    Under autocast on a CPU it runs in float32: bfloat16 takes four times as long there.
     """
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return attend(queries.float(), keys.float(), values.float(), mask)
     num_queries, groups = queries.shape[2], queries.shape[1] // keys.shape[1]
-    if num_queries > FOLD_QUERIES:
+    if num_queries > FOLD_QUERIES and queries.device.type == "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
     folded = queries.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, groups * Q, d)
     if num_queries > 1:

@@ -1,9 +1,10 @@
-"""Linear layers packed once for decoding on a CPU: products in bfloat16, and in int8.
+"""Linear layers packed once for decoding: products in bfloat16 and in int8 on a CPU, in float8 on a GPU.
 
 A row's product is the same to the bit however many rows there are. oneDNN's packed products have this property from
 some number of rows on, which depends on shape and processor: it sums in blocks that few rows make it cut otherwise. So
 each shape is measured once, and calls of fewer rows are filled up. The operators are torch's own internals, named
-nowhere else; where they are missing or wrong, there are plain layers in their place, and no int8.
+nowhere else; where they are missing or wrong, there are plain layers in their place, and no int8. The float8 layers
+have not run on a GPU yet.
 
 Legend: N rows, I inputs, O outputs of a layer.
 """
@@ -27,6 +28,9 @@ FASTER_ROWS = 4  # which one, two or three rows are no faster than: 26 ms a toke
 CHECKED_OUTPUTS = 4096  # of a large layer: its products are cut alike all along
 ZERO_POINT = 128  # activations are unsigned: for signed ones oneDNN has no fast product on some processors
 TINY = 1e-30  # nothing is divided by less
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = torch.finfo(FP8).max
+FP8_MULTIPLE = 16  # of which a layer's sizes must be multiples
 SLOW = 20  # times the seconds of the float32 product: oneDNN's reference code takes a thousand
 
 
@@ -74,6 +78,51 @@ class Int8Linear(nn.Module):
         if self._bias is not None:
             out += self._bias
         return out.to(self.dtype).unflatten(0, h.shape[:-1])  # type: ignore[no-any-return]
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight (O, I) is float8, scaled by outputs, and whose inputs are scaled row by row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        parts = []
+        scale = weight.abs().amax(1).float().clamp_(min=TINY) / FP8_LARGEST
+        for part, scales in zip(weight.split(CHECKED_OUTPUTS), scale.split(CHECKED_OUTPUTS), strict=True):
+            parts.append((part / scales[:, None]).to(FP8))
+        self._weight = torch.cat(parts).t()  # (I, O), its columns one behind the other, as the product wants them
+        self._scale = scale[None]
+        self._bias = None if bias is None else bias.clone()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The product (…, O) of h (…, I), in bfloat16."""
+        rows = h.flatten(0, -2).float()
+        scale = rows.abs().amax(-1, keepdim=True).clamp(min=TINY) / FP8_LARGEST  # (N, 1)
+        out = _fp8_product((rows / scale).to(FP8), self._weight, scale, self._scale)
+        if self._bias is not None:
+            out = out + self._bias
+        return out.unflatten(0, h.shape[:-1])  # type: ignore[no-any-return]
+
+
+def pack_fp8(backbone: nn.Module) -> None:
+    """Replace the linear layers of a bfloat16 backbone on a GPU by float8 ones, where their sizes allow it.
+
+    Raises ConfigError where the device has no such products.
+    """
+    device = next(backbone.parameters()).device
+    if not has_fp8(device):
+        raise ConfigError(
+            f"--quantize fp8: {device} has no float8 products; they need a GPU of Hopper's kind or later (compute "
+            "capability 9.0); leave it out"
+        )
+    for module in list(backbone.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, Linear) and not any(size % FP8_MULTIPLE for size in layer.weight.shape):
+                setattr(module, name, Fp8Linear(layer.weight, layer.bias))
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has fast float8 products with a scale for each row."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pack(model: nn.Module, int8: nn.Module | None = None) -> bool:
@@ -170,6 +219,11 @@ def _int8_product(rows: Tensor, packed: Tensor, scale: Tensor, zero_points: Tens
     return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
         rows, 1.0, ZERO_POINT, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
     )
+
+
+def _fp8_product(rows: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Rows (N, I) times a weight (I, O), both float8, scaled by rows (N, 1) and outputs (1, O): in bfloat16."""
+    return torch._scaled_mm(rows, weight, scale_a=scale, scale_b=weight_scale, out_dtype=torch.bfloat16)
 
 
 def _seconds(call: object) -> float:

@@ -16,13 +16,15 @@ from trm.chat import ChatFormat
 from trm.config import TRMConfig
 from trm.device import has_fast_bfloat16, lay_out_by_columns, own_memory, use_device
 from trm.errors import CheckpointError, ConfigError
-from trm.linear import pack
+from trm.linear import pack, pack_fp8
 from trm.model import TRMForCausalLM
 
 LARGE = 15_000_000  # weights of a backbone from which on bfloat16 was faster than float32, at 1, 8 and 32 rows
 BEHAVIOUR = ("model_type", "hidden_act", "rms_norm_eps", "rope_parameters", "layer_types", "sliding_window")
 """What a backbone computes beside its weights, by the names in its configuration."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZED = {"int8": "cpu", "fp8": "cuda"}
+"""On which device the backbone's linear layers can be of which type of 8 bits."""
 
 
 def load_for_decoding(
@@ -37,7 +39,8 @@ def load_for_decoding(
     """A checkpoint, None for the bundled one, ready for `trm.engine`; it can no longer be trained or saved.
 
     dtype: "float32", "bfloat16", or "auto": bfloat16 where the device computes it natively and the model is large
-    enough to gain by it. quantize: "int8" for the backbone's linear layers, on a CPU; the recursion stays in bfloat16.
+    enough to gain by it. quantize: "int8" on a CPU or "fp8" on a GPU, for the backbone's linear layers; the recursion
+    stays in bfloat16.
     keep_head: keep the backbone's head for decoders beside this one, even if this one has its own.
     Raises CheckpointError, and ConfigError for what this device cannot do.
     """
@@ -112,10 +115,11 @@ def _check_tokenizer(directory: Path, served: Any) -> None:
 
 def choose_dtype(dtype: str, quantize: str | None, device: str, read_backbone_config: Callable[[], Any]) -> str:
     """One of `DTYPES` for what was asked for; see `load_for_decoding`. The configuration is read for "auto" only."""
-    if quantize not in (None, "int8") or dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype {dtype} --quantize {quantize}: there are auto, {', '.join(DTYPES)}, and int8")
-    if quantize is not None and device != "cpu":
-        raise ConfigError(f"--quantize {quantize}: only on a CPU so far; leave it out on {device}")
+    if quantize not in (None, *QUANTIZED) or dtype not in ("auto", *DTYPES):
+        known = f"there are auto, {', '.join(DTYPES)}, and {', '.join(QUANTIZED)}"
+        raise ConfigError(f"--dtype {dtype} --quantize {quantize}: {known}")
+    if quantize is not None and device != QUANTIZED[quantize]:
+        raise ConfigError(f"--quantize {quantize}: only on {QUANTIZED[quantize]} so far; leave it out on {device}")
     if quantize is not None and dtype == "float32":
         raise ConfigError(f"--quantize {quantize}: the rest is bfloat16 then; leave --dtype float32 out")
     if quantize is not None:
@@ -135,10 +139,12 @@ def best_dtype(backbone_config: Any, device: str) -> str:
 def prepare_for_decoding(model: TRMForCausalLM, quantize: str | None = None, keep_head: bool = False) -> TRMForCausalLM:
     """Give a loaded model the layout that its device decodes fastest from; see `load_for_decoding`."""
     short = model.backbone.dtype == model.decoder.dtype == torch.bfloat16
-    if quantize is not None and not (short and model.device.type == "cpu"):
-        raise ConfigError(f"--quantize {quantize}: needs a model in bfloat16 on a CPU")
+    if quantize is not None and not (short and model.device.type == QUANTIZED[quantize]):
+        raise ConfigError(f"--quantize {quantize}: needs a model in bfloat16 on {QUANTIZED[quantize]}")
     if model.device.type == "cpu" and model.lm_head is not None and not keep_head:
         model.backbone.lm_head = nn.Identity()  # nobody reads it
+    if quantize == "fp8":
+        pack_fp8(model.backbone)
     _lay_out(model, [model], quantize)
     return model
 

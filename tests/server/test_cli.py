@@ -83,9 +83,11 @@ def test_settings_that_cannot_be_are_named(serve):
 def test_sizes_reach_the_engine_and_the_log_says_what_a_position_takes(caplog):
     caplog.set_level(logging.INFO)
     sizes = {"max_rows": 2, "max_model_len": 64, "max_queue": 3, "kv_cache_bytes": 10**9, "max_draft_tokens": 5}
+    sizes["prefill_chunk"] = 17
 
-    engine = cli.load_engine(ServeSettings(device="cpu", **sizes))
+    engine = cli.load_engine(ServeSettings(device="cpu", row_buckets=[2, 1], **sizes))
 
+    assert engine.config.row_buckets == (1, 2)
     assert {name: getattr(engine.config, name) for name in sizes} == sizes
     (line,) = [record.getMessage() for record in caplog.records if record.name == "server.cli"]
     assert f"2 rows of 64 positions, {engine.bytes_per_token} bytes a position" in line

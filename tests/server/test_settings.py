@@ -43,8 +43,19 @@ def test_defaults_serve_the_bundled_model_to_this_machine_only():
 def test_defaults_of_the_engines_sizes_are_the_engines_own():
     settings, sizes = ServeSettings.from_command_line([]), EngineConfig()
 
-    for name in ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "max_draft_tokens"):
+    for name in ("max_rows", "max_model_len", "max_queue", "kv_cache_bytes", "prefill_chunk", "max_draft_tokens"):
         assert getattr(settings, name) == getattr(sizes, name)
+    assert (settings.row_buckets, sizes.row_buckets) == ([], None)
+
+
+@pytest.mark.parametrize("value", ["1,x", "0", "1,,2"])
+def test_row_buckets_are_numbers_of_rows(monkeypatch, value):
+    monkeypatch.setenv("TRM_ROW_BUCKETS", "1, 8,32")
+    assert ServeSettings.from_command_line([]).row_buckets == [1, 8, 32]
+    assert ServeSettings.from_command_line(["--row-buckets", "4", "2"]).row_buckets == [4, 2]
+
+    with pytest.raises(ConfigError, match="--row-buckets"):
+        ServeSettings.from_command_line(["--row-buckets", value])
 
 
 @pytest.mark.parametrize(

@@ -117,14 +117,16 @@ CASES = st.builds(
     max_rows=st.integers(1, 4),
     prefill_chunk=st.sampled_from([1, 3, 7, 256]),
     draft=st.integers(0, 3),
+    row_buckets=st.sampled_from([None, None, (1, 2, 4), (2,)]),
 )
-def test_every_reply_is_as_if_alone(chat, kv_source, others, cases, max_rows, prefill_chunk, draft):
+def test_every_reply_is_as_if_alone(chat, kv_source, others, cases, max_rows, prefill_chunk, draft, row_buckets):
     """Whatever arrives when, waits, is cancelled or drafted, and shares a prefix, a slot or a tick with whomever.
 
     Also beside rows of other decoders on the same backbone, which differ in depth, layers, the source of their keys,
     the states that they read and the head.
     """
-    engine = make_engine(chat, kv_source, others=others, draft=draft, max_rows=max_rows, prefill_chunk=prefill_chunk)
+    sizes = {"max_rows": max_rows, "prefill_chunk": prefill_chunk, "row_buckets": row_buckets}
+    engine = make_engine(chat, kv_source, others=others, draft=draft, **sizes)
     names = list(engine.decoders)
     for index, case in enumerate(cases):
         name, params = names[case.decoder % len(names)], case.request.params

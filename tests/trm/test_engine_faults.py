@@ -12,6 +12,7 @@ from tests.trm.engines import Listener, assert_empty, expected, make_engine, req
 from trm.engine import Engine, Reply, Request, SamplingParams
 from trm.engine.detokenizer import TextStream
 from trm.engine.runner import Chunk
+from trm.engine.sampling import choose
 from trm.errors import DeviceError, InternalError, Overloaded
 
 # Cancelling
@@ -334,9 +335,10 @@ class ErraticRunner:
     def probe(self) -> None:
         """The device is well."""
 
-    def tick(self, *args: Any) -> list[list[bool]]:
+    late = False
+
+    def tick(self, *args: Any) -> None:
         self.call()
-        return []
 
     def finite(self, *args: Any) -> bool:
         self.call()
@@ -349,6 +351,9 @@ class ErraticRunner:
             if self.rng.random() < 0.02:
                 row[self.rng.randrange(16)] = self.rng.choice([float("nan"), float("inf"), -float("inf")])
         return scores
+
+    def choose(self, slots: Sequence[int], places: Any, asks: Sequence[Any], ahead: Any) -> Any:
+        return choose(self.logits(slots), asks)
 
     def clear(self, slot: int, start: int = 0, end: int | None = None) -> None:
         """Nothing is kept."""

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from tests.conftest import make_model
@@ -11,7 +12,7 @@ from trm import linear
 from trm.device import has_fast_bfloat16
 from trm.errors import ConfigError
 from trm.layers import Linear
-from trm.linear import Int8Linear, PackedLinear, has_int8, has_packed_bfloat16, least_rows, pack
+from trm.linear import Fp8Linear, Int8Linear, PackedLinear, has_int8, has_packed_bfloat16, least_rows, pack, pack_fp8
 
 needs_bfloat16 = pytest.mark.skipif(
     not (has_fast_bfloat16("cpu") and has_packed_bfloat16()), reason="this processor has no bfloat16 products"
@@ -153,6 +154,59 @@ def test_pack_replaces_every_linear_layer_and_keeps_the_model_answering():
     assert exact
     assert not any(isinstance(module, Linear) for module in model.modules())
     assert error(after, before.double()) < 0.02
+
+
+def emulated(rows: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """What a GPU multiplies: exact products of float8, added up in float32."""
+    assert rows.dtype == weight.dtype == torch.float8_e4m3fn
+    assert rows.is_contiguous()
+    assert weight.t().is_contiguous()
+    return ((rows.float() @ weight.float()) * scale * weight_scale).bfloat16()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48, 64), (4112, 32)])
+def test_float8_product_is_near(shape, bias, monkeypatch):
+    monkeypatch.setattr(linear, "_fp8_product", emulated)
+    torch.manual_seed(0)
+    outputs, inputs = shape
+    weight = torch.randn(outputs, inputs) * torch.logspace(-3, 1, outputs)[:, None]  # each output has its own size
+    added = torch.randn(outputs).bfloat16() if bias else None
+    rows = torch.randn(3, 5, inputs) * torch.tensor([1e-4, 1.0, 300.0])[:, None, None]  # and each row
+
+    found = Fp8Linear(weight.bfloat16(), added)(rows.bfloat16()).float()
+
+    expected = rows @ weight.T + (0 if added is None else added.float())
+    size = rows.norm(dim=-1, keepdim=True) * weight.norm(dim=-1) + (0 if added is None else added.float().abs())
+    errors = (found - expected) / size
+    assert errors.abs().max() < 0.05
+    assert 1e-4 < errors.square().mean().sqrt() < 0.01, "near, and not the plain product"
+    assert found.shape == expected.shape
+
+
+def test_float8_of_nothing_is_nothing_and_of_no_number_is_none(monkeypatch):
+    monkeypatch.setattr(linear, "_fp8_product", emulated)
+    layer = Fp8Linear(torch.eye(16).bfloat16(), None)
+
+    found = layer(torch.tensor([[0.0] * 16, [float("nan")] * 16, [1.0] * 16]).bfloat16())
+
+    assert torch.equal(found[[0, 2]], torch.tensor([[0.0] * 16, [1.0] * 16]).bfloat16())
+    assert found[1].isnan().all()
+
+
+def test_float8_is_for_the_backbone_on_a_gpu_of_its_kind(monkeypatch):
+    model = make_model(sizes={"vocab_size": 404}).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="--quantize fp8: cpu has no float8 products; they need a GPU"):
+        pack_fp8(model.backbone)
+    monkeypatch.setattr(linear, "has_fp8", lambda device: True)
+
+    pack_fp8(model.backbone)
+
+    assert model.backbone.is_packed
+    kinds = {type(layer) for layer in model.backbone.modules() if hasattr(layer, "forward")}
+    assert Fp8Linear in kinds
+    assert type(model.backbone.lm_head) is Linear, "404 tokens are no multiple of 16"
+    assert not any(isinstance(layer, Fp8Linear) for layer in model.decoder.modules())
 
 
 @needs_int8

@@ -47,8 +47,11 @@ def test_what_cannot_be_served_is_refused_before_anything_is_read(monkeypatch):
     with pytest.raises(ConfigError, match="leave --dtype float32 out"):
         load_for_decoding(None, dtype="float32", quantize="int8")
     monkeypatch.setattr(loading, "use_device", lambda *args: "cuda")
-    with pytest.raises(ConfigError, match="only on a CPU so far; leave it out on cuda"):
+    with pytest.raises(ConfigError, match="int8: only on cpu so far; leave it out on cuda"):
         load_for_decoding(None, quantize="int8")
+    monkeypatch.setattr(loading, "use_device", lambda *args: "cpu")
+    with pytest.raises(ConfigError, match="fp8: only on cuda so far; leave it out on cpu"):
+        load_for_decoding(None, quantize="fp8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,9 +104,9 @@ def test_a_packed_model_is_not_saved_over_a_whole_one(own_lm_head, tmp_path):
 
 def test_unknown_ways_are_refused_by_name():
     for how in ({"dtype": "float16"}, {"quantize": "int4"}):
-        with pytest.raises(ConfigError, match="there are auto, float32, bfloat16, and int8"):
+        with pytest.raises(ConfigError, match="there are auto, float32, bfloat16, and int8, fp8"):
             load_for_decoding(None, **how)
-    with pytest.raises(ConfigError, match="needs a model in bfloat16 on a CPU"):
+    with pytest.raises(ConfigError, match="needs a model in bfloat16 on cpu"):
         prepare_for_decoding(make_model(), "int8")
 
 

@@ -93,7 +93,7 @@ def measure(model: TRMForCausalLM, chat: ChatFormat, max_rows: int, quantize: st
     weight = model.decoder.halt_head.weight
     machine = Machine(read_rate(weight.device), matrix_rate(model))
     context = min(CONTEXT, model.config.max_position_embeddings // 2)
-    weight_bytes = 1 if quantize == "int8" else weight.element_size()
+    weight_bytes = 1 if quantize else weight.element_size()
     lines = []
     for rows in sorted({1, max_rows}):
         for effort in (0, model.config.n_supervision):

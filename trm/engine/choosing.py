@@ -55,7 +55,7 @@ def take_reply(row: Row, work: Pass, asks: Sequence[Ask], answers: Sequence[Answ
         if params.logprobs is not None:
             chosen.logprobs.append(TokenLogprobs(answer.logprob, answer.top[: params.logprobs]))
         if params.trace is not None:
-            chosen.traces.append((*work.seen, answer.top[: params.trace]))
+            chosen.traces.append((*work.seen[: work.steps_taken(place)], answer.top[: params.trace]))
         row.take(token)
         row.cached += 1
         row.taken.supervision_steps += work.steps_taken(place)

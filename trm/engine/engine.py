@@ -27,6 +27,7 @@ from trm.engine.request import Event, Reply, Request, Stats
 from trm.engine.runner import CHECKED_SLOTS, COST_POSITIONS, Runner
 from trm.engine.scheduler import Scheduler
 from trm.engine.slots import WIDTH
+from trm.engine.static import StaticRunner, default_buckets
 from trm.errors import BadRequest, ConfigError, DeviceError, UnknownModel
 from trm.model import TRMForCausalLM
 
@@ -46,6 +47,8 @@ class EngineConfig:
     quarter of the free memory at most. prefill_chunk: prompt positions cached per tick.
     max_draft_tokens: tokens that the backbone may draft for the recursion to verify at once, where that
     pays; 0 for none. max_step_s: longer than this no step takes unless the device hangs; 0 for no limit.
+    row_buckets: numbers of rows that calls are filled up to; None for powers of two on a GPU, where each becomes one
+    launch, and for calls of any size on a CPU.
     """
 
     max_rows: int = 32
@@ -55,6 +58,7 @@ class EngineConfig:
     prefill_chunk: int = 256
     max_draft_tokens: int = 7
     max_step_s: float = 300.0
+    row_buckets: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -69,6 +73,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        buckets = self.row_buckets
+        if buckets is not None and (not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
+            raise ConfigError(f"row_buckets is {list(buckets)}; it must rise from at least 1, as 1,2,4,8 does")
 
 
 class Engine:
@@ -90,14 +97,19 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.decoders: dict[str | None, Hosted] = {None: host(model, chat)}
         self.decoders.update((others or {}).items())
+        self._buckets = config.row_buckets
+        if self._buckets is None and model.device.type == "cuda":
+            self._buckets = default_buckets(config.max_rows, config.max_draft_tokens)
+        self._runner_type = Runner if self._buckets is None else StaticRunner
         self._entries = max(decoder.entries() for decoder in self.decoders.values())
         self.bytes_per_token = Runner.bytes_per_position(model, self._entries)
         self.max_model_len = self._fit_length()
         self._changed = threading.Condition()
-        runner = Runner(model, config.max_rows, self.max_model_len, self._entries, config.max_draft_tokens)
+        runner = self._runner(model, config.max_rows, self.max_model_len, self._entries, config.max_draft_tokens)
         for decoder in self.decoders.values():
             self._try(decoder)
         runner.exact = self.decoders[None].exact
+        runner.prepare()
         self.dtype = str(model.backbone.dtype).removeprefix("torch.")
         self.loop = Loop(
             runner,
@@ -277,7 +289,9 @@ class Engine:
             requests_running=len(running),
             requests_waiting=waiting,
             kv_cache_usage_ratio=reserved / (self.config.max_rows * self.max_model_len),
-            kv_cache_bytes=self.bytes_per_token * self.config.max_rows * Runner.width(self.model, self.max_model_len),
+            kv_cache_bytes=self.bytes_per_token
+            * (self.config.max_rows + self._runner_type.spare)
+            * self._runner_type.width(self.model, self.max_model_len),
             kv_cache_bytes_per_token=self.bytes_per_token,
             **vars(self.loop.counters),
         )
@@ -351,13 +365,17 @@ class Engine:
             self._dead = True
             self.loop.abandon(failure)
 
+    def _runner(self, model: TRMForCausalLM, *sizes: int) -> Runner:
+        """A runner of these sizes, see `Runner`, for the device that the model lies on."""
+        return Runner(model, *sizes) if self._buckets is None else StaticRunner(model, *sizes, buckets=self._buckets)
+
     def _try(self, decoder: Hosted) -> None:
         """Find out whether a decoder's numbers depend on their company, and what its calls cost.
 
         In slots of its own: others may be decoding.
         """
         sizes = min(CHECKED_SLOTS, self.config.max_rows), min(COST_POSITIONS[-1] + 1, self.max_model_len)
-        runner = Runner(decoder.model, *sizes, decoder.entries(1))
+        runner = self._runner(decoder.model, *sizes, decoder.entries(1))
         decoder.exact = runner.check_exact()
         if self.config.max_draft_tokens:
             decoder.drafter = Drafter(runner.measure(), self.config.max_draft_tokens)
@@ -368,13 +386,13 @@ class Engine:
         budget = config.kv_cache_bytes
         if budget is None:
             budget = int(_free_bytes(self.model.device) * DEFAULT_CACHE_SHARE)
-        fits = budget // (self.bytes_per_token * config.max_rows)
-        if self.model.exact:
+        fits = budget // (self.bytes_per_token * (config.max_rows + self._runner_type.spare))
+        if self._runner_type.width(self.model, 1) > 1:
             fits -= fits % WIDTH
         wanted = config.max_model_len
         if wanted is not None and wanted > longest:
             raise ConfigError(f"max_model_len is {wanted}; this model takes at most {longest}")
-        needed = Runner.width(self.model, wanted or 2)
+        needed = self._runner_type.width(self.model, wanted or 2)
         if fits < needed:
             raise ConfigError(
                 f"the cache of {budget} bytes holds {fits} positions for each of {config.max_rows} rows "

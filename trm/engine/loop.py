@@ -17,8 +17,8 @@ from trm.engine.choosing import Chosen, ask_draft, ask_reply, take_draft, take_r
 from trm.engine.hosted import Hosted
 from trm.engine.request import Event, FinishReason
 from trm.engine.row import Pass, Row
-from trm.engine.runner import Chunk, Halting, Runner
-from trm.engine.sampling import Answer, Ask, choose, likeliest
+from trm.engine.runner import Chunk, Halted, Halting, Runner
+from trm.engine.sampling import Answer, Ask, likeliest
 from trm.engine.scheduler import Copy, Scheduler
 from trm.engine.slots import Span
 from trm.errors import DeviceError, InternalError, TRMError
@@ -159,10 +159,11 @@ class Loop:
         return answered is not None
 
     def _chosen(
-        self, rows: Sequence[Row], ask: Callable[[Row, Pass], list[Ask]], first: int = 0
+        self, rows: Sequence[Row], ask: Callable[[Row, Pass], list[Ask]], first: int = 0, last: bool = False
     ) -> list[tuple[Row, Pass, list[Ask], list[Answer]]] | None:
         """Choose the tokens that are asked for, at the places of each row's pass from `first` on: all together.
 
+        last: the passes end with it, and the next ones begin with what is chosen.
         Rows that cannot even ask fail alone. Where choosing fails all others do, and None is returned.
         """
         asked: list[tuple[Row, Pass, list[Ask]]] = []
@@ -178,7 +179,8 @@ class Loop:
         def choose_all() -> None:
             slots = [row.slot for row, asks in asking for _ in asks]
             places = [first + place for _, asks in asking for place in range(len(asks))]
-            answers.extend(choose(self.runner.logits(slots, places), [one for _, asks in asking for one in asks]))
+            ahead = [row.position_ahead if last else None for row, asks in asking for _ in asks]
+            answers.extend(self.runner.choose(slots, places, [one for _, asks in asking for one in asks], ahead))
 
         if asking and not self._call([row for row, _ in asking], choose_all):
             return None
@@ -207,14 +209,22 @@ class Loop:
         limits = None
         if any(row.request.params.halts for row in rows):
             limits = [Halting.of(row.request.params) for row in rows]
-        halted: list[list[bool]] = []
-        if not self._call(rows, lambda: halted.extend(self.runner.tick(spans, steps, limits))):
+
+        def tick() -> None:
+            halted = self.runner.tick(spans, steps, limits)
+            for index, (_, work) in enumerate(working):
+                work.step += 1
+                earlier, work.unread = work.unread, None
+                if halted is not None:
+                    work.unread = partial(_note_halted, work, work.step, halted, index)
+                if not self.runner.late:
+                    earlier, work.unread = work.unread, None
+                if earlier is not None:
+                    earlier()
+
+        if not self._call(rows, tick):
             return False
         self.counters.row_steps += len(rows)
-        for _, work in working:
-            work.step += 1
-        for (_, work), stopped in zip(working, halted, strict=limits is not None):
-            work.note_halted(stopped)
         self._trace(rows)
         return True
 
@@ -233,7 +243,7 @@ class Loop:
 
     def _answer(self) -> None:
         """Choose the tokens of rows that have had their steps; emit, and finish those that are done."""
-        for row, work, asks, answers in self._chosen(self.scheduler.answered(), ask_reply) or ():
+        for row, work, asks, answers in self._chosen(self.scheduler.answered(), ask_reply, last=True) or ():
             self._call([row], partial(self._take, row, work, asks, answers), on_device=False)
 
     def _take(self, row: Row, work: Pass, asks: Sequence[Ask], answers: Sequence[Answer]) -> None:
@@ -357,6 +367,10 @@ def _by_decoder(rows: Iterable[Row]) -> dict[Hosted, list[Row]]:
     for row in rows:
         found.setdefault(row.decoder, []).append(row)
     return found
+
+
+def _note_halted(work: Pass, step: int, halted: Halted, index: int) -> None:
+    work.note_halted(step, halted.of(index))
 
 
 def _at_work(rows: Iterable[Row]) -> Iterable[tuple[Row, Pass]]:

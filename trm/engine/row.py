@@ -23,6 +23,7 @@ class Pass:
     step: int = 0  # supervision steps done
     draft: list[int] = field(default_factory=list)
     halted_at: list[int] = field(default_factory=list)  # steps that each place took, 0 while it goes on
+    unread: Callable[[], None] | None = None  # notes who halted in the latest step, where nobody has asked yet
     seen: list[Candidates] = field(default_factory=list)  # of a request that is traced: after each step but the last
 
     @property
@@ -30,11 +31,11 @@ class Pass:
         """How many tokens it works on."""
         return 1 + len(self.draft)
 
-    def note_halted(self, halted: Sequence[bool]) -> None:
-        """After a step: which of the places have halted by now."""
+    def note_halted(self, step: int, halted: Sequence[bool]) -> None:
+        """Which of the places had halted after a step, counted from 1."""
         before = self.halted_at or [0] * self.places
         self.halted_at = [
-            at or (self.step if stopped else 0) for at, stopped in zip(before, halted[: len(before)], strict=True)
+            at or (step if stopped else 0) for at, stopped in zip(before, halted[: len(before)], strict=True)
         ]
 
     def steps_taken(self, place: int) -> int:
@@ -124,6 +125,12 @@ class Row:
     def answered(self) -> bool:
         """Whether it has had its steps, and must choose a token now."""
         return self.work is not None and self.work.answered(self.steps)
+
+    @property
+    def position_ahead(self) -> int | None:
+        """Where the token that is chosen next will lie, if it is the only one, and not the last that may be."""
+        drafted = self.work is None or self.work.draft
+        return None if drafted or len(self.reply) + 1 >= self.request.params.max_tokens else self.cached + 1
 
     @property
     def room_for_draft(self) -> int:

@@ -5,6 +5,8 @@ in each, tokens, positions and steps; knows no requests. All decoders share the 
 raises whatever torch raises and leaves the slots of other rows as they were. All positions of a call lie one behind the
 other, N of them, whatever rows they belong to and however many each has; only attention looks at rows.
 
+Where a GPU is to replay a call, its shapes must not depend on who decodes: see `trm.engine.static`.
+
 Legend: N positions of a call, B rows, C positions of each, W positions in view, D hidden, K key/value heads,
 d head size, V vocabulary.
 """
@@ -12,15 +14,17 @@ d head size, V vocabulary.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from trm.device import upload
 from trm.engine.drafting import Costs
 from trm.engine.request import SamplingParams
+from trm.engine.sampling import Answer, Ask, choose
 from trm.engine.slots import Slots, SlotView, Span, Where, locate, rounded
 from trm.errors import DeviceError
 from trm.layers import Rope
@@ -64,12 +68,33 @@ class Halting(NamedTuple):
         return cls(params.halt_threshold or never.threshold, params.halt_tolerance or never.tolerance)
 
 
+class Halted:
+    """Which positions of each row of a tick have halted by now. To read it is to wait for the device."""
+
+    def __init__(self, read: Callable[[], list[bool]], lengths: Sequence[int]) -> None:
+        self._read = read
+        self._ends = list(accumulate(lengths))
+        self._lengths = lengths
+
+    def of(self, row: int) -> list[bool]:
+        """The positions of one row, in the order of the tick's spans."""
+        end = self._ends[row]
+        return self._flat[end - self._lengths[row] : end]
+
+    @cached_property
+    def _flat(self) -> list[bool]:
+        return self._read()
+
+
 class Runner:
     """Model, slots and recursion state. `entries`: of the cache, for the recursion.
 
     `exact`: whether a row's numbers are the same to the bit in any company. A slot is the model's own unless `seat`
     gives it to another decoder on the same backbone.
     """
+
+    spare = 0  # slots beside those of the rows
+    late = False  # whether who has halted is better read after the next tick has begun
 
     def __init__(
         self, model: TRMForCausalLM, num_slots: int, max_len: int, entries: int, max_draft_tokens: int = 0
@@ -80,6 +105,7 @@ class Runner:
         config, backbone = model.config, model.config.backbone_config
         self.device = model.device
         self.max_len = max_len
+        num_slots += self.spare
         sizes = num_slots, backbone.num_key_value_heads, self.width(model, max_len), config.head_dim
         self.backbone_slots = Slots(backbone.num_hidden_layers, *sizes, model.backbone.dtype, self.device)
         self.slots = Slots(entries, *sizes, model.decoder.dtype, self.device)
@@ -89,10 +115,15 @@ class Runner:
         wide = self.rope[0].dtype
         self.state = torch.zeros(3, *shape, config.hidden_size, dtype=wide, device=self.device)  # x, y, z
         self.halted = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self._seats = self.state.flatten(1, 2)  # the same: place p of slot s is seat s * (places of a slot) + p
+        self._stopped = self.halted.flatten()
         self._last: dict[TRMForCausalLM, tuple[tuple[Span, ...], Where, SlotView]] = {}  # of each decoder's latest tick
 
-    @staticmethod
-    def width(model: TRMForCausalLM, max_len: int) -> int:
+    def prepare(self) -> None:
+        """Get ready for the first request."""
+
+    @classmethod
+    def width(cls, model: TRMForCausalLM, max_len: int) -> int:
         """Positions of a slot that holds `max_len`: exact attention looks at whole blocks of them."""
         return rounded(max_len) if model.exact else max_len
 
@@ -121,19 +152,15 @@ class Runner:
         """
         spans = [Span(chunk.slot, chunk.start, len(chunk.tokens)) for chunk in chunks]
         where = self._where(spans)
-        ids = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=self.device)
+        ids = upload([token for chunk in chunks for token in chunk.tokens], self.device)
         x = self._encode(ids, where, spans)  # (N, D)
         self._last.clear()  # keys that were gathered are out of date
         ends = list(accumulate(span.length for span in spans))
         thinking = [row for row, chunk in enumerate(chunks) if chunk.place is not None]
         if thinking:
-            slots, places = ([getattr(chunks[row], name) for row in thinking] for name in ("slot", "place"))
-            at = torch.tensor([slots, places], device=self.device)
-            answers = x[torch.tensor([ends[row] - 1 for row in thinking], device=self.device)]
-            self.state[0, at[0], at[1]] = answers
-            self.state[1, at[0], at[1]] = answers
-            self.state[2, at[0], at[1]] = 0
-            self.halted[at[0], at[1]] = False
+            seats = [self._seat(chunks[row].slot, chunks[row].place or 0) for row in thinking]
+            at, last = upload([seats, [ends[row] - 1 for row in thinking]], self.device)
+            self._sit_down(at, x[last])
         parts: dict[tuple[TRMForCausalLM, int], list[int]] = {}  # of prompts, by decoder and depth
         for row, chunk in enumerate(chunks):
             model = self._models[chunk.slot]
@@ -146,49 +173,52 @@ class Runner:
     @torch.inference_mode()
     def tick(
         self, spans: Sequence[Span], steps: Sequence[int], halting: Sequence[Halting] | None = None
-    ) -> list[list[bool]]:
+    ) -> Halted | None:
         """One supervision step for rows at any step: row b works on `spans[b]`, doing step `steps[b]` (from 0).
 
         All are rows of one decoder.
 
-        With `halting`, one for each row, positions that have halted keep their answer; returns for each
-        row and position whether it has, or nothing without.
+        With `halting`, one for each row, positions that have halted keep their answer; returns which have.
         """
         model = self._models[spans[0].slot]
         where, view = self._prepared(model, spans, steps)
         lengths = [span.length for span in spans]
-        places = torch.tensor([place for length in lengths for place in range(length)], device=self.device)
-        x, y, z = self.state[:, where.slots, places]  # each (N, D)
-        start = y  # what stands there before the first step is the answer of step 0; the recursion starts from zero
-        if not all(steps):
-            begun = torch.tensor(_spread([step > 0 for step in steps], lengths), device=self.device)
-            start = torch.where(begun[:, None], y, 0)
-        new_y, new_z = model.decoder.step(x, start, z, self._rope(where), view)
-        halted: list[list[bool]] = []
+        seats = upload([self._seat(span.slot, place) for span in spans for place in range(span.length)], self.device)
+        begun = None if all(steps) else upload(_spread([step > 0 for step in steps], lengths), self.device)
+        limits = watched = None
         if halting is not None:
-            before = self.halted[where.slots, places]
-            new_y = torch.where(before[:, None], y, new_y)
-            now = before | self._halts(model, y, new_y, _spread(halting, lengths))
-            self.halted[where.slots, places] = now
-            flat, ends = now.tolist(), accumulate(lengths)
-            halted = [flat[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-        self.state[1, where.slots, places] = new_y
-        self.state[2, where.slots, places] = new_z
-        return halted
+            limits = upload(_spread(halting, lengths), self.device)
+            watching = [at for at, limit in enumerate(_spread(halting, lengths)) if limit.tolerance > 0]
+            watched = upload(watching, self.device) if watching else None
+        now = self._advance(model, where, view, seats, begun, limits, watched)
+        return None if now is None else Halted(now.tolist, lengths)
 
     @torch.inference_mode()
     def logits(self, slots: Sequence[int], places: Sequence[int] | None = None) -> Tensor:
         """Logits (M, V) of answer states as they are: of M slots, each at a place, the chosen token's unless told."""
-        at: int | Tensor = 0 if places is None else torch.tensor(places, device=self.device)
-        answers = self.state[1, torch.tensor(slots, device=self.device), at]
+        seats = [self._seat(slot, place) for slot, place in zip(slots, places or [0] * len(slots), strict=True)]
         by_head: dict[Any, list[int]] = {}
         for index, slot in enumerate(slots):
             by_head.setdefault(self._models[slot].head, []).append(index)
-        if len(by_head) == 1:
-            return self._models[slots[0]].readout(answers)
-        parts = [self._models[slots[some[0]]].readout(answers[some]) for some in by_head.values()]
+        parts = [self._readout(self._models[slots[some[0]]], [seats[i] for i in some]) for some in by_head.values()]
+        if len(parts) == 1:
+            return parts[0]
         order = [index for some in by_head.values() for index in some]
-        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
+        return torch.cat(parts)[upload(order, self.device).argsort()]
+
+    @torch.inference_mode()
+    def choose(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        asks: Sequence[Ask],
+        ahead: Sequence[int | None] | None = None,
+    ) -> list[Answer]:
+        """The next token of answer states, each as it is asked for; see `logits`.
+
+        ahead: where each token will lie that `encode` will most likely be given as the next of its slot, at place 0.
+        """
+        return choose(self.logits(slots, places), asks)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int, entries: int) -> None:
@@ -222,20 +252,20 @@ class Runner:
 
         Uses the slots. One slot has no company.
         """
-        slots = range(min(CHECKED_SLOTS, len(self.state[0])))
+        slots = range(min(CHECKED_SLOTS, len(self._models)))
         lengths = [max(1, min(3 + 2 * slot, self.max_len - 1)) for slot in slots]
         vocabulary = self.model.config.vocab_size
         prompts = [Chunk(slot, 0, [place % vocabulary for place in range(lengths[slot])]) for slot in slots]
         tokens = [Chunk(slot, lengths[slot], (slot % vocabulary,), place=0) for slot in slots]
 
-        def decode(rows: slice) -> Tensor:
+        def decode(rows: slice) -> Tensor:  # the last row's, which has another place among the others
             self.encode(prompts[rows])
             self.encode(tokens[rows])
             some = tokens[rows]
             self.tick([Span(chunk.slot, chunk.start) for chunk in some], [0] * len(some))
-            return self.logits([0])
+            return self.logits(slots[-1:]).clone()
 
-        if self.exact and not torch.equal(decode(slice(1)), decode(slice(None))):
+        if self.exact and not torch.equal(decode(slice(-1, None)), decode(slice(None))):
             self.exact = False
             logger.warning("products of this processor depend on their company here: replies may differ in near ties")
         return self.exact
@@ -246,17 +276,23 @@ class Runner:
         sizes = sorted({min(count, self.max_len - 1) for count in COST_POSITIONS})
         backbone_s, step_s, head_s = [], [], []
         for count in sizes:
-            where = self._where([Span(0, 0, count)])
-            ids = torch.zeros(count, dtype=torch.long, device=self.device)
-            x = self._encode(ids, where, [Span(0, 0, count)])
-            step = partial(
-                self.model.decoder.step, x, x, x, self._rope(where), self._view(self.model, where, [0], [count])
-            )
-            encode = partial(self._encode, ids, where, [Span(0, 0, count)])
-            backbone_s.append(_fastest(encode, self.device))
+            backbone, step, head = self._trial(count)
+            backbone_s.append(_fastest(backbone, self.device))
             step_s.append(_fastest(step, self.device))
-            head_s.append(_fastest(partial(self.model.readout, x), self.device))
+            head_s.append(_fastest(head, self.device))
         return Costs(sizes, backbone_s, step_s, head_s)
+
+    def _trial(self, count: int) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]]:
+        """Calls of backbone, step and head over the first positions of the first slot."""
+        where = self._where([Span(0, 0, count)])
+        ids = torch.zeros(count, dtype=torch.long, device=self.device)
+        x = self._encode(ids, where, [Span(0, 0, count)])
+        view = self._view(self.model, where, [0], [count])
+        return (
+            partial(self._encode, ids, where, [Span(0, 0, count)]),
+            partial(self.model.decoder.step, x, x, x, self._rope(where), view),
+            partial(self.model.readout, x),
+        )
 
     def _tables(self, entries: int | None = None) -> list[Tensor]:
         """All tables of keys and values, of the recursion's only so many."""
@@ -265,6 +301,50 @@ class Runner:
 
     def _where(self, spans: Sequence[Span]) -> Where:
         return locate(spans, self.exact, self.backbone_slots.keys.dtype, self.device)
+
+    def _seat(self, slot: int, place: int) -> int:
+        """Where x, y and z of a slot's place lie in the state."""
+        return slot * self.state.shape[2] + place
+
+    def _sit_down(self, seats: Tensor, answers: Tensor) -> None:
+        """Begin to think: `answers` (N, D) are x, and the answers of step 0."""
+        self._seats[0, seats] = answers
+        self._seats[1, seats] = answers
+        self._seats[2].index_fill_(0, seats, 0)
+        self._stopped.index_fill_(0, seats, False)
+
+    def _advance(
+        self,
+        model: TRMForCausalLM,
+        where: Where,
+        view: SlotView,
+        seats: Tensor,
+        begun: Tensor | None,
+        limits: Tensor | None,
+        watched: Tensor | slice | None,
+    ) -> Tensor | None:
+        """One supervision step of the N positions in `seats`; see `tick`.
+
+        begun: (N,), whether each has done a step before, None for all. limits: (N, 2), of those who may halt.
+        watched: of which positions the probabilities are compared, None for none. Returns who has halted by now, (N,).
+        """
+        x, y, z = self._seats[:, seats]  # each (N, D)
+        # what stands there before the first step is the answer of step 0; the recursion starts from zero
+        start = y if begun is None else y.masked_fill(~begun[:, None], 0)
+        new_y, new_z = model.decoder.step(x, start, z, self._rope(where), view)
+        now = None
+        if limits is not None:
+            before = self._stopped[seats]
+            new_y = torch.where(before[:, None], y, new_y)
+            now = before | self._halts(model, y, new_y, limits, watched)
+            self._stopped[seats] = now
+        self._seats[1, seats] = new_y
+        self._seats[2, seats] = new_z
+        return now
+
+    def _readout(self, model: TRMForCausalLM, seats: Sequence[int]) -> Tensor:
+        """Logits (M, V) of the answers in `seats`."""
+        return model.readout(self._seats[1, upload(seats, self.device)])
 
     def _rope(self, where: Where) -> Rope:
         return self.rope[0][where.positions], self.rope[1][where.positions]
@@ -283,15 +363,19 @@ class Runner:
         for model in models:
             if model.config.kv_source != "context":
                 continue
-            if len(models) == 1:
-                model.decoder.write_context(states, rope, SlotView(self.slots, where))
-                continue
-            owners = _spread(of_spans, [span.length for span in spans])
-            own = torch.tensor([i for i, owner in enumerate(owners) if owner is model], device=self.device)
-            read = torch.tensor([layers.index(layer) for layer in model.config.state_layers], device=self.device)
-            place = Where(where.slots[own], where.positions[own], ())
-            model.decoder.write_context(states[own[:, None], read], self._rope(place), SlotView(self.slots, place))
+            place, mine = where, states
+            if len(models) > 1:
+                owners = _spread(of_spans, [span.length for span in spans])
+                own = upload([i for i, owner in enumerate(owners) if owner is model], self.device)
+                place, mine = Where(where.slots[own], where.positions[own], ()), states[own]
+            self._write_context(model, mine, layers, place)
         return states[:, -1]
+
+    def _write_context(self, model: TRMForCausalLM, states: Tensor, layers: Sequence[int], where: Where) -> None:
+        """Let a decoder store keys and values from states (N, C, D) after `layers`, of which it may read but some."""
+        if layers != model.config.state_layers:
+            states = torch.stack([states[:, layers.index(layer)] for layer in model.config.state_layers], dim=1)
+        model.decoder.write_context(states, self._rope(where), SlotView(self.slots, where))
 
     def _think(self, model: TRMForCausalLM, x: Tensor, where: Where, depth: int) -> None:
         """The recursion over parts of prompts, x (N, D): its keys and values of the first `depth` steps are stored."""
@@ -300,13 +384,14 @@ class Runner:
             view = self._view(model, where, [step], [len(x)])
             y, z = model.decoder.step(x, y, z, self._rope(where), view)
 
-    def _halts(self, model: TRMForCausalLM, before: Tensor, after: Tensor, limits: Sequence[Halting]) -> Tensor:
-        """Which answers (N, D) stop thinking now, by the limits of their rows: (N,) bool."""
-        thresholds, tolerances = torch.tensor(limits, device=self.device).unbind(1)
+    def _halts(
+        self, model: TRMForCausalLM, before: Tensor, after: Tensor, limits: Tensor, watched: Tensor | slice | None
+    ) -> Tensor:
+        """Which answers (N, D) stop thinking now, by the limits (N, 2) of their rows: (N,) bool."""
+        thresholds, tolerances = limits.unbind(1)
         halts = model.decoder.halt_logits(after).float().sigmoid() > thresholds
-        if watched := [place for place, limit in enumerate(limits) if limit.tolerance > 0]:
-            at = torch.tensor(watched, device=self.device)
-            halts[at] |= model.moved(before[at], after[at]) < tolerances[at]
+        if watched is not None:
+            halts[watched] |= model.moved(before[watched], after[watched]) < tolerances[watched]
         return halts
 
     def _view(self, model: TRMForCausalLM, where: Where, steps: Sequence[int], lengths: Sequence[int]) -> SlotView:
@@ -315,7 +400,7 @@ class Runner:
             return SlotView(self.slots, where, keep=True)
         first: int | Tensor = model.config.cache_entries(steps[0])
         if len(set(steps)) > 1:
-            first = torch.tensor(_spread(steps, lengths), device=self.device) * model.config.cache_entries(1)
+            first = upload(_spread(steps, lengths), self.device) * model.config.cache_entries(1)
         return SlotView(self.slots, where, first)
 
     def _prepared(self, model: TRMForCausalLM, spans: Sequence[Span], steps: Sequence[int]) -> tuple[Where, SlotView]:

@@ -17,12 +17,14 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
+from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trm.device import fetch, send, upload
 from trm.engine.noise import BLOCK, block_noise, gumbel_noise, noise_of_blocks, stream_key
 from trm.engine.penalties import Penalties
 from trm.engine.request import Candidates, Follow, SamplingParams
@@ -58,6 +60,40 @@ class Answer(NamedTuple):
     top: Candidates = ()
 
 
+class Numbers(NamedTuple):
+    """What the tokens of M rows are drawn by, all (M, 1); infinite where a filter is off.
+
+    least: score that min_p leaves. keys: of the noise. few: candidates of a filtered row, at first.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    least: Tensor
+    top_p: Tensor
+    keys: Tensor
+    few: int = NUM_CANDIDATES
+
+    @classmethod
+    def on_host(cls, asks: Sequence[Ask]) -> tuple[Tensor, Tensor]:
+        """Filters (M, 4) in float64, and keys (M, 1)."""
+        filters = torch.tensor([_filters(ask.params) for ask in asks], dtype=torch.float64).view(-1, 4)
+        keys = [stream_key(ask.params.seed, ask.params.sample_index, ask.position) for ask in asks]
+        return filters, torch.tensor(keys, dtype=torch.int64).view(-1, 1)
+
+    @classmethod
+    def of(cls, asks: Sequence[Ask], device: torch.device) -> Self:
+        """The numbers of some asks on a device."""
+        filters, keys = (send(part, device) for part in cls.on_host(asks))
+        few = max([NUM_CANDIDATES, *(min(ask.params.top_k, MORE_CANDIDATES) for ask in asks)])
+        return cls.in_columns(filters, keys)._replace(few=few)
+
+    @classmethod
+    def in_columns(cls, filters: Tensor, keys: Tensor) -> Self:
+        """The numbers that `on_host` gave."""
+        temperature, top_k, least, top_p = filters.T[..., None]
+        return cls(temperature, top_k, least, top_p, keys)
+
+
 class Width(Enum):
     """How many tokens are candidates. With ALL every row is proven."""
 
@@ -78,6 +114,10 @@ class _Table(NamedTuple):
             logits = pad(logits, (0, missing), value=-math.inf)
         return cls(logits, logits.view(len(logits), -1, BLOCK).amax(dim=-1))
 
+    def finite(self, vocab_size: int) -> Tensor:
+        """Whether all logits of each row are, (N,). Neither of the two hides a NaN."""
+        return (self.logits[:, :vocab_size].amin(dim=-1) > -math.inf) & (self.heights.amax(dim=-1) < math.inf)
+
     def best(self, rows: Tensor) -> Tensor:
         """The best logit of each of some rows, (M, 1)."""
         return self.heights[rows].amax(dim=-1, keepdim=True)
@@ -96,7 +136,8 @@ def choose(logits: Tensor, asks: Sequence[Ask]) -> list[Answer]:
     answers, unproven = _choose(logits, asks, Width.FEW)
     for width in (Width.MORE, Width.ALL):
         if unproven:
-            again, still = _choose(logits[unproven], [asks[row] for row in unproven], width)
+            some = logits[upload(unproven, logits.device)]
+            again, still = _choose(some, [asks[row] for row in unproven], width)
             for row, answer in zip(unproven, again, strict=True):
                 answers[row] = answer
             unproven = [unproven[row] for row in still]
@@ -109,44 +150,45 @@ def likeliest(logits: Tensor, num: int) -> list[Candidates]:
     table, rows = _Table.of(logits.float()), torch.arange(len(logits), device=logits.device)
     ids, _ = _best(table, rows, num)
     logprobs = table.logits.log_softmax(dim=-1).gather(1, ids)
-    return [_pairs(*row) for row in zip(ids.tolist(), logprobs.tolist(), strict=True)]
+    found = fetch(torch.stack((ids.double(), logprobs.double())))()  # float64 holds them all exactly
+    return [_pairs(*row) for row in zip(*found, strict=True)]
 
 
 def _choose(logits: Tensor, asks: Sequence[Ask], width: Width) -> tuple[list[Answer], list[int]]:
     """The answers, and the rows that they are not proven for."""
     table = _Table.of(logits.float())
-    # neither of the two hides a NaN
-    finite = (table.logits[:, : logits.shape[1]].amin(dim=-1) > -math.inf) & (table.heights.amax(dim=-1) < math.inf)
+    finite = table.finite(logits.shape[1])
     edited = _edited(table, asks)
     every = torch.arange(len(asks), device=logits.device)
-    pickers = [_picker(ask.params) for ask in asks]
+    pickers = [picker(ask.params) for ask in asks]
     if len(set(pickers)) == 1:
-        tokens, proven = pickers[0](edited, every, asks, width)
+        tokens, proven = pickers[0](edited, every, _numbers(pickers[0], asks, logits.device), width)
     else:
         tokens, proven = torch.zeros_like(every), torch.zeros_like(finite)
-        for pick in set(pickers):
-            chosen = [row for row, picker in enumerate(pickers) if picker is pick]
-            rows = every[chosen]
-            tokens[rows], proven[rows] = pick(edited, rows, [asks[row] for row in chosen], width)
+        for pick in dict.fromkeys(pickers):
+            chosen = [row for row, its in enumerate(pickers) if its is pick]
+            rows = upload(chosen, logits.device)
+            numbers = _numbers(pick, [asks[row] for row in chosen], logits.device)
+            tokens[rows], proven[rows] = pick(edited, rows, numbers, width)
     said = [tokens, finite, proven | ~finite]
     told = [row for row, ask in enumerate(asks) if _num_top(ask) is not None]
     num_top = max((_num_top(asks[row]) or 0 for row in told), default=0)
     if told:
-        rows = every[told]
+        rows = upload(told, logits.device)
         logprobs = table.logits[rows].log_softmax(dim=-1)
         ids, _ = _best(table, rows, num_top)
         said += [logprobs.gather(1, part).flatten() for part in (tokens[rows, None], ids)]
         said.insert(4, ids.flatten())
-    numbers = torch.cat([part.double() for part in said]).tolist()  # the one copy; float64 holds them all exactly
+    found = fetch(torch.cat([part.double() for part in said]))()  # the one copy; float64 holds them all exactly
     count, firsts = len(asks), 3 * len(asks) + len(told)
-    answers = [Answer(int(numbers[row]), bool(numbers[count + row])) for row in range(count)]
+    answers = [Answer(int(found[row]), bool(found[count + row])) for row in range(count)]
     for place, row in enumerate(told):
         first = firsts + place * num_top
         ids_at = slice(first, first + (_num_top(asks[row]) or 0))
         logprobs_at = slice(ids_at.start + len(told) * num_top, ids_at.stop + len(told) * num_top)
-        top = _pairs(numbers[ids_at], numbers[logprobs_at])
-        answers[row] = answers[row]._replace(logprob=numbers[3 * count + place], top=top)
-    return answers, [row for row in range(count) if not numbers[2 * count + row]]
+        top = _pairs(found[ids_at], found[logprobs_at])
+        answers[row] = answers[row]._replace(logprob=found[3 * count + place], top=top)
+    return answers, [row for row in range(count) if not found[2 * count + row]]
 
 
 def _num_top(ask: Ask) -> int | None:
@@ -159,72 +201,109 @@ def _pairs(ids: Sequence[float], logprobs: Sequence[float]) -> Candidates:
 
 
 # --- how a token is picked ---------------------------------------------------------------------------
-# Each function takes some rows of a table, and returns their tokens and whether these are proven.
+# Each picker takes some rows of a table and their numbers, and returns their tokens and whether these are proven.
+
+Picker = Callable[[_Table, Tensor, Numbers, Width], tuple[Tensor, Tensor]]
 
 
-def _picker(params: SamplingParams) -> Callable[[_Table, Tensor, Sequence[Ask], Width], tuple[Tensor, Tensor]]:
+def picker(params: SamplingParams) -> Picker:
+    """How a token is picked: rows that it holds for are picked together."""
     if params.temperature == 0:
         return _greedy
-    return _filtered if params.top_k or params.min_p or params.top_p < 1 else _unfiltered
+    if params.top_k or params.min_p:
+        return _filtered
+    return _nucleus if params.top_p < 1 else _unfiltered
 
 
-def _greedy(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) -> tuple[Tensor, Tensor]:
+def pick(logits: Tensor, how: Picker, filters: Tensor, keys: Tensor) -> Tensor:
+    """Tokens of logits (N, V), whether all of a row's are finite, and whether the token is proven: (3, N), float64.
+
+    A function of tensors alone, `filters` and `keys` as `Numbers.on_host` gives them: for plain asks, see `is_plain`.
+    """
+    table = _Table.of(logits.float())
+    rows = torch.arange(len(logits), device=logits.device)
+    tokens, proven = how(table, rows, Numbers.in_columns(filters, keys), Width.FEW)
+    finite = table.finite(logits.shape[1])
+    return torch.stack((tokens.double(), finite.double(), (proven | ~finite).double()))
+
+
+def is_plain(ask: Ask) -> bool:
+    """Whether nothing but a token is asked for, and of its row's own logits."""
+    edited = ask.follow or (ask.penalties and ask.penalties.ids)
+    return not edited and _num_top(ask) is None and ask.params.top_k <= NUM_CANDIDATES
+
+
+def _numbers(how: Picker, asks: Sequence[Ask], device: torch.device) -> Numbers:
+    """The numbers that rows are picked by: none for the likeliest token."""
+    return _no_numbers(device) if how is _greedy else Numbers.of(asks, device)
+
+
+@cache
+def _no_numbers(device: torch.device) -> Numbers:
+    return Numbers.of((), device)
+
+
+def _greedy(table: _Table, rows: Tensor, numbers: Numbers, width: Width) -> tuple[Tensor, Tensor]:
     """The best token, of equal ones the first."""
     block = table.heights[rows].argmax(dim=-1, keepdim=True)
     values, ids = table.members(rows, block)
     return ids.gather(1, values.argmax(dim=-1, keepdim=True))[:, 0], torch.ones_like(rows, dtype=torch.bool)
 
 
-def _filtered(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) -> tuple[Tensor, Tensor]:
-    """One of the tokens that top_k, min_p and top_p leave, in this order.
+def _filtered(table: _Table, rows: Tensor, numbers: Numbers, width: Width) -> tuple[Tensor, Tensor]:
+    """One of the tokens that top_k, min_p and top_p leave, in this order: top_p is a share of what the others leave."""
+    return _among_best(table, rows, numbers, width)
 
-    What top_p is a share of is the mass that the other two leave: where there are none, of the whole vocabulary.
-    """
+
+def _nucleus(table: _Table, rows: Tensor, numbers: Numbers, width: Width) -> tuple[Tensor, Tensor]:
+    """One of the tokens that top_p leaves, a share of the whole vocabulary."""
+    enough = _enough(table, rows, table.best(rows), numbers.temperature, numbers.top_p)
+    if width is Width.MORE:
+        return _likely_kept(table, rows, numbers, enough)
+    return _among_best(table, rows, numbers, width, enough)
+
+
+def _among_best(
+    table: _Table, rows: Tensor, numbers: Numbers, width: Width, enough: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One of the best tokens, filtered. enough: what those that top_p leaves weigh; None for its share of the best."""
     num_tokens = table.logits.shape[1]
-    open_ = [place for place, ask in enumerate(asks) if not ask.params.top_k and not ask.params.min_p]
-    if width is Width.MORE and len(open_) == len(asks):
-        return _likely_kept(table, rows, asks)
-    few = max(NUM_CANDIDATES, *(min(ask.params.top_k, MORE_CANDIDATES) for ask in asks))
-    count = {Width.FEW: few, Width.MORE: MORE_CANDIDATES, Width.ALL: num_tokens}[width]
+    count = {Width.FEW: numbers.few, Width.MORE: MORE_CANDIDATES, Width.ALL: num_tokens}[width]
     ids, values = _best(table, rows, min(count, num_tokens))
     best, count = values[:, :1], ids.shape[1]
-    temperature, top_k, least, top_p = _columns([_filters(ask.params) for ask in asks], rows.device)
-    scores = (values - best).double() / temperature
-    kept = (torch.arange(count, device=rows.device) < top_k) & (scores >= least)
-    weights = _weights(values, best, temperature) * kept
+    scores = (values - best).double() / numbers.temperature
+    kept = (torch.arange(count, device=rows.device) < numbers.top_k) & (scores >= numbers.least)
+    weights = _weights(values, best, numbers.temperature) * kept
     up_to = weights.cumsum(dim=-1)
-    enough = top_p * ENOUGH * up_to[:, -1:]
-    proven = ~kept[:, -1:] | (top_k <= count) | (count == num_tokens)  # nothing is kept behind the candidates
-    if open_:
-        some = rows[open_], best[open_], temperature[open_], top_p[open_]
-        enough[open_] = _enough(table, *some)
-        proven[open_] |= up_to[open_, -1:] >= enough[open_]
+    if enough is None:
+        enough = numbers.top_p * ENOUGH * up_to[:, -1:]
+        proven = ~kept[:, -1:] | (numbers.top_k <= count) | (count == num_tokens)  # nothing is kept behind these
+    else:
+        proven = (up_to[:, -1:] >= enough) | (count == num_tokens)
     kept &= up_to - weights < enough
-    scores = torch.where(kept, scores + gumbel_noise(_keys(asks, rows.device), ids), -math.inf)
+    scores = (scores + gumbel_noise(numbers.keys, ids)).masked_fill_(~kept, -math.inf)
     return _first_best(scores, ids), proven[:, 0]
 
 
-def _likely_kept(table: _Table, rows: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, Tensor]:
+def _likely_kept(table: _Table, rows: Tensor, numbers: Numbers, enough: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens that rows with top_p alone would get without it, proven where it leaves that token."""
-    tokens, proven = _unfiltered(table, rows, asks, Width.MORE)
-    temperature, *_, top_p = _columns([_filters(ask.params) for ask in asks], rows.device)
+    tokens, proven = _unfiltered(table, rows, numbers, Width.MORE)
     logits, ids, best = table.logits[rows], torch.arange(table.logits.shape[1], device=rows.device), table.best(rows)
     value = logits.gather(1, tokens[:, None])
     better = (logits > value) | ((logits == value) & (ids < tokens[:, None]))
-    before = (_weights(logits, best, temperature) * better).sum(dim=-1, keepdim=True)
-    return tokens, proven & (before < _enough(table, rows, best, temperature, top_p))[:, 0]
+    before = (_weights(logits, best, numbers.temperature) * better).sum(dim=-1, keepdim=True)
+    return tokens, proven & (before < enough)[:, 0]
 
 
-def _filters(params: SamplingParams) -> tuple[float, ...]:
+def _filters(params: SamplingParams) -> tuple[float, float, float, float]:
     """Temperature, top_k, the least score and top_p: infinite where they are off."""
     least = math.log(params.min_p) if params.min_p else -math.inf
     return params.temperature, params.top_k or math.inf, least, params.top_p if params.top_p < 1 else math.inf
 
 
-def _unfiltered(table: _Table, rows: Tensor, asks: Sequence[Ask], width: Width) -> tuple[Tensor, Tensor]:
+def _unfiltered(table: _Table, rows: Tensor, numbers: Numbers, width: Width) -> tuple[Tensor, Tensor]:
     """Any token. A block can hold the winner only if its best logit with its largest noise could win."""
-    (temperature,) = _columns([(ask.params.temperature,) for ask in asks], rows.device)
-    keys, heights = _keys(asks, rows.device), table.heights[rows]
+    temperature, keys, heights = numbers.temperature, numbers.keys, table.heights[rows]
     best, count = heights.amax(dim=-1, keepdim=True), heights.shape[1]
     wanted = {Width.FEW: NUM_BLOCKS, Width.MORE: MORE_BLOCKS, Width.ALL: count}[width]
     if wanted < count:
@@ -317,9 +396,9 @@ def _penalise(logits: Tensor, penalised: Sequence[tuple[int, Penalties]]) -> Non
     rows = [row * logits.shape[1] for row, one in penalised]
     counts = torch.tensor([len(one.ids) for _, one in penalised])
     where = _joined([one.ids for _, one in penalised], torch.int64) + torch.tensor(rows).repeat_interleave(counts)
-    where = where.to(logits.device)
+    where = send(where, logits.device)
     columns = ([getattr(one, name) for _, one in penalised] for name in ("factors", "less", "bias"))
-    factors, less, bias = (_joined(column, torch.float64).to(logits.device) for column in columns)
+    factors, less, bias = (send(_joined(column, torch.float64), logits.device) for column in columns)
     values = logits.view(-1)[where].double()
     logits.view(-1)[where] = (torch.where(values > 0, values / factors, values * factors) - less + bias).float()
 
@@ -327,29 +406,15 @@ def _penalise(logits: Tensor, penalised: Sequence[tuple[int, Penalties]]) -> Non
 def _exclude(logits: Tensor, bound: Sequence[tuple[int, bytes]]) -> None:
     """Set the logits of tokens that are not in their row's mask to -inf; see `Follow`."""
     device, num_bytes = logits.device, logits.shape[1] // 8
-    masks = _joined([mask[:num_bytes].ljust(num_bytes, b"\0") for _, mask in bound], torch.uint8).to(device)
+    masks = send(_joined([mask[:num_bytes].ljust(num_bytes, b"\0") for _, mask in bound], torch.uint8), device)
     bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
     spelt = torch.zeros(bits.shape, device=device).masked_fill_(bits == 0, -math.inf)  # a byte's eight tokens
     excluded = spelt.index_select(0, masks.int()).view(len(bound), -1)
     if len(bound) == len(logits):
         logits += excluded
     else:
-        logits[[row for row, _ in bound]] += excluded
+        logits[upload([row for row, _ in bound], device)] += excluded
 
 
 def _joined(arrays: Iterable["bytes | array[Any]"], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(arrays)), dtype=dtype)
-
-
-# --- parameters --------------------------------------------------------------------------------------
-
-
-def _columns(rows: Sequence[Sequence[float]], device: torch.device) -> list[Tensor]:
-    """Numbers of each row as columns (M, 1), float64."""
-    return list(torch.tensor(rows, dtype=torch.float64, device=device).T[..., None])
-
-
-def _keys(asks: Sequence[Ask], device: torch.device) -> Tensor:
-    """The keys of the rows' noise, (M, 1)."""
-    keys = [[stream_key(ask.params.seed, ask.params.sample_index, ask.position)] for ask in asks]
-    return torch.tensor(keys, device=device)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trm.device import upload
 from trm.layers import KeyValue, attend
 
 WIDTH = 64  # in exact mode a row looks at so many positions, or a multiple
@@ -129,7 +130,7 @@ class SlotView:
 
 def locate(spans: Sequence[Span], exact: bool, dtype: torch.dtype, device: torch.device) -> Where:
     """Where the positions of `spans` lie, one span behind the other; masks are of type `dtype`."""
-    table = torch.tensor(spans).to(device)  # (B, 3)
+    table = upload(spans, device)  # (B, 3)
     slots, starts, lengths = table.unbind(1)
     total = sum(span.length for span in spans)
     begins = starts - (lengths.cumsum(0) - lengths)  # less what lies before each span
@@ -145,7 +146,7 @@ def locate(spans: Sequence[Span], exact: bool, dtype: torch.dtype, device: torch
         shape = rows, len(which) // rows
         mask = mask[:, None, None] if part.alone else mask.view(*shape, 1, part.width).transpose(1, 2)
         return Group(
-            part.positions if isinstance(part.positions, slice) else torch.tensor(part.positions, device=device),
+            part.positions if isinstance(part.positions, slice) else upload(part.positions, device),
             shape,
             _neighbours(part.slots, device),
             part.width,
@@ -216,4 +217,4 @@ def _neighbours(slots: Sequence[int], device: torch.device) -> slice | Tensor:
     first = slots[0]
     if list(slots) == list(range(first, first + len(slots))):
         return slice(first, first + len(slots))
-    return torch.tensor(slots, device=device)
+    return upload(slots, device)
