@@ -102,7 +102,7 @@ class Loop:
             for row in thinking:
                 assert row.work is not None
                 row.work.step += 1
-                row.work.note_halted([row.request.params.halts and self.rng.random() < 0.5])
+                row.work.note_halted(row.work.step, [row.request.params.halts and self.rng.random() < 0.5])
         for row in self.scheduler.answered():
             assert row.work is not None
             self._cache(row, [row.token])

@@ -288,7 +288,7 @@ def test_places_halt_one_by_one_and_the_row_answers_with_the_last(steps, draft, 
     for flags in halted:
         assert not row.answered
         work.step += 1
-        work.note_halted(flags)
+        work.note_halted(work.step, flags)
 
     assert row.answered
     assert [work.steps_taken(place) for place in range(1 + len(draft))] == steps_taken

@@ -81,14 +81,14 @@ def test_schemathesis_finds_nothing_to_complain_about(
     start_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
     """Valid and invalid requests to all routes, all checks; few samples each, and no replies without end, for time."""
-    limits = ("--max-n", "2", "--max-messages", "64", "--max-model-len", "640")
+    limits = ("--max-n", "2", "--max-messages", "64", "--max-model-len", "400")
     server = start_server(*limits, "--api-key", "sesame")
 
     done = run_tool(
         "schemathesis",
         *("run", f"{server.url}/openapi.json", "--header", "Authorization: Bearer sesame"),
-        *("--mode", "all", "--checks", "all", "--max-examples", "20", "--seed", "7", "--request-timeout", "120"),
-        *("--continue-on-failure", "--no-color"),
+        *("--mode", "all", "--checks", "all", "--max-examples", "20", "--seed", "7", "--workers", "8"),
+        *("--request-timeout", "120", "--continue-on-failure", "--no-color"),
         cwd=tmp_path,
         timeout=900,
         SCHEMATHESIS_HOOKS="schemathesis_hooks",
