@@ -1,0 +1,180 @@
+r"""What counts as the same answer.
+
+`key` is for voting: answers with equal keys are one vote. `same` is for grading and accepts more, because some answers
+can be read in two ways: `(A) 18` answers A and 18, `5 m` is five metres or 5·m, `1,234` a number or two of them.
+`canonical` is for people: what was written, tidied, and the plainest spelling of a number.
+"""
+
+import math
+from collections.abc import Hashable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from trm.answers.boxes import extract_boxed
+from trm.answers.grammar import read, split_choice
+from trm.answers.rules import both_signs, is_name, label, normal, number
+from trm.answers.spelling import MAX_CHARS, plain, tidy
+from trm.answers.tokens import Tokens, tokenize
+from trm.answers.tree import Node, Tree
+from trm.answers.words import LETTERS, asked_units
+
+
+def is_correct(reply: str, gold: str | int | Fraction | Decimal, question: str = "") -> bool:
+    r"""Whether the box of a whole reply has the gold answer.
+
+    A gold text is a bare answer, a boxed one, or a GSM8K answer with its `####`. The question says what it wants
+    counted. Raises TypeError for a gold of another type.
+    """
+    value = extract_boxed(reply)
+    answer = gold_answer(gold)
+    return value is not None and same(value, answer, question)
+
+
+def gold_answer(gold: str | int | Fraction | Decimal) -> str:
+    """The answer that a gold states, as text."""
+    if isinstance(gold, str):
+        return gold.rpartition("####")[2] if "####" in gold else extract_boxed(gold) or gold
+    if isinstance(gold, (int, Fraction, Decimal)) and not isinstance(gold, bool):
+        return str(gold)
+    raise TypeError(f"a gold answer is a str, int, Fraction or Decimal, not {type(gold).__name__}: {gold!r:.80}")
+
+
+def canonical(answer: str) -> str:
+    """One spelling per number (integer, terminating decimal, else `a/b`); anything else as it was written, tidied."""
+    value = normalize(answer)
+    if isinstance(value, str):
+        return value
+    rest, places = value.denominator, 0
+    while (factor := math.gcd(rest, 10)) > 1:
+        rest, places = rest // factor, places + 1
+    if places == 0 or rest > 1:
+        return str(value)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+
+
+def normalize(answer: str) -> Fraction | str:
+    """The number that an answer plainly is, else what was written, tidied."""
+    tokens = _tokens(answer)
+    value = None
+    if tokens is not None and split_choice(tokens.tokens)[0] is None:
+        value = number(read(tokens.tokens))
+    return tidy(answer) if value is None else value
+
+
+def key(answer: str, question: str = "") -> Hashable:
+    """Equal for answers that are one vote. A multiple-choice letter stands for its value, too: `(A) 18` votes for A."""
+    return _long(answer) if len(answer) > MAX_CHARS else _key(answer, question)
+
+
+@lru_cache(maxsize=1024)  # a vote is counted after every sample
+def _key(answer: str, question: str) -> Hashable:
+    tokens = _tokens(answer)
+    if tokens is None:
+        return _long(answer)
+    letter, rest = split_choice(tokens.tokens)
+    return _value(read(rest, asked=asked_units(question))) if letter is None else letter
+
+
+def same(one: str, other: str, question: str = "") -> bool:
+    """Whether two answers are the same, in one of the ways in which each can be read."""
+    left, right = _readings(one, question), _readings(other, question)
+    if left.letter and right.letter:
+        return left.letter == right.letter and not left.values.isdisjoint(right.values)
+    if left.name is not None and right.name is not None and left.name != right.name:
+        return False
+    return not left.or_letter.isdisjoint(right.or_letter)
+
+
+class _Readings(NamedTuple):
+    """values: how an answer can be read. name: the single letter before the value. letter: of a choice with value."""
+
+    values: frozenset[Tree]
+    name: str | None
+    letter: str | None
+
+    @property
+    def or_letter(self) -> frozenset[Tree]:
+        return self.values | {self.letter} if self.letter else self.values
+
+
+def _readings(answer: str, question: str) -> _Readings:
+    tokens = _tokens(answer)
+    if tokens is None:
+        return _Readings(frozenset({_long(answer)}), None, None)
+    letter, rest = split_choice(tokens.tokens)
+    asked = asked_units(question)
+    trees = [read(rest, asked=asked)]
+    if tokens.grouped:
+        trees.append(read(split_choice(tokenize(plain(answer), group=False).tokens)[1], asked=asked))
+    if any(token.kind == "name" and token.text in LETTERS for token in rest):
+        trees.append(read(rest, letter_units=False, asked=asked))
+    values = {_value(other) for tree in trees for other in (tree, *_otherwise(tree))}
+    return _Readings(frozenset(values), _single_name(trees[0]), letter)
+
+
+def _tokens(answer: str) -> Tokens | None:
+    """The tokens of an answer, None where it is too long to be read."""
+    if len(answer) > MAX_CHARS:
+        return None
+    text = plain(answer)
+    return tokenize(text) if len(text) <= 2 * MAX_CHARS else None
+
+
+def _long(answer: str) -> Tree:
+    return Node("text", (" ".join(answer.split()).casefold(),))
+
+
+def _value(tree: Tree) -> Tree:
+    """The normal form of a whole answer, both values of one with ±."""
+    values = both_signs(tree)
+    return normal(Node("list", tuple(values))) if len(values) > 1 else normal(tree)
+
+
+def _single_name(tree: Tree) -> str | None:
+    name = label(tree)
+    if name is None and isinstance(tree, Node) and tree.kind == "chain":
+        names = [part for part in tree.parts[::2] if is_name(part)]
+        name = names[0] if len(names) == 1 else None
+    return name if isinstance(name, str) else None
+
+
+def _otherwise(tree: Tree) -> Iterator[Tree]:
+    """What else an answer as it was read may mean."""
+    if not isinstance(tree, Node):
+        return
+    if tree.kind == "list":
+        groups = [_assigned(part) for part in tree.parts]
+        if all(group is not None for group in groups):
+            yield Node("list", tuple(group for group in groups if group is not None))  # x = 1, y = 2 as 1, 2
+    elif tree.kind == "time":
+        yield tree.parts[0]  # 9 a.m. as 9
+    elif tree.kind == "chain":
+        if tree.parts[-2] == "≈":
+            yield tree.parts[-1]
+        interval = _interval(normal(tree))
+        if interval is not None:
+            yield interval
+
+
+def _assigned(tree: Tree) -> Tree | None:
+    return tree.parts[-1] if isinstance(tree, Node) and label(tree) is not None else None
+
+
+def _interval(tree: Tree) -> Tree | None:
+    """Where an inequality puts what it names: `0 < x <= 1` as (0, 1]."""
+    if not isinstance(tree, Node) or tree.kind != "chain" or not set(tree.parts[1::2]) <= {"<", "≤"}:
+        return None
+    named = [is_name(part) for part in tree.parts[::2]]
+    low: Tree = normal(Node("negative", ("∞",)))
+    if named == [True, False]:
+        below, closing, high = "<", tree.parts[1], tree.parts[2]
+    elif named == [False, True]:
+        low, below, closing, high = tree.parts[0], str(tree.parts[1]), "<", "∞"
+    elif named == [False, True, False]:
+        low, below, closing, high = tree.parts[0], str(tree.parts[1]), tree.parts[3], tree.parts[4]
+    else:
+        return None
+    return Node(f"tuple {'(' if below == '<' else '['}{')' if closing == '<' else ']'}", (low, high))
