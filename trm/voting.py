@@ -12,8 +12,8 @@ VOTING_TEMPERATURE = 0.7  # where several samples are asked for and none is give
 class Vote(NamedTuple):
     """What the samples agree on.
 
-    answer: as its first sample wrote it (`canonical`), None where no sample has a box. votes: per answer so written, most
-    first. speaker: index of that first sample, 0 where there is none. agreement: its votes over all samples.
+    answer: as its first sample wrote it (`canonical`), None where no sample has a box. votes: per answer so written,
+    most first. speaker: index of that first sample, 0 where there is none. agreement: its votes over all samples.
     """
 
     answer: str | None
@@ -23,7 +23,7 @@ class Vote(NamedTuple):
 
 
 def ballot(text: str) -> str | None:
-    """What a sample votes for: its canonical answer, None where it has no box."""
+    """What a sample votes for: its answer (`canonical`), None where it has no box."""
     box = extract_boxed(text)
     return None if box is None else canonical(box)
 

@@ -42,8 +42,11 @@ def find_boxed(text: str) -> Boxed:
 
 
 def _inside(piece: str) -> str | None:
-    """What precedes the brace that closes the box, or None if it stays open."""
-    depth = 1
+    r"""What precedes the brace that closes the box, or None if it stays open.
+
+    A box that would stay open may close with a backslash too many, `\boxed{18\}`.
+    """
+    depth, escaped, slip = 1, 0, None
     for brace in _BRACE.finditer(piece):
         if brace[0] == "{":
             depth += 1
@@ -51,7 +54,13 @@ def _inside(piece: str) -> str | None:
             depth -= 1
             if depth == 0:
                 return piece[: brace.start()].strip()
-    return None
+        elif brace[0] == r"\{":
+            escaped += 1
+        elif brace[0] == r"\}":
+            escaped -= 1
+            if escaped < 0 and slip is None and depth == 1:
+                slip = brace.start()
+    return None if slip is None else piece[:slip].strip()
 
 
 def extract_boxed(text: str) -> str | None:

@@ -27,9 +27,9 @@ def is_correct(reply: str, gold: str | int | Fraction | Decimal, question: str =
     A gold text is a bare answer, a boxed one, or a GSM8K answer with its `####`. The question says what it wants
     counted. Raises TypeError for a gold of another type.
     """
-    value = extract_boxed(reply)
     answer = gold_answer(gold)
-    return value is not None and same(value, answer, question)
+    box = extract_boxed(reply)
+    return box is not None and same(box, answer, question)
 
 
 def gold_answer(gold: str | int | Fraction | Decimal) -> str:
@@ -43,25 +43,25 @@ def gold_answer(gold: str | int | Fraction | Decimal) -> str:
 
 def canonical(answer: str) -> str:
     """One spelling per number (integer, terminating decimal, else `a/b`); anything else as it was written, tidied."""
-    value = normalize(answer)
-    if isinstance(value, str):
-        return value
-    rest, places = value.denominator, 0
+    plainly = normalize(answer)
+    if isinstance(plainly, str):
+        return plainly
+    rest, places = plainly.denominator, 0
     while (factor := math.gcd(rest, 10)) > 1:
         rest, places = rest // factor, places + 1
     if places == 0 or rest > 1:
-        return str(value)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+        return str(plainly)
+    digits = str(abs(plainly.numerator) * 10**places // plainly.denominator).rjust(places + 1, "0")
+    return f"{'-' if plainly < 0 else ''}{digits[:-places]}.{digits[-places:]}"
 
 
 def normalize(answer: str) -> Fraction | str:
     """The number that an answer plainly is, else what was written, tidied."""
     tokens = _tokens(answer)
-    value = None
-    if tokens is not None and split_choice(tokens.tokens)[0] is None:
-        value = number(read(tokens.tokens))
-    return tidy(answer) if value is None else value
+    if tokens is None or split_choice(tokens.tokens)[0] is not None:
+        return tidy(answer)
+    plainly = number(read(tokens.tokens))
+    return tidy(answer) if plainly is None else plainly
 
 
 def key(answer: str, question: str = "") -> Hashable:
@@ -75,7 +75,7 @@ def _key(answer: str, question: str) -> Hashable:
     if tokens is None:
         return _long(answer)
     letter, rest = split_choice(tokens.tokens)
-    return _value(read(rest, asked=asked_units(question))) if letter is None else letter
+    return value(read(rest, asked=asked_units(question))) if letter is None else letter
 
 
 def same(one: str, other: str, question: str = "") -> bool:
@@ -100,19 +100,27 @@ class _Readings(NamedTuple):
         return self.values | {self.letter} if self.letter else self.values
 
 
-def _readings(answer: str, question: str) -> _Readings:
+def trees(answer: str, question: str = "") -> list[Tree]:
+    """Every way in which an answer can be read, the likeliest first; not in normal form. None that is too long."""
     tokens = _tokens(answer)
     if tokens is None:
-        return _Readings(frozenset({_long(answer)}), None, None)
-    letter, rest = split_choice(tokens.tokens)
+        return []
+    _, rest = split_choice(tokens.tokens)
     asked = asked_units(question)
-    trees = [read(rest, asked=asked)]
+    found = [read(rest, asked=asked)]
     if tokens.grouped:
-        trees.append(read(split_choice(tokenize(plain(answer), group=False).tokens)[1], asked=asked))
+        found.append(read(split_choice(tokenize(plain(answer), group=False).tokens)[1], asked=asked))
     if any(token.kind == "name" and token.text in LETTERS for token in rest):
-        trees.append(read(rest, letter_units=False, asked=asked))
-    values = {_value(other) for tree in trees for other in (tree, *_otherwise(tree))}
-    return _Readings(frozenset(values), _single_name(trees[0]), letter)
+        found.append(read(rest, letter_units=False, asked=asked))
+    return [way for tree in found for way in (tree, *_otherwise(tree))]
+
+
+def _readings(answer: str, question: str) -> _Readings:
+    found = trees(answer, question)
+    if not found:
+        return _Readings(frozenset({_long(answer)}), None, None)
+    letter, _ = split_choice(tokenize(plain(answer)).tokens)
+    return _Readings(frozenset(map(value, found)), _single_name(found[0]), letter)
 
 
 def _tokens(answer: str) -> Tokens | None:
@@ -127,7 +135,7 @@ def _long(answer: str) -> Tree:
     return Node("text", (" ".join(answer.split()).casefold(),))
 
 
-def _value(tree: Tree) -> Tree:
+def value(tree: Tree) -> Tree:
     """The normal form of a whole answer, both values of one with ±."""
     values = both_signs(tree)
     return normal(Node("list", tuple(values))) if len(values) > 1 else normal(tree)

@@ -28,6 +28,8 @@ def normal(tree: Tree) -> Tree:
         return tree
     if tree.kind in ("list", "set"):
         return _set(tree.parts)
+    if tree.kind == "call":
+        return Node("call", tuple(normal(_in_radians(part)) for part in tree.parts))
     kind, parts = tree.kind, [normal(part) for part in tree.parts]
     match kind:
         case "sum" | "mixed":
@@ -200,6 +202,14 @@ def _counted(node: Node) -> Tree:
     if kind in ("⌊", "⌈"):
         return Fraction(floor(first) if kind == "⌊" else ceil(first))
     return node
+
+
+def _in_radians(tree: Tree) -> Tree:
+    """Degrees in the argument of a function are no unit."""
+    if not isinstance(tree, Node):
+        return tree
+    parts = tuple(map(_in_radians, tree.parts))
+    return Node("product", (*parts, "\\pi", Fraction(1, 180))) if tree.kind == "°" else Node(tree.kind, parts)
 
 
 # Chains, sets

@@ -137,7 +137,7 @@ class _Tokenizer:
         """A word that is one, or the letters of a product. Capitals stay: `AB` is no word, and `ABCD` not `abcd`."""
         lower = run.lower()
         after_number = bool(self.tokens) and self.tokens[-1].kind == "number"
-        shouted = run.isupper() and not (after_number or lower in ("no", "yes"))
+        shouted = run.isupper() and not (after_number or (lower in ("no", "yes") and not self.tokens))
         if run in BARE:
             self.take_command(run)
         elif len(run) > 3 or (len(run) > 1 and lower in WORDS and not shouted):
