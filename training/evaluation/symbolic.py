@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import sympy
 
-from trm.answers.comparison import trees, value
+from trm.answers.comparison import single_name, trees, value
 from trm.answers.rules import normal
 from trm.answers.tree import Node, Tree
 
@@ -45,7 +45,8 @@ def _equal(one: Tree, other: Tree) -> bool:
     """Two readings: as equations and inequalities, or by what they come to."""
     if _attempt(_equal_relations, one, other):
         return True
-    return equal_values(value(one), value(other))
+    ours, theirs = single_name(one), single_name(other)
+    return (ours is None or theirs is None or ours == theirs) and equal_values(value(one), value(other))
 
 
 def _attempt(compare: Equality, one: Tree, other: Tree) -> bool:
@@ -174,12 +175,17 @@ def is_zero(difference: sympy.Expr) -> bool:
         at_point = difference.subs(point).evalf(_DIGITS)
         if not at_point.is_number or at_point.has(sympy.nan, sympy.zoo, sympy.oo):
             continue
-        if abs(at_point) > sympy.Float(10) ** -(_DIGITS // 2):
-            if difference.has(sympy.I) or abs(sympy.im(at_point)) < sympy.Float(10) ** -(_DIGITS // 2):
+        real, imaginary = map(_vanishes, at_point.as_real_imag())
+        if imaginary or difference.has(sympy.I):
+            if not (real and imaginary):
                 return False
-            continue
-        vanished += 1
-    return vanished >= min(2, _NUM_POINTS) or bool(sympy.simplify(difference) == 0)
+            vanished += 1
+    return vanished > 1 or bool(sympy.simplify(difference) == 0)
+
+
+def _vanishes(number: sympy.Expr) -> bool:
+    """Whether a number that was worked out is zero: what cancels leaves no digit that is certain."""
+    return bool(number == 0) or (isinstance(number, sympy.Float) and number._prec == 1)
 
 
 def _points(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
@@ -247,7 +253,10 @@ def _equal_sets(one: Tree, other: Tree) -> bool:
 
 
 def _set(tree: Tree) -> sympy.Set:
-    """A set of reals: intervals, finite sets, their unions, and where an inequality in one variable holds."""
+    """A set of reals: intervals, finite sets, their unions, and where an inequality in one variable holds.
+
+    An empty one says nothing: it may be a point in the plane, `(3, 2)`.
+    """
     if not isinstance(tree, Node):
         raise Inexpressible
     if tree.kind == "∪":
@@ -256,7 +265,14 @@ def _set(tree: Tree) -> sympy.Set:
         return sympy.FiniteSet(*map(expression, tree.parts))
     if tree.kind.startswith("tuple ") and len(tree.parts) == 2:
         low, high = map(expression, tree.parts)
-        return sympy.Interval(low, high, left_open="(" in tree.kind, right_open=")" in tree.kind)
+        found = sympy.Interval(low, high, left_open="(" in tree.kind, right_open=")" in tree.kind)
+        if (
+            found is sympy.S.EmptySet
+            or ("[" in tree.kind and low == -sympy.oo)
+            or ("]" in tree.kind and high == sympy.oo)
+        ):
+            raise Inexpressible
+        return found
     if tree.kind == "chain" and set(tree.parts[1::2]) <= _RELATIONS.keys():
         return _solutions(tree)
     raise Inexpressible
@@ -269,7 +285,10 @@ def _solutions(chain: Node) -> sympy.Set:
     sides = [side.subs(symbol, real) for side in sides]
     relations = [str(part) for part in chain.parts[1::2]]
     holds = [_RELATIONS[relation](*pair) for relation, pair in zip(relations, pairwise(sides), strict=True)]
-    return sympy.And(*holds).as_set()
+    found = sympy.And(*holds).as_set()
+    if found is sympy.S.EmptySet:
+        raise Inexpressible
+    return found
 
 
 # The process

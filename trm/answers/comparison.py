@@ -120,7 +120,7 @@ def _readings(answer: str, question: str) -> _Readings:
     if not found:
         return _Readings(frozenset({_long(answer)}), None, None)
     letter, _ = split_choice(tokenize(plain(answer)).tokens)
-    return _Readings(frozenset(map(value, found)), _single_name(found[0]), letter)
+    return _Readings(frozenset(map(value, found)), single_name(found[0]), letter)
 
 
 def _tokens(answer: str) -> Tokens | None:
@@ -141,7 +141,8 @@ def value(tree: Tree) -> Tree:
     return normal(Node("list", tuple(values))) if len(values) > 1 else normal(tree)
 
 
-def _single_name(tree: Tree) -> str | None:
+def single_name(tree: Tree) -> str | None:
+    """The letter whose value a tree tells, x of `x = 5` and `x < 5`: then y is another answer."""
     name = label(tree)
     if name is None and isinstance(tree, Node) and tree.kind == "chain":
         names = [part for part in tree.parts[::2] if is_name(part)]

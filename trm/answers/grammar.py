@@ -204,7 +204,7 @@ class _Reader:
                 break
             elif not under and self.at_whole(over) and self.at("frac"):
                 over.append(_mixed(over.pop(), self.power()))
-            elif not under and self.at_whole(over) and self.peek(1).text == "/" and self.peek(2).kind == "number":
+            elif not under and self.at_whole(over) and self.at_slashed():
                 over.append(self.mixed(over.pop()))
             elif self.peek().kind == "number" and not (isinstance(over[-1], Node) and over[-1].kind == "power"):
                 raise Unreadable  # 12 34, and x2
@@ -236,6 +236,9 @@ class _Reader:
     def at_whole(self, over: list[Tree]) -> bool:
         """Whether all that was read of a product is a whole number."""
         return len(over) == 1 and isinstance(over[0], Fraction) and self.tokens[self.position - 1].text.isdigit()
+
+    def at_slashed(self) -> bool:
+        return [self.peek(ahead).kind for ahead in (0, 2)] == ["number", "number"] and self.peek(1).text == "/"
 
     def mixed(self, whole: Tree) -> Tree:
         """The fraction of `1 1/2`; another number there is none of ours, `1 5/2`."""
