@@ -1,7 +1,7 @@
 """Judge replies: by comparison first (`trm.answers`), by algebra where that finds a difference it cannot be sure of.
 
 Algebra runs in a child process that is killed when it takes too long or too much memory, and started again for the
-next question. Nothing of it is ever loaded here.
+next question.
 """
 
 import json

@@ -16,7 +16,8 @@ from itertools import pairwise
 
 import sympy
 
-from trm.answers.comparison import single_name, trees, value
+from trm.answers.comparison import pairs, trees, value
+from trm.answers.grammar import FUNCTION_NAMES
 from trm.answers.rules import normal
 from trm.answers.tree import Node, Tree
 
@@ -38,15 +39,9 @@ class Inexpressible(Exception):
 def equal(answer: str, gold: str, question: str = "") -> bool:
     """Whether algebra finds an answer and a gold equal, in one of the ways in which each can be read."""
     ours, theirs = trees(answer, question), trees(gold, question)
-    return any(_attempt(_equal, one, other) for one in ours for other in theirs)
-
-
-def _equal(one: Tree, other: Tree) -> bool:
-    """Two readings: as equations and inequalities, or by what they come to."""
-    if _attempt(_equal_relations, one, other):
+    if any(_attempt(_equal_relations, one, other) for one, other in zip(ours[:1], theirs[:1], strict=False)):
         return True
-    ours, theirs = single_name(one), single_name(other)
-    return (ours is None or theirs is None or ours == theirs) and equal_values(value(one), value(other))
+    return any(_attempt(equal_values, value(one), value(other)) for one, other in pairs(answer, gold, question))
 
 
 def _attempt(compare: Equality, one: Tree, other: Tree) -> bool:
@@ -154,6 +149,8 @@ def _call(function: Tree, of: Tree) -> sympy.Expr:
         return sympy.log(values[0], expression(function.parts[1]))
     if not isinstance(function, str):
         raise Inexpressible
+    if function in FUNCTION_NAMES:
+        return sympy.Function(function)(*values)
     return _FUNCTIONS.get(function, getattr(sympy, function, None))(*values)
 
 

@@ -81,8 +81,8 @@ _NAMES = r"""
     \Omega      Ω
     \angle      ∠
     \triangle   △
-    ∞           infty infinity
-    ∅           emptyset varnothing
+    ∞           infty infinity ∞
+    ∅           emptyset varnothing ∅
 """
 
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import product
 
 from trm.answers.boxes import extract_boxed
 from trm.answers.grammar import read, split_choice
@@ -80,24 +80,32 @@ def _key(answer: str, question: str) -> Hashable:
 
 def same(one: str, other: str, question: str = "") -> bool:
     """Whether two answers are the same, in one of the ways in which each can be read."""
-    left, right = _readings(one, question), _readings(other, question)
-    if left.letter and right.letter:
-        return left.letter == right.letter and not left.values.isdisjoint(right.values)
-    if left.name is not None and right.name is not None and left.name != right.name:
-        return False
-    return not left.or_letter.isdisjoint(right.or_letter)
+    if len(one) > MAX_CHARS or len(other) > MAX_CHARS:
+        return key(one) == key(other)
+    letters = {_choice(one), _choice(other)}
+    equal = any(value(left) == value(right) for left, right in pairs(one, other, question))
+    if letters == {None}:
+        return equal
+    if None in letters:  # the one without a letter and a value may be that letter
+        return equal or key(one, question) == key(other, question)
+    return equal and len(letters) == 1
 
 
-class _Readings(NamedTuple):
-    """values: how an answer can be read. name: the single letter before the value. letter: of a choice with value."""
+def pairs(one: str, other: str, question: str = "") -> Iterator[tuple[Tree, Tree]]:
+    """The readings of two answers that may be compared, as trees: none where `x = 5` meets `y = 5`."""
+    ours, theirs = trees(one, question), trees(other, question)
+    if not ours or not theirs:
+        return
+    names = {single_name(ours[0]), single_name(theirs[0])} - {None}
+    if len(names) < 2:
+        several = all(_assigned_apart(found[0]) for found in (ours, theirs))
+        yield from zip(ours[:1], theirs[:1], strict=True) if several else product(ours, theirs)
 
-    values: frozenset[Tree]
-    name: str | None
-    letter: str | None
 
-    @property
-    def or_letter(self) -> frozenset[Tree]:
-        return self.values | {self.letter} if self.letter else self.values
+def _choice(answer: str) -> str | None:
+    """The letter of a multiple-choice answer that gives its value, too."""
+    tokens = _tokens(answer)
+    return None if tokens is None else split_choice(tokens.tokens)[0]
 
 
 def trees(answer: str, question: str = "") -> list[Tree]:
@@ -113,14 +121,6 @@ def trees(answer: str, question: str = "") -> list[Tree]:
     if any(token.kind == "name" and token.text in LETTERS for token in rest):
         found.append(read(rest, letter_units=False, asked=asked))
     return [way for tree in found for way in (tree, *_otherwise(tree))]
-
-
-def _readings(answer: str, question: str) -> _Readings:
-    found = trees(answer, question)
-    if not found:
-        return _Readings(frozenset({_long(answer)}), None, None)
-    letter, _ = split_choice(tokenize(plain(answer)).tokens)
-    return _Readings(frozenset(map(value, found)), single_name(found[0]), letter)
 
 
 def _tokens(answer: str) -> Tokens | None:
@@ -142,9 +142,11 @@ def value(tree: Tree) -> Tree:
 
 
 def single_name(tree: Tree) -> str | None:
-    """The letter whose value a tree tells, x of `x = 5` and `x < 5`: then y is another answer."""
+    """What must not differ beside the value: x of `x = 5` and `x < 5`, and the half of the day of `9 a.m.`."""
     name = label(tree)
-    if name is None and isinstance(tree, Node) and tree.kind == "chain":
+    if isinstance(tree, Node) and tree.kind == "time":
+        name = tree.parts[1]
+    elif isinstance(tree, Node) and tree.kind == "chain" and name is None:
         names = [part for part in tree.parts[::2] if is_name(part)]
         name = names[0] if len(names) == 1 else None
     return name if isinstance(name, str) else None
@@ -166,6 +168,11 @@ def _otherwise(tree: Tree) -> Iterator[Tree]:
         interval = _interval(normal(tree))
         if interval is not None:
             yield interval
+
+
+def _assigned_apart(tree: Tree) -> bool:
+    """Whether an answer gives several things their values, `x = 1, y = 2`."""
+    return isinstance(tree, Node) and tree.kind == "list" and len({label(part) for part in tree.parts} - {None}) > 1
 
 
 def _assigned(tree: Tree) -> Tree | None:

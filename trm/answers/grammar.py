@@ -27,6 +27,7 @@ _MAX_DEPTH = 24  # of brackets, arguments and exponents
 _MAX_MARKS = 8  # behind one atom
 
 RELATIONS = frozenset("=<>≤≥≠≈∈≡→~")
+FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
 _CLOSING = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
@@ -56,8 +57,9 @@ def split_choice(tokens: list[Token]) -> tuple[str | None, list[Token]]:
     texts = [token.text for token in tokens[:4]]
     start = 1 if texts[:1] == ["("] else 0
     if len(tokens) > start + 2 and texts[start] in tuple("ABCDEFGHIJ"):
-        marks, first = (")",) if start else (")", ".", ":"), tokens[start + 2]
-        if texts[start + 1] in marks and (first.gap or texts[start + 1] != ":") and first.text not in _AFTER_LETTER:
+        mark, first = tokens[start + 1], tokens[start + 2]
+        marked = mark.text == ")" or (not start and (mark.text == "." or (mark.text == ":" and not mark.gap)))
+        if marked and (first.gap or mark.text != ":") and first.text not in _AFTER_LETTER:
             return texts[start], tokens[start + 2 :]
     return None, tokens
 
@@ -285,6 +287,8 @@ class _Reader:
         elif token.kind == "name":
             self.position += 1
             found = token.text
+            if found in FUNCTION_NAMES and self.at("(") and not self.peek().gap:
+                found = Node("call", (found, self.atom()))
         elif token.kind == "function":
             found = self.call()
         elif token.kind == "mark":

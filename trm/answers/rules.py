@@ -9,14 +9,13 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import ceil, comb, factorial, floor
 
-from trm.answers.grammar import MAX_DIGITS
+from trm.answers.grammar import FUNCTION_NAMES, MAX_DIGITS
 from trm.answers.tree import Node, Tree
 
 _MAX_BITS = MAX_DIGITS * 3  # a number of so many bits has fewer digits
 _MAX_FACTORIAL = 170
 _MAX_DEGREE = 64
 _CONSTANTS = frozenset({"\\pi", "∞", "∅", "\\mathbb{R}", "\\mathbb{Z}", "\\mathbb{N}", "\\mathbb{Q}", "\\mathbb{C}"})
-_FUNCTION_NAMES = frozenset("fghFGHP")
 _OF_NAMES = frozenset({"product", "quotient", "ratio", "tuple ()", "abs", "'", "overline", "vec", "hat", "∪ ∩ ∖"})
 _EQUAL = frozenset("=≈∈")
 _REVERSED = {">": "<", "≥": "≤"}
@@ -100,8 +99,8 @@ def is_name(tree: Tree) -> bool:
     kind, parts = tree.kind, tree.parts
     if kind == "sub":
         return is_name(parts[0])
-    if kind == "product" and len(parts) == 2 and parts[0] in _FUNCTION_NAMES and isinstance(parts[1], Fraction):
-        return True  # f(2)
+    if kind == "call":
+        return parts[0] in FUNCTION_NAMES
     return kind in _OF_NAMES and all(is_name(part) for part in parts if part not in ("∪", "∩", "∖"))
 
 

@@ -39,7 +39,7 @@ _TOKEN = re.compile(
       (?P<blank>[\s~]+)
     | (?P<half>[ap]\.\ ?m\.?(?!\w))                        # a.m.
     | (?P<grouped>[1-9]\d{0,2}(?P<by>SEPARATOR)\d{3}(?:(?P=by)\d{3})*(?!(?P=by)?\d))(?:\.(?P<places>\d*)(?!\.))?
-    | (?P<stop>\.(?=\s*(?:\}|\Z)))
+    | (?P<stop>\.(?=\s*(?:\}|\\[)\]]|\Z)))
     | (?P<number>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:e[-+]?\d+(?![\w.]))?)
     | (?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\circ(?![a-zA-Z])|°)
     | \\begin\s*\{(?P<begin>[a-zA-Z]+\*?)\}(?:\s*(?:\[[^\[\]]*\]\s*)?\{[clr|\s]*\})?

@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,6 @@ def test_no_two_golds_are_the_same(rows):
     distinct = sorted({canonical(row["answer"].rpartition("####")[2]) for row in rows}, key=Fraction)
 
     assert len(distinct) > 500
-    for one, other in zip(distinct, distinct[1:], strict=False):
+    for one, other in pairwise(distinct):
         assert not same(one, other)
         assert same(f"{int(one):,}" if one.isdigit() else one, one)
