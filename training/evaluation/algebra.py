@@ -102,7 +102,8 @@ class Algebra:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return self._answer(self._process, self._limits[0])
+        verdict: bool | None = self._answer(self._process, self._limits[0])
+        return verdict
 
     def _answer(self, process: "subprocess.Popen[str]", seconds: float) -> Any:
         """The next line, or None and no process any more."""

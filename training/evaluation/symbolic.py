@@ -151,7 +151,7 @@ def _call(function: Tree, of: Tree) -> sympy.Expr:
         raise Inexpressible
     if function in FUNCTION_NAMES:
         return sympy.Function(function)(*values)
-    return _FUNCTIONS.get(function, getattr(sympy, function, None))(*values)
+    return (_FUNCTIONS.get(function) or getattr(sympy, function))(*values)
 
 
 def _equal_expressions(one: Tree, other: Tree) -> bool:

@@ -287,7 +287,7 @@ class _Reader:
         elif token.kind == "name":
             self.position += 1
             found = token.text
-            if found in FUNCTION_NAMES and self.at("(") and not self.peek().gap:
+            if found in FUNCTION_NAMES and self.at("("):
                 found = Node("call", (found, self.atom()))
         elif token.kind == "function":
             found = self.call()

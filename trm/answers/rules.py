@@ -69,7 +69,7 @@ def _is_plain(tree: Tree, value: Fraction) -> bool:
     if kind in ("negative", "°", "list"):
         return all(_is_plain(part, value) for part in parts)
     if kind == "quotient":
-        return all(isinstance(part.parts[0] if _is(part, "negative") else part, Fraction) for part in parts)
+        return all(isinstance(_unsigned(part), Fraction) for part in parts)
     if kind == "product":
         return len(parts) == 2 and isinstance(parts[0], Fraction) and _is_power_of_ten(parts[1])
     return kind == "mixed" or _is_power_of_ten(tree)
@@ -79,8 +79,8 @@ def _is_power_of_ten(tree: Tree) -> bool:
     return isinstance(tree, Node) and tree.kind == "power" and tree.parts[0] == 10
 
 
-def _is(tree: Tree, kind: str) -> bool:
-    return isinstance(tree, Node) and tree.kind == kind
+def _unsigned(tree: Tree) -> Tree:
+    return tree.parts[0] if isinstance(tree, Node) and tree.kind == "negative" else tree
 
 
 def label(tree: Tree) -> Tree | None:
@@ -112,7 +112,8 @@ def _small(value: Fraction) -> bool:
 
 
 def _sum(parts: Iterable[Tree]) -> Tree:
-    total, terms = Fraction(0), []
+    total = Fraction(0)
+    terms: list[Tree] = []
     for term in _flat(parts, "sum"):
         if isinstance(term, Fraction) and _small(total + term):
             total += term
@@ -125,7 +126,9 @@ def _sum(parts: Iterable[Tree]) -> Tree:
 
 def _product(over: Sequence[Tree], under: Sequence[Tree]) -> Tree:
     """A number, then the factors in their order: letters may be matrices, or the ends of a line."""
-    value, top, bottom = Fraction(1), [], []
+    value = Fraction(1)
+    top: list[Tree] = []
+    bottom: list[Tree] = []
     for factors, rest, mirrored in ((over, top, bottom), (under, bottom, top)):
         for factor in _flat(factors, "product"):
             if isinstance(factor, Node) and factor.kind == "quotient":
