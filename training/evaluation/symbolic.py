@@ -307,6 +307,8 @@ def main() -> None:
         signal.alarm(seconds)  # if nobody is left to kill us
         try:
             verdict = equal(answer, gold, question) if by == "algebra" else math_verify(answer, gold)
+        except MemoryError:
+            sys.exit("out of memory")  # the judge sees us gone
         except Exception:  # noqa: BLE001  # a verdict of its own: they could not be found equal
             verdict = False
         signal.alarm(0)

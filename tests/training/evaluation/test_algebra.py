@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -107,20 +108,22 @@ def test_what_takes_forever_is_given_up_and_the_next_question_answered(answer: s
 
 
 def test_too_little_memory_gives_up() -> None:
-    algebra = Algebra(seconds=20, max_bytes=256 * 1024**2)
+    """No room beyond what the libraries themselves take: millions of digits do not fit."""
+    algebra = Algebra(seconds=60, max_bytes=1024**2)
+    begin = time.monotonic()
     try:
-        assert algebra.ask(("algebra", r"(x+1)^{30000}", r"(x+1)^{30000}+x^{29999}", "")) in (None, False)
+        assert algebra.ask(("algebra", "(10^{6})!", "x", "")) is None
+        assert time.monotonic() - begin < 50
     finally:
         algebra.close()
 
 
-def test_math_verify_is_a_control_where_it_is_installed(
-    judge: Judge, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stub = tmp_path_factory.mktemp("stub")
-    (stub / "math_verify.py").write_text("def parse(text): return text.strip('$')\ndef verify(a, b): return a in b\n")
-    monkeypatch.syspath_prepend(stub)
-    monkeypatch.setenv("PYTHONPATH", ":".join([str(stub), *sys.path]))
+def test_math_verify_is_a_control_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text(
+        "def parse(text): return text.strip('$')\ndef verify(a, b): return a in b\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *sys.path]))
     with Judge() as with_control:
         judged = [with_control.judged(_answer(reply)) for reply in (r"\boxed{x + 1}", r"\boxed{1 + x}", "none")]
 
