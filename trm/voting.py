@@ -1,10 +1,10 @@
 """The majority vote over the replies to one question: the only definition. Knows texts, no model."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from trm.answers import canonical, extract_boxed
+from trm.answers import canonical, extract_boxed, key
 
 VOTING_TEMPERATURE = 0.7  # where several samples are asked for and none is given
 
@@ -12,8 +12,8 @@ VOTING_TEMPERATURE = 0.7  # where several samples are asked for and none is give
 class Vote(NamedTuple):
     """What the samples agree on.
 
-    answer: canonical, None where no sample has a box. votes: per canonical answer, most first. speaker: index of
-    the first sample with that answer, 0 where there is none. agreement: its votes over all samples.
+    answer: as its first sample wrote it (`canonical`), None where no sample has a box. votes: per answer so written,
+    most first. speaker: index of that first sample, 0 where there is none. agreement: its votes over all samples.
     """
 
     answer: str | None
@@ -23,16 +23,20 @@ class Vote(NamedTuple):
 
 
 def ballot(text: str) -> str | None:
-    """What a sample votes for: its canonical answer, None where it has no box."""
+    """What a sample votes for: its answer (`canonical`), None where it has no box."""
     box = extract_boxed(text)
     return None if box is None else canonical(box)
 
 
 def majority(ballots: Sequence[str | None]) -> Vote:
-    """The answer that most samples box; of equally many, the earliest. Only boxed samples vote."""
-    votes = Counter(one for one in ballots if one is not None).most_common()  # ties keep their order
+    """The answer that most samples box; of equally many, the earliest. Only boxed samples vote.
+
+    However two samples write the same answer (`trm.answers.key`), they vote for one.
+    """
+    spelled = _alike(ballots)
+    votes = Counter(one for one in spelled if one is not None).most_common()  # ties keep their order
     answer, count = votes[0] if votes else (None, 0)
-    return Vote(answer, dict(votes), ballots.index(answer) if votes else 0, count / max(len(ballots), 1))
+    return Vote(answer, dict(votes), spelled.index(answer) if votes else 0, count / max(len(ballots), 1))
 
 
 def decided(ballots: Mapping[int, str | None], n: int) -> bool:
@@ -43,6 +47,7 @@ def decided(ballots: Mapping[int, str | None], n: int) -> bool:
     if len(ballots) == n:
         return True
     known = sorted(ballots)
+    ballots = dict(zip(known, _alike([ballots[index] for index in known]), strict=True))
     leader, votes, *_ = majority([ballots[index] for index in known])
     if leader is None:
         return False
@@ -54,3 +59,9 @@ def decided(ballots: Mapping[int, str | None], n: int) -> bool:
         return (most, -earliest) > (votes[leader], -first[leader])
 
     return not (may_win(0, n) or any(may_win(votes[rival], first[rival]) for rival in first if rival != leader))
+
+
+def _alike(ballots: Sequence[str | None]) -> list[str | None]:
+    """Each ballot as the first of those for the same answer is written."""
+    spelling: dict[Hashable, str] = {}
+    return [None if one is None else spelling.setdefault(key(one), one) for one in ballots]

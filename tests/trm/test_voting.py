@@ -21,6 +21,14 @@ def test_ties_go_to_the_earliest_sample_and_blanks_do_not_vote():
     assert majority([None, None]) == (None, {}, 0, 0)
 
 
+def test_spellings_of_one_answer_are_one_vote_told_as_first_written():
+    ballots = [ballot(rf"\boxed{{{box}}}") for box in (r"\mathbb{R}", "(1, 2)", r"$\left(1,2\right)$", "(2,1)")]
+
+    assert majority(ballots) == ("(1, 2)", {"(1, 2)": 2, r"\mathbb{R}": 1, "(2,1)": 1}, 1, 0.5)
+    assert decided(dict(enumerate(ballots[:3])), 4) is False
+    assert decided({0: "(1,2)", 1: r"(1,\,2)"}, 3)
+
+
 @pytest.mark.parametrize(
     ("ballots", "n", "over"),
     [

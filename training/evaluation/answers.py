@@ -42,7 +42,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """One finished reply. steps: supervision steps over all its tokens. elapsed_s: time since the answer before it."""
+    """One finished reply. steps: supervision steps over all its tokens. elapsed_s: time since the answer before it.
+
+    judged_by: what said whether it is right (`training.evaluation.algebra`); math_verify: what Math-Verify says. Both
+    None where nobody was asked.
+    """
 
     candidate: str
     effort: int
@@ -57,6 +61,8 @@ class Answer:
     tokens: int
     steps: int
     elapsed_s: float
+    judged_by: str | None = None
+    math_verify: bool | None = None
 
     @property
     def key(self) -> Key:

@@ -42,19 +42,20 @@ def answer_problems(
     problems: Sequence[Problem],
     answers: Answers,
     progress: "tqdm[NoReturn]",
+    judged: Callable[[Answer], Answer],
     *,
     seed: int,
     max_tokens: int,
     max_rows: int,
 ) -> None:
-    """Add the answers of the candidate's runs that are not there yet. Raises ConfigError as `decoding` does."""
+    """Add the answers of the candidate's runs that are not there yet, judged. Raises ConfigError as `decoding` does."""
     with decoding(candidate, model, chat, problems, seed=seed, max_tokens=max_tokens, max_rows=max_rows) as decode:
         for run in candidate.runs:
             wanted = keys(run, len(problems))
             missing = [key for key in wanted if key not in answers.by_key]
             right = sum(answers.by_key[key].right for key in wanted if key in answers.by_key)
             progress.set_description(f"{candidate.name}, effort {run.effort}{', votes' if run.samples else ''}")
-            for finished, answer in enumerate(decode(run, missing), len(wanted) - len(missing) + 1):
+            for finished, answer in enumerate(map(judged, decode(run, missing)), len(wanted) - len(missing) + 1):
                 answers.add(answer)
                 right += answer.right
                 progress.update()

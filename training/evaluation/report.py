@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.evaluation.algebra import count_verdicts
 from training.evaluation.answers import Answer, Key
 from training.evaluation.candidates import Candidate, Run
 from training.evaluation.decoding import keys
@@ -60,13 +61,18 @@ def build_report(
     for run in model.runs:
         if run.samples:
             report["votes"] = summarize_votes(by_run[run], run)
+    report["verdicts"] = count_verdicts(answer for run in by_run for answer in by_run[run])
     return report
 
 
 def summarize(replies: Sequence[Answer]) -> dict[str, Any]:
-    """Accuracy with its interval, and what the replies took."""
+    """Accuracy with its interval, what Math-Verify would make of it, and what the replies took."""
     right = [reply.right for reply in replies]
-    return _accuracy(right) | {"correct": sum(right)} | _took(replies, len(replies))
+    control = [reply.math_verify for reply in replies if reply.math_verify is not None]
+    accuracy = _accuracy(right) | {"correct": sum(right)}
+    if len(control) == len(replies):
+        accuracy["math_verify"] = sum(control) / len(control)
+    return accuracy | _took(replies, len(replies))
 
 
 def by_operations(
@@ -129,6 +135,8 @@ def as_table(report: dict[str, Any]) -> str:
     """The report for a person."""
     trained, baseline, votes = report["trained_effort"], report["baseline"], report.get("votes")
     header = ["", "accuracy", "95 % interval", "won", "lost", "p", "tokens", "steps", "seconds"]
+    if "math_verify" in report["efforts"][0]:
+        header.append("Math-Verify")
     rows = [_cells(f"effort {row['effort']}", row) for row in report["efforts"]]
     if baseline and baseline["name"] == OWN_BACKBONE:
         rows[0] = _cells("effort 0 (baseline)", baseline)
@@ -137,7 +145,7 @@ def as_table(report: dict[str, Any]) -> str:
     rows += [_cells(f"control: {control['name']}", control) for control in report.get("controls", [])]
     if votes:
         rows.append(_cells(f"effort {votes['effort']}, {votes['samples']} votes", votes))
-    lines = _aligned(header, rows)
+    lines = _aligned(header, [[*row, ""][: len(header)] for row in rows])
     lines.insert(0, f"{report['dataset']}, seed {report['seed']}, {report['n']} problems, trained effort {trained}\n")
     if baseline:
         lines.append("\nwon, lost: problems that only the effort, or only the baseline, got right")
@@ -145,6 +153,8 @@ def as_table(report: dict[str, Any]) -> str:
         lines.append(f"won, lost of a control: problems that only effort {trained}, or only the control, got right")
     if baseline or "controls" in report:
         lines.append("p: exact McNemar test, corrected for the number of comparisons (Holm)")
+    verdicts = ", ".join(f"{count} {by}" for by, count in report["verdicts"].items())
+    lines.append(f"\nverdicts: {verdicts}")
     if "operations" in report:
         first = report["operations"][0]
         header = ["right, by operations"]
@@ -178,6 +188,7 @@ def _cells(label: str, row: dict[str, Any]) -> list[str]:
         f"{row['tokens_per_answer']:.1f}",
         f"{row['mean_steps']:.2f}",
         f"{row['seconds_per_answer']:.4f}",
+        *([f"{row['math_verify']:.1%}"] if "math_verify" in row else []),
     ]
 
 

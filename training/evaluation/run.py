@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from training.config import EvalSettings
+from training.evaluation.algebra import Judge
 from training.evaluation.answers import Answers, Place
 from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, is_recursive, load
 from training.evaluation.decoding import answer_problems, fingerprint_problems, keys
@@ -53,7 +54,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
 
     with Answers(_place(settings), wanted, _asked(settings, candidates, problems, dtype)) as answers:
         progress: tqdm[NoReturn]
-        with tqdm(total=len(wanted), initial=len(answers.by_key), unit="answer") as progress:
+        with tqdm(total=len(wanted), initial=len(answers.by_key), unit="answer") as progress, Judge() as judge:
             for candidate in candidates:
                 if all(key in answers.by_key for run in candidate.runs for key in keys(run, len(problems))):
                     continue
@@ -65,6 +66,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
                     problems,
                     answers,
                     progress,
+                    judge.judged,
                     seed=settings.seed,
                     max_tokens=settings.max_tokens,
                     max_rows=settings.max_rows,

@@ -22,7 +22,7 @@ from training.config import Replies
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
 from trm import extra
-from trm.answers import boxed, convert_gsm8k, extract_boxed, gsm8k_equations, normalize
+from trm.answers import boxed, convert_gsm8k, extract_boxed, gsm8k_equations, same
 from trm.chat import SYSTEM_PROMPTS, ChatFormat, Example, Work
 from trm.errors import ConfigError
 
@@ -233,4 +233,4 @@ def _steps(value: Any) -> tuple[str, ...]:
 
 
 def _lead_to(steps: Sequence[str], answer: str) -> bool:
-    return bool(steps) and normalize(steps[-1]) == normalize(answer)
+    return bool(steps) and same(steps[-1], answer)

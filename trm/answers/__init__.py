@@ -1,0 +1,36 @@
+r"""Find, read and compare final answers: the only definition of all three.
+
+From the `\boxed{}` convention and the GSM8K conversion that teaches it to the comparison that grades it. Knows no
+model, prompt or server, and needs only the standard library; computer algebra is for evaluation alone
+(`training.evaluation.algebra`). In the order of reading:
+
+    boxes, gsm8k     where an answer stands in a reply, and how a training row says it
+    spelling         dress that changes no meaning
+    tokens           answer text to tokens
+    words            units and counted nouns, and words that no unit is
+    tree, grammar    tokens to a tree of numbers, names and structures
+    rules            a tree to its normal form: arithmetic, signs, sets, chains of equalities
+    comparison       what counts as the same answer
+
+Never guesses: a reply without a complete box has no answer, and what cannot be read as mathematics stays text.
+Numbers are exact; no float is ever made. Linear time on any text. Only `convert_gsm8k` raises, on a row without a
+final answer (ValueError), and `is_correct`, for a gold that is none (TypeError).
+"""
+
+from trm.answers.boxes import Boxed, boxed, extract_boxed, find_boxed
+from trm.answers.comparison import canonical, is_correct, key, normalize, same
+from trm.answers.gsm8k import convert_gsm8k, gsm8k_equations
+
+__all__ = [
+    "Boxed",
+    "boxed",
+    "canonical",
+    "convert_gsm8k",
+    "extract_boxed",
+    "find_boxed",
+    "gsm8k_equations",
+    "is_correct",
+    "key",
+    "normalize",
+    "same",
+]

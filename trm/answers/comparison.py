@@ -1,0 +1,196 @@
+r"""What counts as the same answer.
+
+`key` is for voting: answers with equal keys are one vote. `same` is for grading and accepts more, because some answers
+can be read in two ways: `(A) 18` answers A and 18, `5 m` is five metres or 5·m, `1,234` a number or two of them.
+`canonical` is for people: what was written, tidied, and the plainest spelling of a number.
+"""
+
+import math
+from collections.abc import Hashable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
+from itertools import product
+
+from trm.answers.boxes import extract_boxed
+from trm.answers.grammar import read, split_choice
+from trm.answers.rules import both_signs, is_name, label, normal, number
+from trm.answers.spelling import MAX_CHARS, plain, tidy
+from trm.answers.tokens import Tokens, tokenize
+from trm.answers.tree import Node, Tree
+from trm.answers.words import LETTERS, asked_units
+
+
+def is_correct(reply: str, gold: str | int | Fraction | Decimal, question: str = "") -> bool:
+    r"""Whether the box of a whole reply has the gold answer.
+
+    A gold text is a bare answer, a boxed one, or a GSM8K answer with its `####`. The question says what it wants
+    counted. Raises TypeError for a gold of another type.
+    """
+    answer = gold_answer(gold)
+    box = extract_boxed(reply)
+    return box is not None and same(box, answer, question)
+
+
+def gold_answer(gold: str | int | Fraction | Decimal) -> str:
+    """The answer that a gold states, as text."""
+    if isinstance(gold, str):
+        return gold.rpartition("####")[2] if "####" in gold else extract_boxed(gold) or gold
+    if isinstance(gold, (int, Fraction, Decimal)) and not isinstance(gold, bool):
+        return str(gold)
+    raise TypeError(f"a gold answer is a str, int, Fraction or Decimal, not {type(gold).__name__}: {gold!r:.80}")
+
+
+def canonical(answer: str) -> str:
+    """One spelling per number (integer, terminating decimal, else `a/b`); anything else as it was written, tidied."""
+    plainly = normalize(answer)
+    if isinstance(plainly, str):
+        return plainly
+    rest, places = plainly.denominator, 0
+    while (factor := math.gcd(rest, 10)) > 1:
+        rest, places = rest // factor, places + 1
+    if places == 0 or rest > 1:
+        return str(plainly)
+    digits = str(abs(plainly.numerator) * 10**places // plainly.denominator).rjust(places + 1, "0")
+    return f"{'-' if plainly < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+
+
+def normalize(answer: str) -> Fraction | str:
+    """The number that an answer plainly is, else what was written, tidied."""
+    tokens = _tokens(answer)
+    if tokens is None or split_choice(tokens.tokens)[0] is not None:
+        return tidy(answer)
+    plainly = number(read(tokens.tokens))
+    return tidy(answer) if plainly is None else plainly
+
+
+def key(answer: str, question: str = "") -> Hashable:
+    """Equal for answers that are one vote. A multiple-choice letter stands for its value, too: `(A) 18` votes for A."""
+    return _long(answer) if len(answer) > MAX_CHARS else _key(answer, question)
+
+
+@lru_cache(maxsize=1024)  # a vote is counted after every sample
+def _key(answer: str, question: str) -> Hashable:
+    tokens = _tokens(answer)
+    if tokens is None:
+        return _long(answer)
+    letter, rest = split_choice(tokens.tokens)
+    return value(read(rest, asked=asked_units(question))) if letter is None else letter
+
+
+def same(one: str, other: str, question: str = "") -> bool:
+    """Whether two answers are the same, in one of the ways in which each can be read."""
+    if len(one) > MAX_CHARS or len(other) > MAX_CHARS:
+        return key(one) == key(other)
+    letters = {_choice(one), _choice(other)}
+    equal = any(value(left) == value(right) for left, right in pairs(one, other, question))
+    if letters == {None}:
+        return equal
+    if None in letters:  # the one without a letter and a value may be that letter
+        return equal or key(one, question) == key(other, question)
+    return equal and len(letters) == 1
+
+
+def pairs(one: str, other: str, question: str = "") -> Iterator[tuple[Tree, Tree]]:
+    """The readings of two answers that may be compared, as trees: none where `x = 5` meets `y = 5`."""
+    ours, theirs = trees(one, question), trees(other, question)
+    if not ours or not theirs:
+        return
+    names = {single_name(ours[0]), single_name(theirs[0])} - {None}
+    if len(names) < 2:
+        several = all(_assigned_apart(found[0]) for found in (ours, theirs))
+        yield from zip(ours[:1], theirs[:1], strict=True) if several else product(ours, theirs)
+
+
+def _choice(answer: str) -> str | None:
+    """The letter of a multiple-choice answer that gives its value, too."""
+    tokens = _tokens(answer)
+    return None if tokens is None else split_choice(tokens.tokens)[0]
+
+
+def trees(answer: str, question: str = "") -> list[Tree]:
+    """Every way in which an answer can be read, the likeliest first; not in normal form. None that is too long."""
+    tokens = _tokens(answer)
+    if tokens is None:
+        return []
+    _, rest = split_choice(tokens.tokens)
+    asked = asked_units(question)
+    found = [read(rest, asked=asked)]
+    if tokens.grouped:
+        found.append(read(split_choice(tokenize(plain(answer), group=False).tokens)[1], asked=asked))
+    if any(token.kind == "name" and token.text in LETTERS for token in rest):
+        found.append(read(rest, letter_units=False, asked=asked))
+    return [way for tree in found for way in (tree, *_otherwise(tree))]
+
+
+def _tokens(answer: str) -> Tokens | None:
+    """The tokens of an answer, None where it is too long to be read."""
+    if len(answer) > MAX_CHARS:
+        return None
+    text = plain(answer)
+    return tokenize(text) if len(text) <= 2 * MAX_CHARS else None
+
+
+def _long(answer: str) -> Tree:
+    return Node("text", (" ".join(answer.split()).casefold(),))
+
+
+def value(tree: Tree) -> Tree:
+    """The normal form of a whole answer, both values of one with ±."""
+    values = both_signs(tree)
+    return normal(Node("list", tuple(values))) if len(values) > 1 else normal(tree)
+
+
+def single_name(tree: Tree) -> str | None:
+    """What must not differ beside the value: x of `x = 5` and `x < 5`, and the half of the day of `9 a.m.`."""
+    name = label(tree)
+    if isinstance(tree, Node) and tree.kind == "time":
+        name = tree.parts[1]
+    elif isinstance(tree, Node) and tree.kind == "chain" and name is None:
+        names = [part for part in tree.parts[::2] if is_name(part)]
+        name = names[0] if len(names) == 1 else None
+    return name if isinstance(name, str) else None
+
+
+def _otherwise(tree: Tree) -> Iterator[Tree]:
+    """What else an answer as it was read may mean."""
+    if not isinstance(tree, Node):
+        return
+    if tree.kind == "list":
+        groups = [_assigned(part) for part in tree.parts]
+        if all(group is not None for group in groups):
+            yield Node("list", tuple(group for group in groups if group is not None))  # x = 1, y = 2 as 1, 2
+    elif tree.kind == "time":
+        yield tree.parts[0]  # 9 a.m. as 9
+    elif tree.kind == "chain":
+        if tree.parts[-2] == "≈":
+            yield tree.parts[-1]
+        interval = _interval(normal(tree))
+        if interval is not None:
+            yield interval
+
+
+def _assigned_apart(tree: Tree) -> bool:
+    """Whether an answer gives several things their values, `x = 1, y = 2`."""
+    return isinstance(tree, Node) and tree.kind == "list" and len({label(part) for part in tree.parts} - {None}) > 1
+
+
+def _assigned(tree: Tree) -> Tree | None:
+    return tree.parts[-1] if isinstance(tree, Node) and label(tree) is not None else None
+
+
+def _interval(tree: Tree) -> Tree | None:
+    """Where an inequality puts what it names: `0 < x <= 1` as (0, 1]."""
+    if not isinstance(tree, Node) or tree.kind != "chain" or not set(tree.parts[1::2]) <= {"<", "≤"}:
+        return None
+    named = [is_name(part) for part in tree.parts[::2]]
+    low: Tree = normal(Node("negative", ("∞",)))
+    if named == [True, False]:
+        below, closing, high = "<", tree.parts[1], tree.parts[2]
+    elif named == [False, True]:
+        low, below, closing, high = tree.parts[0], str(tree.parts[1]), "<", "∞"
+    elif named == [False, True, False]:
+        low, below, closing, high = tree.parts[0], str(tree.parts[1]), tree.parts[3], tree.parts[4]
+    else:
+        return None
+    return Node(f"tuple {'(' if below == '<' else '['}{')' if closing == '<' else ']'}", (low, high))

@@ -1,0 +1,14 @@
+"""What an answer is: numbers, names, and structures of them. Trees that are equal are equal answers (`rules`)."""
+
+from fractions import Fraction
+from typing import NamedTuple, TypeAlias
+
+
+class Node(NamedTuple):
+    """A structure. kind: "sum", "quotient", "tuple (]", …; what the parts mean depends on it (`grammar`)."""
+
+    kind: str
+    parts: "tuple[Tree, ...]"
+
+
+Tree: TypeAlias = Fraction | str | Node  # a str is a name: a letter, a command or a word
