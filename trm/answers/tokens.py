@@ -110,12 +110,14 @@ class _Tokenizer:
         return match.end()
 
     def take_grouped(self, match: re.Match[str]) -> int:
-        """A number with separators; or only what precedes the first one, where commas are to separate."""
-        if match["by"] == ",":
-            if not self.group or self.brackets:
-                self.add("number", match["grouped"].partition(",")[0])
-                return match.start() + match["grouped"].index(",")
-            self.grouped = True
+        """A number with separators; or only what precedes the first, in an index or where commas are to separate."""
+        commas = match["by"] == ","
+        index = bool(self.tokens) and self.tokens[-1].text in ("_", "^")  # of `\log_2 128`
+        if index or (commas and (not self.group or self.brackets)):
+            first = match["grouped"][: match.start("by") - match.start("grouped")]
+            self.add("number", first)
+            return match.start() + len(first)
+        self.grouped |= commas
         places = "" if match["places"] is None else f".{match['places']}"
         self.add("number", re.sub(r"\D", "", match["grouped"]) + places)
         return match.end()

@@ -327,6 +327,7 @@ ONE_VOTE = [  # groups of spellings; between two groups everything differs
     ["x^{2y}"],
     [r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\begin{bmatrix}1\\-2\end{bmatrix}"],
     [r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\left(\begin{array}{c} 1 \\ 3 \end{array}\right)"],
+    [r"\log_2 128", r"\log_{2}{128}", r"\log_2(128)"],
     [r"\begin{pmatrix} 1 & -2 \end{pmatrix}"],
     [r"\begin{pmatrix} -2 \\ 1 \end{pmatrix}"],
     ["(1 -2)", "-1"],
