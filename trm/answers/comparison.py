@@ -1,7 +1,8 @@
 r"""What counts as the same answer.
 
-`key` is for voting: answers with equal keys are one vote. `same` is for grading and accepts more, because some answers
-can be read in two ways: `(A) 18` answers A and 18, `5 m` is five metres or 5·m, `1,234` a number or two of them.
+`key` is for voting: answers with equal keys are one vote. `same` is for grading. It also accepts what only another
+reading makes equal: `(A) 18` answers A and 18, `5 m` is five metres or 5·m, `1,234` a number or two of them. It does
+not accept two values with different names, `x = 5` and `y = 5`, which are one vote.
 `canonical` is for people: what was written, tidied, and the plainest spelling of a number.
 """
 
@@ -20,25 +21,31 @@ from trm.answers.tokens import Tokens, tokenize
 from trm.answers.tree import Node, Tree
 from trm.answers.words import LETTERS, asked_units
 
+_NEAR = Fraction(1, 20)  # of a number, how far off its approximation may be
+_NOTHING = (Node("list", ()), Node("text", ()))
+
 
 def is_correct(reply: str, gold: str | int | Fraction | Decimal, question: str = "") -> bool:
     r"""Whether the box of a whole reply has the gold answer.
 
     A gold text is a bare answer, a boxed one, or a GSM8K answer with its `####`. The question says what it wants
-    counted. Raises TypeError for a gold of another type.
+    counted. A gold that says nothing has no right answer. Raises TypeError for a gold of another type.
     """
     answer = gold_answer(gold)
     box = extract_boxed(reply)
-    return box is not None and same(box, answer, question)
+    return box is not None and not _says_nothing(answer) and same(box, answer, question)
 
 
 def gold_answer(gold: str | int | Fraction | Decimal) -> str:
     """The answer that a gold states, as text."""
     if isinstance(gold, str):
         return gold.rpartition("####")[2] if "####" in gold else extract_boxed(gold) or gold
-    if isinstance(gold, (int, Fraction, Decimal)) and not isinstance(gold, bool):
+    if isinstance(gold, Decimal):
         return str(gold)
-    raise TypeError(f"a gold answer is a str, int, Fraction or Decimal, not {type(gold).__name__}: {gold!r:.80}")
+    if isinstance(gold, (int, Fraction)) and not isinstance(gold, bool):
+        digits = [f"{Decimal(part):f}" for part in gold.as_integer_ratio()]  # str() of an int takes 4300 at most
+        return digits[0] if digits[1] == "1" else "/".join(digits)
+    raise TypeError(f"a gold answer is a str, int, Fraction or Decimal, not {type(gold).__name__}")
 
 
 def canonical(answer: str) -> str:
@@ -80,26 +87,28 @@ def _key(answer: str, question: str) -> Hashable:
 
 def same(one: str, other: str, question: str = "") -> bool:
     """Whether two answers are the same, in one of the ways in which each can be read."""
-    if len(one) > MAX_CHARS or len(other) > MAX_CHARS:
-        return key(one) == key(other)
-    letters = {_choice(one), _choice(other)}
-    equal = any(value(left) == value(right) for left, right in pairs(one, other, question))
-    if letters == {None}:
-        return equal
-    if None in letters:  # the one without a letter and a value may be that letter
-        return equal or key(one, question) == key(other, question)
-    return equal and len(letters) == 1
+    if _tokens(one) is None or _tokens(other) is None:
+        return key(one, question) == key(other, question)
+    if one == other or any(value(left) == value(right) for left, right in pairs(one, other, question)):
+        return True
+    # the one without a letter and a value may be that letter
+    return [_choice(one), _choice(other)].count(None) == 1 and key(one, question) == key(other, question)
 
 
 def pairs(one: str, other: str, question: str = "") -> Iterator[tuple[Tree, Tree]]:
-    """The readings of two answers that may be compared, as trees: none where `x = 5` meets `y = 5`."""
+    """The readings of two answers that may be compared, as trees: none where `x = 5` meets `y = 5`, or A meets B."""
     ours, theirs = trees(one, question), trees(other, question)
-    if not ours or not theirs:
+    if not ours or not theirs or other_choice(one, other):
         return
     names = {single_name(ours[0]), single_name(theirs[0])} - {None}
     if len(names) < 2:
         several = all(_assigned_apart(found[0]) for found in (ours, theirs))
         yield from zip(ours[:1], theirs[:1], strict=True) if several else product(ours, theirs)
+
+
+def other_choice(one: str, other: str) -> bool:
+    """Whether two answers give their values under different letters: `(A) 18` and `(B) 18`."""
+    return len({_choice(one), _choice(other)} - {None}) > 1
 
 
 def _choice(answer: str) -> str | None:
@@ -109,18 +118,30 @@ def _choice(answer: str) -> str | None:
 
 
 def trees(answer: str, question: str = "") -> list[Tree]:
-    """Every way in which an answer can be read, the likeliest first; not in normal form. None that is too long."""
+    """Every way in which an answer can be read, the likeliest first; not in normal form. No way if it says nothing.
+
+    Beyond the kinds of `grammar` there is "in order": a list that may be meant as it is written.
+    """
     tokens = _tokens(answer)
     if tokens is None:
         return []
     _, rest = split_choice(tokens.tokens)
     asked = asked_units(question)
     found = [read(rest, asked=asked)]
-    if tokens.grouped:
-        found.append(read(split_choice(tokenize(plain(answer), group=False).tokens)[1], asked=asked))
+    if found[0] in _NOTHING:
+        return []
     if any(token.kind == "name" and token.text in LETTERS for token in rest):
         found.append(read(rest, letter_units=False, asked=asked))
-    return [way for tree in found for way in (tree, *_otherwise(tree))]
+    ways = [way for tree in found for way in (tree, *_otherwise(tree))]
+    return ways + _separated(answer, asked) if tokens.grouped else ways
+
+
+def _separated(answer: str, asked: frozenset[str]) -> list[Tree]:
+    """An answer whose commas may group thousands, as the list that they separate: `1,234`, but not `1,001`."""
+    _, rest = split_choice(tokenize(plain(answer), group=False).tokens)
+    padded = any(token.kind == "number" and token.text[:1] == "0" and token.text[1:2].isdigit() for token in rest)
+    tree = read(rest, asked=asked)
+    return [] if padded or not isinstance(tree, Node) else [Node("in order", tree.parts)]
 
 
 def _tokens(answer: str) -> Tokens | None:
@@ -129,6 +150,12 @@ def _tokens(answer: str) -> Tokens | None:
         return None
     text = plain(answer)
     return tokenize(text) if len(text) <= 2 * MAX_CHARS else None
+
+
+def _says_nothing(answer: str) -> bool:
+    """Whether an answer is only blanks, separators and dress."""
+    tokens = _tokens(answer)
+    return not answer.strip() if tokens is None else read(tokens.tokens) in _NOTHING
 
 
 def _long(answer: str) -> Tree:
@@ -157,17 +184,25 @@ def _otherwise(tree: Tree) -> Iterator[Tree]:
     if not isinstance(tree, Node):
         return
     if tree.kind == "list":
-        groups = [_assigned(part) for part in tree.parts]
-        if all(group is not None for group in groups):
-            yield Node("list", tuple(group for group in groups if group is not None))  # x = 1, y = 2 as 1, 2
+        yield Node("in order", tree.parts)
+        values = [_assigned(part) for part in tree.parts]
+        if None not in values:
+            yield Node("in order", tuple(one for one in values if one is not None))  # x = 1, y = 2 as 1, 2
     elif tree.kind == "time":
         yield tree.parts[0]  # 9 a.m. as 9
     elif tree.kind == "chain":
-        if tree.parts[-2] == "≈":
+        if tree.parts[-2] == "≈" and _near(normal(tree.parts[-3]), normal(tree.parts[-1])):
             yield tree.parts[-1]
         interval = _interval(normal(tree))
         if interval is not None:
             yield interval
+
+
+def _near(exactly: Tree, roughly: Tree) -> bool:
+    """Whether a number is near what it stands for, as far as that can be told."""
+    if not isinstance(exactly, Fraction) or not isinstance(roughly, Fraction):
+        return True
+    return abs(exactly - roughly) <= _NEAR * abs(exactly)
 
 
 def _assigned_apart(tree: Tree) -> bool:
