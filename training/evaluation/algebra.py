@@ -1,10 +1,11 @@
 """Judge replies: by comparison first (`trm.answers`), by algebra where that finds a difference it cannot be sure of.
 
 Algebra runs in a child process that is killed when it takes too long or too much memory, and started again for the
-next question.
+next question. Where it cannot be started, that is said once, and comparison has the last word.
 """
 
 import json
+import logging
 import select
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from trm.answers import extract_boxed, is_correct, key
 from trm.answers.tree import Node
 
 By = Literal["no box", "number", "text", "structure", "algebra", "gave up"]
+logger = logging.getLogger(__name__)
+
 SECONDS = 5
 MAX_BYTES = 2 * 1024**3
 _START_SECONDS = 120  # sympy is a large library, and the machine may be busy
@@ -55,7 +58,9 @@ class Judge:
         if right:
             return Verdict(True, "structure")
         verdict = self._ask("algebra", box, gold, question)
-        return Verdict(False, "gave up") if verdict is None else Verdict(verdict, "algebra")
+        if verdict is None:
+            return Verdict(False, "gave up" if self._algebra.starts else "structure")
+        return Verdict(verdict, "algebra")
 
     def judged(self, answer: Answer) -> Answer:
         """An answer with its verdict, and Math-Verify's where that is installed."""
@@ -64,6 +69,7 @@ class Judge:
         control = None
         if self._has_control:
             control = box is not None and self._ask("Math-Verify", box, answer.expected) is True
+            control = control if self._algebra.starts else None
         return replace(answer, right=answer.right or verdict.right, judged_by=verdict.by, math_verify=control)
 
     def _ask(self, by: str, box: str, gold: str, question: str = "") -> bool | None:
@@ -85,25 +91,41 @@ def count_verdicts(answers: Iterable[Answer]) -> dict[str, int]:
 
 
 class Algebra:
-    """The child process, started when it is first asked."""
+    """The child process, started when it is first asked, and again after it ended. starts: False once it did not."""
 
     def __init__(self, seconds: int = SECONDS, max_bytes: int = MAX_BYTES) -> None:
+        self.starts = True
         self._limits = (seconds, max_bytes)
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, question: Any) -> bool | None:
-        """The verdict; None where a limit was reached."""
-        if self._process is None:
-            seconds, max_bytes = self._limits
-            command = [sys.executable, "-m", "training.evaluation.symbolic", str(seconds + 1), str(max_bytes)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            if self._answer(self._process, _START_SECONDS) is None:
-                return None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        verdict: bool | None = self._answer(self._process, self._limits[0])
+        """The verdict; None where a limit was reached, or the process ended or does not start."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        process = self._process or self._start()
+        if process is None:
+            return None
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            self.close()
+            return None
+        verdict: bool | None = self._answer(process, self._limits[0])
         return verdict
+
+    def _start(self) -> "subprocess.Popen[str] | None":
+        """A process that is ready; None, and a warning, where it does not get there."""
+        if not self.starts:
+            return None
+        seconds, max_bytes = self._limits
+        command = [sys.executable, "-m", "training.evaluation.symbolic", str(seconds + 1), str(max_bytes)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.starts = self._answer(self._process, _START_SECONDS) is not None
+        if not self.starts:
+            logger.warning("no algebra (is sympy installed?): what comparison finds different counts as wrong")
+        return self._process
 
     def _answer(self, process: "subprocess.Popen[str]", seconds: float) -> Any:
         """The next line, or None and no process any more."""

@@ -10,21 +10,22 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 
 import sympy
 
-from trm.answers.comparison import pairs, trees, value
+from trm.answers.comparison import other_choice, pairs, trees, value
 from trm.answers.grammar import FUNCTION_NAMES
 from trm.answers.rules import normal
 from trm.answers.tree import Node, Tree
 
 Equality = Callable[[Tree, Tree], bool]
 
-_NUM_POINTS = 4  # at which two expressions are compared before anything is simplified
+_SCALES = (1, 3, 30, 1000, Fraction(1, 30))  # how far from zero two expressions are compared
 _DIGITS = 40
+_BENT = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign)  # one thing here, another there
 _CONSTANTS = {"\\pi": sympy.pi, "∞": sympy.oo, "e": sympy.E, "i": sympy.I}
 _FUNCTIONS = {"ln": sympy.log, "lg": lambda x: sympy.log(x, 10), "max": sympy.Max, "min": sympy.Min, "gcd": sympy.gcd}
 _FUNCTIONS |= {"lcm": sympy.lcm, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan}
@@ -38,10 +39,29 @@ class Inexpressible(Exception):
 
 def equal(answer: str, gold: str, question: str = "") -> bool:
     """Whether algebra finds an answer and a gold equal, in one of the ways in which each can be read."""
-    ours, theirs = trees(answer, question), trees(gold, question)
-    if any(_attempt(_equal_relations, one, other) for one, other in zip(ours[:1], theirs[:1], strict=False)):
+    if other_choice(answer, gold):
+        return False
+    first = zip(trees(answer, question)[:1], trees(gold, question)[:1], strict=False)
+    if any(_attempt(_equal_relations, *logs) for pair in first for logs in _with_logarithms(*pair)):
         return True
-    return any(_attempt(equal_values, value(one), value(other)) for one, other in pairs(answer, gold, question))
+    readings = ((value(one), value(other)) for one, other in pairs(answer, gold, question))
+    return any(_attempt(equal_values, *logs) for pair in readings for logs in _with_logarithms(*pair))
+
+
+def _with_logarithms(one: Tree, other: Tree) -> Iterator[tuple[Tree, Tree]]:
+    r"""Two trees with a base for their `\log`: 10, and e unless one of them says `\ln` as well."""
+    ten = (_log_as("lg", one), _log_as("lg", other))
+    yield ten
+    if ten != (one, other) and not any(name in repr((one, other)) for name in ("'ln'", "('log', 'e')")):
+        yield _log_as("ln", one), _log_as("ln", other)
+
+
+def _log_as(name: str, tree: Tree) -> Tree:
+    if tree == "log":
+        return name
+    if not isinstance(tree, Node) or (tree.kind == "sub" and tree.parts[0] == "log"):
+        return tree
+    return Node(tree.kind, tuple(_log_as(name, part) for part in tree.parts))
 
 
 def _attempt(compare: Equality, one: Tree, other: Tree) -> bool:
@@ -57,7 +77,7 @@ def equal_values(one: Tree, other: Tree) -> bool:
         return True
     if isinstance(one, Node) and isinstance(other, Node) and one.kind == other.kind:
         if len(one.parts) == len(other.parts) and (
-            one.kind.startswith("tuple") or one.kind in ("matrix", "row", "named")
+            one.kind.startswith("tuple") or one.kind in ("in order", "matrix", "row", "named")
         ):
             return all(_attempt(equal_values, *pair) for pair in zip(one.parts, other.parts, strict=True))
         if one.kind in ("set", "∪") and _matched(one.parts, other.parts):
@@ -159,9 +179,10 @@ def _equal_expressions(one: Tree, other: Tree) -> bool:
 
 
 def is_zero(difference: sympy.Expr) -> bool:
-    """Whether an expression vanishes: at several points, to many digits, and then by simplifying if that can tell.
+    """Whether an expression vanishes at several points, to many digits; what that cannot show, simplifying must.
 
-    Points where it is not real do not count, unless it is complex by what is written.
+    Points where it is not real do not count, unless it is complex by what is written. They show nothing if fewer than
+    two count, or if the expression is bent: it may be zero at every one of them and not beyond.
     """
     if difference == 0:
         return True
@@ -177,7 +198,17 @@ def is_zero(difference: sympy.Expr) -> bool:
             if not (real and imaginary):
                 return False
             vanished += 1
-    return vanished > 1 or bool(sympy.simplify(difference) == 0)
+    if vanished > 1 and not _is_bent(difference):
+        return True
+    real_symbols = {symbol: sympy.Symbol(symbol.name, real=True) for symbol in difference.free_symbols}
+    return any(sympy.simplify(one) == 0 for one in (difference, difference.subs(real_symbols)))
+
+
+def _is_bent(difference: sympy.Expr) -> bool:
+    """Whether it has an absolute value, rounding, … or a root of a power, of something unknown."""
+    roots = (power.base for power in difference.atoms(sympy.Pow) if power.exp.is_Rational and not power.exp.is_Integer)
+    bent = {base for base in roots if any(inner.exp.is_even for inner in base.atoms(sympy.Pow))}
+    return any(one.free_symbols for one in bent | difference.atoms(*_BENT))
 
 
 def _vanishes(number: sympy.Expr) -> bool:
@@ -186,12 +217,12 @@ def _vanishes(number: sympy.Expr) -> bool:
 
 
 def _points(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
-    """Where to look: below and above zero, the same in every run."""
+    """Where to look: near zero and far from it, above, below and on both sides, the same in every run."""
     draw = random.Random(0)
-    signs = [1, -1, 1, 1]
     return [
-        {symbol: sympy.Rational(sign * draw.randint(50, 400), 101) for symbol in symbols}
-        for sign in signs[:_NUM_POINTS]
+        {symbol: sign() * sympy.Rational(draw.randint(50, 400), 202) * scale for symbol in symbols}
+        for scale in _SCALES
+        for sign in (lambda: 1, lambda: -1, lambda: draw.choice((1, -1)))
     ]
 
 

@@ -59,6 +59,19 @@ def test_a_verdict_says_where_it_comes_from(judge: Judge, reply: str, gold: str,
         (r"2\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 6 \end{pmatrix}"),
         (r"\sum_{k=1}^{n} a_k b_k", r"\sum_{k=1}^{n} b_k a_k"),
         (r"\frac{1}{1004!}", r"\frac{1004}{1004 \cdot 1004!}"),
+        ("|x-5|", "|5-x|"),
+        (r"\sqrt{(x-5)^2}", "|x-5|"),
+        (r"\max(x, 5)", r"\max(5, x)"),
+        (r"\sqrt{x+1} \cdot \sqrt{x+1}", "x+1"),
+        (r"\frac{1}{\sqrt{x}+1}", r"\frac{\sqrt{x}-1}{x-1}"),
+        (r"\log 100", "2"),
+        (r"\log e^2", "2"),
+        (r"\log 8 / \log 2", "3"),
+        (r"\log 4", r"2\log 2"),
+        (r"\log 100", r"\log_{10} 100"),
+        ("(A) (x+1)^2", "x^2+2x+1"),
+        ("(A) (x+1)^2", "(A) x^2+2x+1"),
+        (r"x = \sqrt8, y = 3", r"2\sqrt2, 3"),
     ],
 )
 def test_equal_by_algebra(one: str, other: str) -> None:
@@ -87,6 +100,24 @@ def test_equal_by_algebra(one: str, other: str) -> None:
         (r"2\sum_{k=1}^{n} k", r"\sum_{k=1}^{n} k^2"),
         (r"k\sum_{k=1}^{n} 2", r"2\sum_{k=1}^{n} k"),
         ("the cat sat", "sat the cat"),
+        ("|x-5|", "5-x"),
+        ("|x+10|", "x+10"),
+        ("|x+5000|", "x+5000"),
+        (r"|xy|", "xy"),
+        (r"\sqrt{(x-5)^2}", "5-x"),
+        (r"\sqrt{(x+9000)^2}", "x+9000"),
+        (r"\sqrt{x^2 + 18000x + 9000^2}", "x+9000"),
+        (r"\max(x, 5)", "5"),
+        (r"\min(x, 7000)", "x"),
+        (r"\lfloor x \rfloor", r"\lfloor x + 0.0001 \rfloor"),
+        (r"\lceil x \rceil", r"\lfloor x \rfloor + 1"),
+        (r"\log 100", r"\ln 100"),
+        (r"\log x", r"\ln x"),
+        (r"\log x", r"\log_e x"),
+        ("(A) (x+1)^2", "(B) x^2+2x+1"),
+        ("(A) x+x = 2", "(B) 2x = 2"),
+        (r"x = \sqrt8, y = 3", r"3, 2\sqrt2"),
+        ("", "."),
     ],
 )
 def test_different_by_algebra(one: str, other: str) -> None:
@@ -105,6 +136,38 @@ def test_what_takes_forever_is_given_up_and_the_next_question_answered(answer: s
         assert algebra.ask(("algebra", "x+x", "2x", "")) is True
     finally:
         algebra.close()
+
+
+def test_a_process_that_ended_between_two_questions_is_started_again() -> None:
+    algebra = Algebra()
+    try:
+        for _ in range(2):
+            assert algebra.ask(("algebra", "x+x", "2x", "")) is True
+            assert algebra._process is not None
+            algebra._process.kill()
+            algebra._process.wait()
+        algebra.ask(("algebra", "x+x", "2x", ""))
+        assert algebra._process is not None
+        algebra._process.kill()  # perhaps noticed only when it is written to
+        assert algebra.ask(("algebra", "x+x", "2x", "")) in (True, None)
+        assert algebra.ask(("algebra", "x+x", "2x", "")) is True
+    finally:
+        algebra.close()
+
+
+def test_a_process_that_does_not_start_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sympy.py").write_text("raise ImportError('no sympy here')\n")
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *sys.path]))
+    with Judge() as judge:
+        verdicts = [judge.judge(rf"\boxed{{x+{number}}}", "x+x") for number in range(3)]
+        assert judge.judged(_answer(r"\boxed{x + 1}")).right
+
+    assert verdicts == [(False, "structure")] * 3
+    assert [record.message for record in caplog.records] == [
+        "no algebra (is sympy installed?): what comparison finds different counts as wrong"
+    ]
 
 
 def test_too_little_memory_gives_up() -> None:
