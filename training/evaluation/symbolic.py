@@ -25,6 +25,7 @@ Equality = Callable[[Tree, Tree], bool]
 
 _SCALES = (1, 3, 30, 1000, Fraction(1, 30))  # how far from zero two expressions are compared
 _DIGITS = 40
+_CERTAIN_BITS = 16  # a number other than zero has more, unless 100 digits cancel
 _BENT = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign)  # one thing here, another there
 _CONSTANTS = {"\\pi": sympy.pi, "∞": sympy.oo, "e": sympy.E, "i": sympy.I}
 _FUNCTIONS = {"ln": sympy.log, "lg": lambda x: sympy.log(x, 10), "max": sympy.Max, "min": sympy.Min, "gcd": sympy.gcd}
@@ -212,8 +213,8 @@ def _is_bent(difference: sympy.Expr) -> bool:
 
 
 def _vanishes(number: sympy.Expr) -> bool:
-    """Whether a number that was worked out is zero: what cancels leaves no digit that is certain."""
-    return bool(number == 0) or (isinstance(number, sympy.Float) and number._prec == 1)
+    """Whether a number that was worked out is zero: what cancels leaves hardly a digit that is certain."""
+    return bool(number == 0) or (isinstance(number, sympy.Float) and number._prec < _CERTAIN_BITS)
 
 
 def _points(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
