@@ -130,6 +130,8 @@ NUMBERS = {
     r"2\frac12": Fraction(5, 2),
     "10^{-3}": Fraction(1, 1000),
     r"0.1\overline{6}": Fraction(1, 6),
+    "0.(3)": Fraction(1, 3),
+    "2.(142857)": Fraction(15, 7),
     # dress
     "{18}": 18,
     "**18**": 18,
@@ -374,6 +376,11 @@ ONE_VOTE = [  # groups of spellings; between two groups everything differs
     [r"\{x \mid x > 0\}", r"\{ x : x > 0 \}"],
     ["|x|", r"\lvert x\rvert", r"\left| x \right|"],
     ["No", "no", r"\text{No}"],
+    [r"\sqrt.25", "0.5"],
+    [r"\frac1.5"],
+    [r"\frac1e5"],
+    ["0.1(6)"],
+    ["3 boys and 4 boys", "3 boys, 4 boys"],
 ]  # fmt: skip
 
 
