@@ -20,7 +20,7 @@ from fractions import Fraction
 
 from trm.answers.tokens import Token
 from trm.answers.tree import Node, Tree
-from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, is_unit
+from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit
 
 MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids int()'s limit of 4300 digits
 _MAX_DEPTH = 24  # of brackets, arguments and exponents
@@ -148,6 +148,8 @@ class _Reader:
                     if "is" not in [token.text for token in before]:
                         return
                     length = [token.text for token in before].index("is")
+                if not all(introduces(token.text) for token in before[:length]):
+                    return
             self.position += length + 1
 
     def items(self) -> list[Tree]:
