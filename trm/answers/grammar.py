@@ -6,7 +6,7 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
     ratio    = sum {":" sum}
     sum      = ["+" | "-" | "±"] product {("+" | "-" | "±") product}
     product  = power {["*" | "/"] power} [unit]
-    power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}
+    power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}    two `^` only in braces
     atom     = number | name | bracket | "frac" argument argument | function power | matrix | …
 
 Kinds of nodes: "list" (in no order), "set", "tuple ()", "tuple [)" … (intervals too), "such that", "matrix", "row",
@@ -36,7 +36,7 @@ _ACCENTS = frozenset({"overline", "vec", "hat", "tilde"})
 _OPENING = frozenset({"frac", "sqrt", "binom", "|", "begin matrix", "begin det", *_CLOSING, *_ROUND, *_ACCENTS})
 _AFTER_LETTER = tuple("+-*/^_=<>≤≥≠∪∩∖,;:)]|")  # then the letter is part of the mathematics
 _END = Token("end", "", False, False)
-_EXPONENT = re.compile(r"\^ (?:- )?(?:\d+|\{ (?:- )?\d+ \}) ")
+_EXPONENT = re.compile(r"\^ (?:- )?(?:\d+\.?|\{ (?:- )?\d+\.? \}) ")
 _NUMBER = re.compile(r"(\d*)(?:\.(\d*))?(?:e([-+]?\d+))?")
 
 
@@ -260,6 +260,8 @@ class _Reader:
         for _ in range(_MAX_MARKS):
             if self.take("^"):
                 base = Node("power", (base, self.exponent()))
+                if self.at("^"):
+                    raise Unreadable  # 2^3^2
             elif self.take("_"):
                 base = Node("sub", (base, self.argument(one_digit=False)))
             elif self.at("!", "'"):

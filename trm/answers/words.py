@@ -42,7 +42,7 @@ _COUNTED = """
     course subject test quiz quizzes exam grade job task chore project order sale machine computer phone program key
     battery batteries combination arrangement permutation pattern path possibility possibilities outcome element
     subset roots factors divisor multiples zeros zeroes term coefficient asymptote prime handshake match matches inning
-    squares singer dancer doctor nurse soldier king queen hour push-up pushup jump hit win loss shot scoop serving recipe
+    singer dancer doctor nurse soldier king queen hour push-up pushup jump hit win loss shot scoop serving recipe
     ingredient gumdrop jellybean sprinkle crystal cubes sphere cone cylinder tank pool passer sibling brother sister
     son daughter cousin uncle aunt grandchildren twin male female hoop locker camper tent sleeping firework candle
     lantern star planet cloud drop snowball snowman pill shell seashell spot pet follower cap feather guppy guppies
@@ -50,7 +50,7 @@ _COUNTED = """
     sweet fly flies pastry pastries tooth teeth firecracker sequin pigeon clove mink widget minnow basketball
     pointer oyster tool alligator zombie hike visit crab lizard squirrel dinosaur kangaroo spider butterfly
     butterflies caterpillar whale shark dolphin penguin lamb calf calves deer ox oxen dime load loads worth cost
-    left each total remaining altogether apiece extra
+    left each total remaining altogether apiece extra squares
 """
 _BESIDE = """
     a an the of per every in on at off more old long tall high wide deep away all apart square sq cubic cu older

@@ -151,6 +151,7 @@ NUMBERS = {
     r"\text{Length of the third side} = 18": 18,
     "5 years older": 5,
     r"15\mbox{ cm}^2": 15,
+    r"\mathbf{15\text{ cm}^2.}": 15,
 }
 
 
@@ -399,6 +400,20 @@ ONE_VOTE = [  # groups of spellings; between two groups everything differs
     [r"\frac1.5"],
     [r"\frac1e5"],
     ["0.1(6)"],
+    ["2^3^2"],
+    ["64", "(2^3)^2"],
+    ["3\\pi"],
+    [r"\pi = 2\pi = 3\pi"],
+    [r"x = 2\pi = 5"],
+    [r"\sqrt{2} = \sqrt{3} = 5"],
+    [r"2\sqrt{2}", r"x = \sqrt{8} = 2\sqrt{2}"],
+    [r"\emptyset", r"\{\}"],
+    [r"\{\emptyset\}"],
+    [r"\{\{7\}\}"],
+    [r"\{\{7\}, \{8\}\}"],
+    [r"\{\{7, 8\}\}"],
+    [r"(7, \{8\})"],
+    ["(7, 8)"],
     ["3 boys and 4 boys", "3 boys, 4 boys"],
 ]  # fmt: skip
 

@@ -58,6 +58,8 @@ UNITS += [
     "f(x)=",
     "m^2 ",
     "m/m^2 ",
+    r"\sqrt{2}=",
+    r"\pi^{9",
     "m^{1 m ",
 ]
 
@@ -96,7 +98,16 @@ def test_long_text_ignores_case_and_spacing_too():
 
 
 @pytest.mark.parametrize(
-    "answer", ["10^{10^{10}}", "9^{9^{9}}", "(10^9)!", "1e999999", r"\binom{10^9}{10^8}", "7^{-9999}"]
+    "answer",
+    [
+        "10^{10^{10}}",
+        "9^{9^{9}}",
+        "(10^9)!",
+        r"x = \pi^{9^{99}} = \pi^{-\pi^{9^9}}",
+        "1e999999",
+        r"\binom{10^9}{10^8}",
+        "7^{-9999}",
+    ],
 )
 def test_what_is_too_large_is_only_itself(answer):
     assert same(answer, answer)
