@@ -6,7 +6,7 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
     ratio    = sum {":" sum}
     sum      = ["+" | "-" | "±"] product {("+" | "-" | "±") product}
     product  = power {["*" | "/"] power} [unit]
-    power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}
+    power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}    two `^` only in braces
     atom     = number | name | bracket | "frac" argument argument | function power | matrix | …
 
 Kinds of nodes: "list" (in no order), "set", "tuple ()", "tuple [)" … (intervals too), "such that", "matrix", "row",
@@ -20,7 +20,7 @@ from fractions import Fraction
 
 from trm.answers.tokens import Token
 from trm.answers.tree import Node, Tree
-from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, is_unit
+from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit
 
 MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids int()'s limit of 4300 digits
 _MAX_DEPTH = 24  # of brackets, arguments and exponents
@@ -36,6 +36,7 @@ _ACCENTS = frozenset({"overline", "vec", "hat", "tilde"})
 _OPENING = frozenset({"frac", "sqrt", "binom", "|", "begin matrix", "begin det", *_CLOSING, *_ROUND, *_ACCENTS})
 _AFTER_LETTER = tuple("+-*/^_=<>≤≥≠∪∩∖,;:)]|")  # then the letter is part of the mathematics
 _END = Token("end", "", False, False)
+_EXPONENT = re.compile(r"\^ (?:- )?(?:\d+\.?|\{ (?:- )?\d+\.? \}) ")
 _NUMBER = re.compile(r"(\d*)(?:\.(\d*))?(?:e([-+]?\d+))?")
 
 
@@ -78,6 +79,7 @@ class _Reader:
         self.position = 0
         self.depth = 0
         self.bars = 0  # open | of an absolute value, or of a set's condition to come
+        self.no_unit = 0  # up to where no unit begins, so that each token is looked at once
 
     # Tokens
 
@@ -146,6 +148,8 @@ class _Reader:
                     if "is" not in [token.text for token in before]:
                         return
                     length = [token.text for token in before].index("is")
+                if not all(introduces(token.text) for token in before[:length]):
+                    return
             self.position += length + 1
 
     def items(self) -> list[Tree]:
@@ -256,6 +260,8 @@ class _Reader:
         for _ in range(_MAX_MARKS):
             if self.take("^"):
                 base = Node("power", (base, self.exponent()))
+                if self.at("^"):
+                    raise Unreadable  # 2^3^2
             elif self.take("_"):
                 base = Node("sub", (base, self.argument(one_digit=False)))
             elif self.at("!", "'"):
@@ -305,24 +311,33 @@ class _Reader:
             raise Unreadable
         self.position += 1
         value = number(token.text)
-        if self.at("overline") and "." in token.text:  # 0.1\overline{6}
-            self.position += 1
-            value += self.repeating(len(token.text.partition(".")[2]))
+        places = len(token.text.partition(".")[2])
+        if "." in token.text and (self.take("overline") or self.at_digits_in_brackets()):
+            if self.at("(") and places:
+                raise Unreadable  # 0.1(6), which may be a product
+            value += self.repeating(places)  # 0.1\overline{6}, 0.(3)
         return value
 
+    def at_digits_in_brackets(self) -> bool:
+        opening, digits, closing = (self.peek(ahead) for ahead in range(3))
+        return not opening.gap and opening.text + closing.text == "()" and digits.text.isdigit()
+
     def repeating(self, places: int) -> Fraction:
-        self.take("{")
+        opened = self.take("{", "(")
         digits = self.peek().text
         if self.peek().kind != "number" or not digits.isdigit() or len(digits) + places > MAX_DIGITS:
             raise Unreadable
         self.position += 1
-        self.take("}")
+        if opened:
+            self.expect("}", ")")
         return Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
 
     def argument(self, one_digit: bool = True) -> Tree:
-        r"""What a command takes: a group, or the next thing, of a number the first digit: `\frac12`."""
+        r"""What a command takes: a group, or the next thing, of a whole number the first digit: `\frac12`."""
         token = self.peek()
-        if one_digit and token.kind == "number" and len(token.text) > 1:
+        if one_digit and token.kind == "number" and len(token.text) > 1 and token.text[0] != ".":
+            if not token.text.isdigit():
+                raise Unreadable  # \frac1.5, \frac1e5
             rest = token._replace(text=token.text[1:], gap=False)
             self.tokens[self.position : self.position + 1] = [token._replace(text=token.text[0]), rest]
         return self.atom()
@@ -416,12 +431,14 @@ class _Reader:
     def unit(self) -> bool:
         """Step over what is counted or measured, if that is all that follows in this member."""
         start = self.position
-        if not self.begins_unit():
+        if start < self.no_unit or not self.begins_unit():
             return False
         found = known = self.tokens[start - 1].text == "%"  # a unit at all; and whether the last word is one
         power = False  # whether an exponent came just before
         while True:
             token = self.peek()
+            if self.at_separator():
+                break
             beside = token.text in BESIDE and (token.kind == "word" or token.gap)
             unit = token.kind == "word" and is_unit(token.text, self.asked)
             if beside or unit or (token.kind == "word" and describes(token.text)):
@@ -435,9 +452,7 @@ class _Reader:
             elif self.is_letter_unit():
                 found = known = True
                 self.position += 1
-            elif found and self.at("^") and not power:
-                self.position += 1
-                self.exponent()
+            elif found and not power and self.whole_exponent():
                 power = True
                 continue
             elif self.at("/", "*", "-") and self.peek(1).kind in ("word", "name"):
@@ -451,8 +466,14 @@ class _Reader:
             power = False
         if found and known and self.at_end_of_member():
             return True
-        self.position = start
+        self.no_unit, self.position = self.position, start
         return False
+
+    def whole_exponent(self) -> bool:
+        """Step over the exponent of a unit, `^2` or `^{-1}`."""
+        exponent = _EXPONENT.match("".join(self.peek(ahead).text + " " for ahead in range(5)))
+        self.position += exponent[0].count(" ") if exponent else 0
+        return exponent is not None
 
     def begins_unit(self) -> bool:
         token, following = self.peek(), self.peek(1)

@@ -6,7 +6,9 @@ holds. No algebra: `(x+1)^2` stays what it is (`training.evaluation.algebra`).
 """
 
 from collections.abc import Iterable, Sequence
+from decimal import Context, Decimal, DecimalException
 from fractions import Fraction
+from functools import reduce
 from math import ceil, comb, factorial, floor
 
 from trm.answers.grammar import FUNCTION_NAMES, MAX_DIGITS
@@ -18,18 +20,28 @@ _MAX_DEGREE = 64
 _CONSTANTS = frozenset({"\\pi", "∞", "∅", "\\mathbb{R}", "\\mathbb{Z}", "\\mathbb{N}", "\\mathbb{Q}", "\\mathbb{C}"})
 _OF_NAMES = frozenset({"product", "quotient", "ratio", "tuple ()", "abs", "'", "overline", "vec", "hat", "∪ ∩ ∖"})
 _EQUAL = frozenset("=≈∈")
+_NEAR = Decimal("1e-20")  # two values that differ by a larger part are not equal
+_DIGITS = Context(prec=40)
+_PI = Decimal("3.141592653589793238462643383279502884197")
 _REVERSED = {">": "<", "≥": "≤"}
 
 
 def normal(tree: Tree) -> Tree:
-    """The normal form of a tree as it was read."""
+    """The normal form of a tree as it was read; a set of one thing that is no set is that thing."""
+    found = _normal(tree)
+    if isinstance(found, Node) and found.kind == "set" and len(found.parts) == 1 and not _is_set(found.parts[0]):
+        return found.parts[0]
+    return found
+
+
+def _normal(tree: Tree) -> Tree:
     if not isinstance(tree, Node) or tree.kind == "text":
         return tree
     if tree.kind in ("list", "set"):
-        return _set(tree.parts)
+        return _set(tree.parts, tree.kind)
     if tree.kind == "call":
-        return Node("call", tuple(normal(_in_radians(part)) for part in tree.parts))
-    kind, parts = tree.kind, [normal(part) for part in tree.parts]
+        return Node("call", tuple(_normal(_in_radians(part)) for part in tree.parts))
+    kind, parts = tree.kind, [_normal(part) for part in tree.parts]
     match kind:
         case "sum" | "mixed":
             return _sum(parts)
@@ -229,9 +241,8 @@ def _chain(parts: Sequence[Tree]) -> Tree:
     if not relations:
         return members[0]
     if set(relations) == {"="}:
-        numbers = {member for member in members if isinstance(member, Fraction)}
-        if len(numbers) > 1:
-            return Node("chain", tuple(parts))  # does not hold
+        if not _may_hold(members):
+            return Node("chain", tuple(parts))
         if all(isinstance(member, Fraction) for member in members) or named or len(members) > 2:
             return members[-1]
         if is_name(members[-1]):
@@ -247,8 +258,39 @@ def _chain(parts: Sequence[Tree]) -> Tree:
     return Node("chain", tuple(woven))
 
 
-def _set(raw: Sequence[Tree]) -> Tree:
-    """Members without order, each once, each of a ± twice; one alone is itself.
+def _may_hold(members: Sequence[Tree]) -> bool:
+    """False if two of these have different values: `\\pi = 2\\pi`, `\\sqrt{2} = 5`."""
+    if len({member for member in members if isinstance(member, Fraction)}) > 1:
+        return False
+    values = [found for member in members if (found := _estimate(member)) is not None]
+    return all(abs(found - values[0]) <= _NEAR * abs(values[0]) for found in values)
+
+
+def _estimate(tree: Tree) -> Decimal | None:
+    """The value of what has no letters, to many digits; it decides only what is *not* equal."""
+    if isinstance(tree, Fraction):
+        return _DIGITS.divide(Decimal(tree.numerator), Decimal(tree.denominator))
+    if not isinstance(tree, Node) or tree.kind not in ("sum", "product", "quotient", "power", "root"):
+        return _PI if tree == "\\pi" else None
+    values = [_estimate(part) for part in tree.parts]
+    known = [found for found in values if found is not None]
+    if len(known) < len(values):
+        return None
+    first, second = known[0], known[1]
+    try:
+        if tree.kind == "quotient":
+            return _DIGITS.divide(first, second)
+        if tree.kind == "power":
+            return _DIGITS.power(first, second)
+        if tree.kind == "root":
+            return _DIGITS.power(first, _DIGITS.divide(Decimal(1), second))
+        return reduce(_DIGITS.add if tree.kind == "sum" else _DIGITS.multiply, known)
+    except DecimalException:  # too large, a root of a negative number, by zero
+        return None
+
+
+def _set(raw: Sequence[Tree], kind: str) -> Tree:
+    """Members without order, each once, each of a ± twice. A list of one is that one; of sets, a list of theirs.
 
     Names before their values go, `x = 2, x = 3`, unless they tell the values apart: `x = 1, y = 2`.
     """
@@ -256,10 +298,14 @@ def _set(raw: Sequence[Tree]) -> Tree:
     members: list[Tree] = []
     for member in raw:
         for signed in both_signs(member):
-            value, name = normal(signed), label(member)
-            members.append(Node("named", (normal(name), value)) if name is not None and len(names) > 1 else value)
-    distinct = tuple(dict.fromkeys(_ordered(_flat(members, "set"))))
-    return distinct[0] if len(distinct) == 1 else Node("set", distinct)
+            value, name = _normal(signed), label(member)
+            members.append(Node("named", (_normal(name), value)) if name is not None and len(names) > 1 else value)
+    distinct = tuple(dict.fromkeys(_ordered(_flat(members, "set") if kind == "list" else members)))
+    return distinct[0] if len(distinct) == 1 and kind == "list" else Node("set", distinct)
+
+
+def _is_set(tree: Tree) -> bool:
+    return tree == "∅" or (isinstance(tree, Node) and tree.kind == "set")
 
 
 def both_signs(tree: Tree) -> list[Tree]:

@@ -36,21 +36,21 @@ _COUNTED = """
     bus buses bike bicycle train plane boat ship vehicle trip ride flight house home room floor wall window door
     chair table desk bed lamp shelf shelves seat row column apartment building stair step street road bridge city
     cities town country countries state school store shop garden farm tree plant flower rose tulip daisy daisies
-    seed leaf leaves branch branches bush bushes petal bouquet point goal score vote mark question problem answer
+    seed leaf leaves branch branches bush bushes petal bouquet point goal vote mark question problem answer
     solution line segment side edge vertex vertices angle face corner triangle circle digit number integer value way
     time item thing object part section lap round turn song album movie film video episode show lesson session
     course subject test quiz quizzes exam grade job task chore project order sale machine computer phone program key
     battery batteries combination arrangement permutation pattern path possibility possibilities outcome element
-    subset root factor divisor multiple zero term coefficient asymptote prime handshake match matches inning square
+    subset roots factors divisor multiples zeros zeroes term coefficient asymptote prime handshake match matches inning
     singer dancer doctor nurse soldier king queen hour push-up pushup jump hit win loss shot scoop serving recipe
-    ingredient gumdrop jellybean sprinkle crystal cube sphere cone cylinder tank pool passer sibling brother sister
+    ingredient gumdrop jellybean sprinkle crystal cubes sphere cone cylinder tank pool passer sibling brother sister
     son daughter cousin uncle aunt grandchildren twin male female hoop locker camper tent sleeping firework candle
     lantern star planet cloud drop snowball snowman pill shell seashell spot pet follower cap feather guppy guppies
     push stitch surfer goldfish toddler decoration pup mask participant troll seagull vampire cob band duckling twig
     sweet fly flies pastry pastries tooth teeth firecracker sequin pigeon clove mink widget minnow basketball
     pointer oyster tool alligator zombie hike visit crab lizard squirrel dinosaur kangaroo spider butterfly
     butterflies caterpillar whale shark dolphin penguin lamb calf calves deer ox oxen dime load loads worth cost
-    left each total remaining altogether apiece extra
+    left each total remaining altogether apiece extra squares
 """
 _BESIDE = """
     a an the of per every in on at off more old long tall high wide deep away all apart square sq cubic cu older
@@ -59,12 +59,18 @@ _BESIDE = """
 _SHORT = """
     am pm yes no or and is are not so if it he she we be by to up one two six ten odd red sun mon tue wed thu fri sat
 """
-_CHANGING = re.compile(
-    r"hundreds?|thousands?|.*illions?|dozens?|hal(?:f|ves)|quarters?|.*(?:th|ird|ond)s?|scores?|twice"
-    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|.*teen|twenty|.*rty|.*fty|.*nty|eighty"
-    r"|squared|cubed|factorial|or|not|than|to|plus|minus|times|over|out|by|mod|base|if|below|above|under|between"
-    r"|less|fewer|least|most"
+_ALTERING = (
+    r"hundreds?|thousands?|.*illions?|lakhs?|crores?|dozens?|gross|hal(?:f|ves)|quarter|.*(?:ir|f|x|n|h|en)ths|thirds"
+    r"|twice|thrice|doubled?|tripled?|quadrupled?|.*fold|squared|cubed|factorial|opposite|reciprocal|inverse"
+    r"|plus|minus|negative|not?|never|nor|neither|without|except|unless|if|false|wrong|incorrect|untrue"
+    r"|than|less|greater|below|above|under|over|beyond"
 )
+_CHANGING = re.compile(
+    rf"{_ALTERING}|quarters|.*(?:th|ird|ond)s?|scores?|roots?|factor|multiple|cube|choose"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|.*teen|twenty|.*rty|.*fty|.*nty|eighty"
+    r"|or|to|times|out|by|mod|modulo|base|between|fewer|least|most"
+)
+_NO_PREFACE = re.compile(rf"{_ALTERING}|at")  # at least
 _UNITS = frozenset((_MEASURES + _COUNTED).split())
 BESIDE = frozenset(_BESIDE.split())  # what may stand between units, or after them
 HEDGES = frozenset({"about", "around", "approximately", "approx", "roughly"})
@@ -83,6 +89,11 @@ def is_unit(word: str, asked: frozenset[str] = frozenset()) -> bool:
 def describes(word: str) -> bool:
     """Whether a word may stand before a unit without changing the number: `3 red apples`."""
     return _CHANGING.fullmatch(word) is None
+
+
+def introduces(word: str) -> bool:
+    """Whether a word may stand before a number without changing it: `Total: 3`, not `twice: 3` or `not x = 3`."""
+    return _NO_PREFACE.fullmatch(word) is None
 
 
 def asked_units(question: str) -> frozenset[str]:
