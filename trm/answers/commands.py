@@ -21,6 +21,7 @@ _MARKS = r"""
     ≤           le leq leqslant leqq
     ≥           ge geq geqslant geqq
     ∈           in
+    ⇒           Rightarrow Longrightarrow implies therefore ⇒ ∴
     →           to rightarrow longrightarrow mapsto
     ∪           cup
     ∩           cap
@@ -102,6 +103,7 @@ BARE = frozenset({"sqrt", "pi", "theta", "infinity", *FUNCTIONS}) - {"min", "sec
 BLANKS = frozenset({*",;: ", "quad", "qquad", "space", "enspace", "thinspace", "hfill"})
 NOTHING = frozenset(
     {*"!/()[]-", "left", "right", "middle", "displaystyle", "textstyle", "limits", "nolimits", "rm", "bf", "it"}
+    | {"tiny", "scriptsize", "footnotesize", "small", "normalsize", "large", "Large", "LARGE", "huge", "Huge"}
     | {f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
 )
 FONTS = frozenset(

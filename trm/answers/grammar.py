@@ -60,7 +60,9 @@ def split_choice(tokens: list[Token]) -> tuple[str | None, list[Token]]:
     if len(tokens) > start + 2 and texts[start] in tuple("ABCDEFGHIJ"):
         mark, first = tokens[start + 1], tokens[start + 2]
         marked = mark.text == ")" or (not start and (mark.text == "." or (mark.text == ":" and not mark.gap)))
-        if marked and (first.gap or mark.text != ":") and first.text not in _AFTER_LETTER:
+        second = tokens[start + 3] if len(tokens) > start + 3 else _END
+        signed = first.text in ("-", "|") and first.gap and not second.gap  # `(A) -5`, not `(A) - 5`
+        if marked and (first.gap or mark.text != ":") and (signed or first.text not in _AFTER_LETTER):
             return texts[start], tokens[start + 2 :]
     return None, tokens
 
@@ -135,10 +137,10 @@ class _Reader:
         return text_of(self.tokens[start : self.position])
 
     def skip_preface(self) -> None:
-        """Step over words before the answer: `about`, `≈`, `Total:`, `Area =`, `The answer is`."""
+        """Step over words before the answer: `about`, `≈`, `=`, `Total:`, `Area =`, `The answer is`."""
         for _ in range(_MAX_MARKS):
             length = 0
-            if not (self.at("≈", "~") or self.peek().text in HEDGES):
+            if not (self.at("≈", "~", "=", "⇒") or self.peek().text in HEDGES):
                 while self.peek(length).kind in ("word", "name") or self.peek(length).text in tuple("(){}_'"):
                     length += 1
                 before = self.tokens[self.position : self.position + length]
@@ -440,7 +442,7 @@ class _Reader:
             if self.at_separator():
                 break
             beside = token.text in BESIDE and (token.kind == "word" or token.gap)
-            unit = token.kind == "word" and is_unit(token.text, self.asked)
+            unit = token.kind == "word" and (is_unit(token.text, self.asked) or self.at_inches())
             if beside or unit or (token.kind == "word" and describes(token.text)):
                 found, known = found or unit, unit or beside
                 self.position += 1
@@ -474,6 +476,10 @@ class _Reader:
         exponent = _EXPONENT.match("".join(self.peek(ahead).text + " " for ahead in range(5)))
         self.position += exponent[0].count(" ") if exponent else 0
         return exponent is not None
+
+    def at_inches(self) -> bool:
+        """Whether `in` is no preposition, as nothing follows that it could belong to."""
+        return self.peek().text == "in" and (self.peek(1) is _END or self.peek(1).text in tuple("^,;)"))
 
     def begins_unit(self) -> bool:
         token, following = self.peek(), self.peek(1)

@@ -18,6 +18,8 @@ _DRESS = [
         r"\*\*([^*]+)\*\*",
         r"__([^_]+)__",
         r"`([^`]+)`",
+        r"\*([^*]+)\*",
+        r"[\"“]([^\"“”]+)[\"”]",
         r"\{([^{}]+)\}",
         r"\\(?:text|math)(?:bf|it|rm|normal|sf|tt)? ?\{([^{}]+)\}",
         r"\\(?:mbox|boldsymbol|bm|emph) ?\{([^{}]+)\}",
@@ -26,10 +28,12 @@ _DRESS = [
     )
 ]
 
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200e\u200f\u2060\ufeff\u00ad"))
+
 
 def tidy(answer: str) -> str:
     r"""As it was written, without the dress around it: `$`, bold, `\text{}`, blanks, a full stop at the end."""
-    text = " ".join(answer.split())
+    text = " ".join(answer.translate(_INVISIBLE).split())
     if len(answer) > MAX_CHARS:
         return text
     for _ in range(_MAX_LAYERS):
@@ -44,13 +48,8 @@ def tidy(answer: str) -> str:
 
 
 def _ending(text: str) -> str:
-    """Without full stops, commas and a lone backslash at the end."""
-    while True:
-        before, text = text, text.rstrip(" .,;")
-        if (len(text) - len(text.rstrip("\\"))) % 2:
-            text = text[:-1]
-        if text == before:
-            return text
+    """Without full stops, commas and backslashes at the end."""
+    return text.rstrip(" .,;\\")
 
 
 _BEFORE_NFKC = [  # what NFKC would glue to what stands beside it: 10³ to 103, 1½ to 11/2, ℝ to R
@@ -62,7 +61,9 @@ _BEFORE_NFKC = [  # what NFKC would glue to what stands beside it: 10³ to 103, 
     (re.compile("″"), "''"),
 ]
 _REWRITES = [
-    (re.compile(r"\b(?:US|CA|AU|NZ|HK)\\?\$(?= ?[\d.])|\\?\$|[€£¥₹`]"), " "),
+    (re.compile(r"\b(?:US|CA|AU|NZ|HK)\\?\$(?= ?[\d.])|\\?\$|[€£¥₹₩₽₱₫₪₺¢`]"), " "),
+    (re.compile(r"\b(?:USD|EUR|GBP|INR|Rs\.?)(?= ?[\d.])"), " "),
+    (re.compile(r"(?<![\w\\])(sq|cu|ft|in|yd|mi|lbs?|oz|hrs?|mins?|secs?)\.(?= |\}|\Z)"), r"\1"),
     (re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?![\w(])"), r" \1 "),
 ]
 
