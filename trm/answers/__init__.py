@@ -13,9 +13,10 @@ model, prompt or server, and needs only the standard library; computer algebra i
     comparison       what counts as the same answer
 
 Never guesses: a reply without a complete box has no answer, and what cannot be read as mathematics stays text.
-Numbers are exact; no float is ever made. Finding boxes takes linear time; an answer beyond `spelling.MAX_CHARS` is
-compared as text, which bounds the time for any other. No text makes anything raise, except `convert_gsm8k` a row
-without a final answer (ValueError); `is_correct` refuses a gold of another type (TypeError).
+Numbers are exact; no float is ever made, and decimals of 40 digits may only reject. Finding boxes takes linear time;
+an answer beyond `spelling.MAX_CHARS` is compared as text, which bounds the time for any other. No text makes anything
+raise, except `convert_gsm8k` a row without a final answer (ValueError); `is_correct` refuses a gold of another type
+(TypeError).
 """
 
 from trm.answers.boxes import Boxed, boxed, extract_boxed, find_boxed
