@@ -117,7 +117,8 @@ class Runner:
         self.halted = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._seats = self.state.flatten(1, 2)  # the same: place p of slot s is seat s * (places of a slot) + p
         self._stopped = self.halted.flatten()
-        self._last: dict[TRMForCausalLM, tuple[tuple[Span, ...], Where, SlotView]] = {}  # of each decoder's latest tick
+        # of each decoder's latest tick
+        self._last: dict[TRMForCausalLM, tuple[tuple[Span, ...], Where, Tensor, SlotView]] = {}
 
     def prepare(self) -> None:
         """Get ready for the first request."""
@@ -181,14 +182,14 @@ class Runner:
         With `halting`, one for each row, positions that have halted keep their answer; returns which have.
         """
         model = self._models[spans[0].slot]
-        where, view = self._prepared(model, spans, steps)
+        where, seats, view = self._prepared(model, spans, steps)
         lengths = [span.length for span in spans]
-        seats = upload([self._seat(span.slot, place) for span in spans for place in range(span.length)], self.device)
         begun = None if all(steps) else upload(_spread([step > 0 for step in steps], lengths), self.device)
         limits = watched = None
         if halting is not None:
-            limits = upload(_spread(halting, lengths), self.device)
-            watching = [at for at, limit in enumerate(_spread(halting, lengths)) if limit.tolerance > 0]
+            spread = _spread(halting, lengths)
+            limits = upload(spread, self.device)
+            watching = [at for at, limit in enumerate(spread) if limit.tolerance > 0]
             watched = upload(watching, self.device) if watching else None
         now = self._advance(model, where, view, seats, begun, limits, watched)
         return None if now is None else Halted(now.tolist, lengths)
@@ -403,16 +404,22 @@ class Runner:
             first = upload(_spread(steps, lengths), self.device) * model.config.cache_entries(1)
         return SlotView(self.slots, where, first)
 
-    def _prepared(self, model: TRMForCausalLM, spans: Sequence[Span], steps: Sequence[int]) -> tuple[Where, SlotView]:
-        """Where the positions of a tick lie and what they see; the ticks of one token share what does not change."""
+    def _prepared(
+        self, model: TRMForCausalLM, spans: Sequence[Span], steps: Sequence[int]
+    ) -> tuple[Where, Tensor, SlotView]:
+        """Where the positions of a tick lie, their seats and what they see.
+
+        The ticks of one token share what does not change.
+        """
         key, lengths = tuple(spans), [span.length for span in spans]
         if model not in self._last or self._last[model][0] != key:
             where = self._where(spans)
-            self._last[model] = key, where, self._view(model, where, steps, lengths)
-        _, where, view = self._last[model]
+            seats = [self._seat(span.slot, place) for span in spans for place in range(span.length)]
+            self._last[model] = key, where, upload(seats, self.device), self._view(model, where, steps, lengths)
+        _, where, at, view = self._last[model]
         if model.config.kv_source == "state":
             view = self._view(model, where, steps, lengths)
-        return where, view
+        return where, at, view
 
 
 def _spread(of_rows: Sequence[T], lengths: Sequence[int]) -> list[T]:
