@@ -16,6 +16,7 @@ import pytest
 
 COMMANDS = Path(sys.executable).parent
 START_TIMEOUT_S = 120
+MARK = "/mark"  # no route: its line in the log comes after those of all requests before it
 
 
 class ServerProcess:
@@ -50,9 +51,18 @@ class ServerProcess:
 
     @property
     def requests(self) -> list[dict[str, Any]]:
-        """What the log says of each request."""
+        """What the log says of each request that has been answered.
+
+        A line is written after its reply. So a server that still runs is asked once more, for that line to come.
+        """
+        if self.process.poll() is None:
+            mark = httpx.get(f"{self.url}{MARK}", timeout=START_TIMEOUT_S).headers["x-request-id"]
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while mark not in self.log.read_text():
+                assert time.monotonic() < deadline, "it logs nothing any more"
+                time.sleep(0.02)
         lines = map(json.loads, self.log.read_text().splitlines())
-        return [line for line in lines if line["logger"] == "server.middleware"]
+        return [line for line in lines if line["logger"] == "server.middleware" and line["path"] != MARK]
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
