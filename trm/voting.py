@@ -9,6 +9,13 @@ from trm.answers import canonical, extract_boxed, key
 VOTING_TEMPERATURE = 0.7  # where several samples are asked for and none is given
 
 
+class Ballot(NamedTuple):
+    """What a sample votes for: its answer as it wrote it (`canonical`), and what all spellings of it share (`key`)."""
+
+    answer: str
+    key: Hashable
+
+
 class Vote(NamedTuple):
     """What the samples agree on.
 
@@ -22,16 +29,16 @@ class Vote(NamedTuple):
     agreement: float
 
 
-def ballot(text: str) -> str | None:
-    """What a sample votes for: its answer (`canonical`), None where it has no box."""
+def ballot(text: str) -> Ballot | None:
+    """What a sample votes for, None where it has no box. Takes up to 50 ms of text that is meant to take long."""
     box = extract_boxed(text)
-    return None if box is None else canonical(box)
+    return None if box is None else Ballot(canonical(box), key(box))
 
 
-def majority(ballots: Sequence[str | None]) -> Vote:
+def majority(ballots: Sequence[Ballot | None]) -> Vote:
     """The answer that most samples box; of equally many, the earliest. Only boxed samples vote.
 
-    However two samples write the same answer (`trm.answers.key`), they vote for one.
+    However two samples write the same answer, they vote for one.
     """
     spelled = _alike(ballots)
     votes = Counter(one for one in spelled if one is not None).most_common()  # ties keep their order
@@ -39,7 +46,7 @@ def majority(ballots: Sequence[str | None]) -> Vote:
     return Vote(answer, dict(votes), spelled.index(answer) if votes else 0, count / max(len(ballots), 1))
 
 
-def decided(ballots: Mapping[int, str | None], n: int) -> bool:
+def decided(ballots: Mapping[int, Ballot | None], n: int) -> bool:
     """Whether the majority of n samples has its answer, however those end that are not in `ballots` yet.
 
     No rival is stronger than one that gets all the outstanding votes; a new one begins with none.
@@ -47,12 +54,12 @@ def decided(ballots: Mapping[int, str | None], n: int) -> bool:
     if len(ballots) == n:
         return True
     known = sorted(ballots)
-    ballots = dict(zip(known, _alike([ballots[index] for index in known]), strict=True))
-    leader, votes, *_ = majority([ballots[index] for index in known])
+    cast = [ballots[index] for index in known]
+    leader, votes, *_ = majority(cast)
     if leader is None:
         return False
     outstanding = [index for index in range(n) if index not in ballots]
-    first = {answer: index for index in reversed(known) if (answer := ballots[index]) is not None}
+    first = {answer: index for index, answer in reversed(list(zip(known, _alike(cast), strict=True))) if answer}
 
     def may_win(votes_so_far: int, first_so_far: int) -> bool:
         most, earliest = votes_so_far + len(outstanding), min(first_so_far, outstanding[0])
@@ -61,7 +68,7 @@ def decided(ballots: Mapping[int, str | None], n: int) -> bool:
     return not (may_win(0, n) or any(may_win(votes[rival], first[rival]) for rival in first if rival != leader))
 
 
-def _alike(ballots: Sequence[str | None]) -> list[str | None]:
-    """Each ballot as the first of those for the same answer is written."""
+def _alike(ballots: Sequence[Ballot | None]) -> list[str | None]:
+    """Each answer as the first ballot for it has it written."""
     spelling: dict[Hashable, str] = {}
-    return [None if one is None else spelling.setdefault(key(one), one) for one in ballots]
+    return [None if one is None else spelling.setdefault(one.key, one.answer) for one in ballots]

@@ -1,6 +1,7 @@
 """POST /solve: questions in, answers out, by a majority vote over the boxes of n replies; whole or streamed."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
@@ -15,7 +16,7 @@ from server.worker import Submission
 from trm.answers import find_boxed
 from trm.chat import solve_messages
 from trm.engine.request import Reply
-from trm.voting import VOTING_TEMPERATURE, ballot, decided, majority
+from trm.voting import VOTING_TEMPERATURE, Ballot, ballot, decided, majority
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -59,7 +60,7 @@ async def solving(
 ) -> AsyncIterator[SolveText | SolveVote | SolveEnd]:
     """What happens, question by question as it happens: text or votes, and at the end of each its result."""
     replies: list[dict[int, Reply]] = [{} for _ in range(num_questions)]
-    ballots: list[dict[int, str | None]] = [{} for _ in range(num_questions)]
+    ballots: list[dict[int, Ballot | None]] = [{} for _ in range(num_questions)]
     async for place, event, reply in submission.progress():
         index, sample = divmod(place, n)
         if n == 1 and event.text:
@@ -68,18 +69,18 @@ async def solving(
             continue
         replies[index][sample] = reply
         if reply.finish_reason != "cancelled":
-            ballots[index][sample] = ballot(reply.text)
+            ballots[index][sample] = await asyncio.to_thread(ballot, reply.text)  # nobody waits for a long one
             if n > 1:
                 yield vote(index, n, ballots[index])
             if early_stop and decided(ballots[index], n):
                 submission.spare(range(index * n, (index + 1) * n))
         if len(replies[index]) == n:
-            result = solved([replies[index][sample] for sample in range(n)])
+            result = solved(replies[index], ballots[index])
             metrics.answers.labels(result.outcome).inc()
             yield SolveEnd(index=index, result=result)
 
 
-def vote(index: int, n: int, ballots: dict[int, str | None]) -> SolveVote:
+def vote(index: int, n: int, ballots: Mapping[int, Ballot | None]) -> SolveVote:
     """Where a vote stands."""
     counted = [ballots[sample] for sample in sorted(ballots)]
     winner = majority(counted)
@@ -93,15 +94,15 @@ def vote(index: int, n: int, ballots: dict[int, str | None]) -> SolveVote:
     )
 
 
-def solved(replies: Sequence[Reply]) -> SolveResult:
-    """The answer of the majority, told by the first sample that has it. Cancelled samples do not count.
+def solved(replies: Mapping[int, Reply], ballots: Mapping[int, Ballot | None]) -> SolveResult:
+    """The answer of the majority, told by the first sample that has it. Those without a ballot were cancelled.
 
     Without any box the first sample speaks: "truncated" if it was cut off, by max_tokens or inside a box, else
     "missing".
     """
-    counted = [reply for reply in replies if reply.finish_reason != "cancelled"]
-    winner = majority([ballot(reply.text) for reply in counted])
-    reply = counted[winner.speaker]
+    counted = sorted(ballots)
+    winner = majority([ballots[sample] for sample in counted])
+    reply = replies[counted[winner.speaker]]
     box = find_boxed(reply.text)
     cut_off = winner.answer is None and reply.finish_reason == "length"
     outcome: Outcome = "truncated" if cut_off else box.outcome
@@ -114,5 +115,5 @@ def solved(replies: Sequence[Reply]) -> SolveResult:
         samples=len(counted),
         agreement=winner.agreement,
         finish_reason=reply.finish_reason,
-        usage=usage_body([reply.usage for reply in replies], len(replies)),
+        usage=usage_body([replies[sample].usage for sample in sorted(replies)], len(replies)),
     )

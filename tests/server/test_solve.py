@@ -1,17 +1,21 @@
 """POST /solve: the vote, and what is asked of the engine for it."""
 
+import asyncio
 import json
+import time
 
 import pytest
 
 from server.errors import Unavailable
 from server.metrics import Metrics
-from server.routes.solve import solved, solving
+from server.routes import solve
+from server.routes.solve import solving
 from server.schemas.solve import SolveEnd, SolveVote
 from server.worker import Worker
 from trm.chat import SYSTEM_PROMPTS, solve_messages
 from trm.engine.request import Event, Reply, Request, SamplingParams, Usage
 from trm.errors import DeviceError, Overloaded
+from trm.voting import ballot
 
 
 def reply(text, finish="stop"):
@@ -20,6 +24,11 @@ def reply(text, finish="stop"):
 
 def boxed(*values):
     return [reply(rf"so \boxed{{{value}}}") for value in values]
+
+
+def solved(replies):
+    ballots = {index: ballot(one.text) for index, one in enumerate(replies) if one.finish_reason != "cancelled"}
+    return solve.solved(dict(enumerate(replies)), ballots)
 
 
 def test_the_majority_wins_and_its_first_sample_speaks():
@@ -261,6 +270,28 @@ async def test_an_error_in_a_stream_is_its_last_event(client, engine):
 
     assert text["type"] == "text"
     assert error["error"]["message"] == "not finite"
+
+
+async def test_a_box_that_takes_long_to_read_holds_nobody_up(client, engine, say):
+    """12 samples of a model that was told to write what is slow."""
+    engine.script = say(rf"\boxed{{{'1=1=' * 490}}}")
+    pauses, ended = [], asyncio.Event()
+
+    async def watch():
+        while not ended.is_set():
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            pauses.append(time.perf_counter() - before)
+
+    watcher = asyncio.create_task(watch())
+    asked = time.perf_counter()
+    response = await client.post("/solve", json={"question": "a", "n": 12})
+    took = time.perf_counter() - asked
+    ended.set()
+    await watcher
+
+    assert response.json()["samples"] == 12
+    assert max(pauses) < took / 2, "the loop stood still while votes were counted"
 
 
 # Early stop

@@ -17,7 +17,7 @@ from itertools import pairwise
 import sympy
 
 from trm.answers.comparison import other_choice, pairs, trees, value
-from trm.answers.grammar import FUNCTION_NAMES
+from trm.answers.grammar import FUNCTION_NAMES, is_claim
 from trm.answers.rules import normal
 from trm.answers.tree import Node, Tree
 
@@ -81,7 +81,7 @@ def equal_values(one: Tree, other: Tree) -> bool:
             one.kind.startswith("tuple") or one.kind in ("in order", "matrix", "row", "named")
         ):
             return all(_attempt(equal_values, *pair) for pair in zip(one.parts, other.parts, strict=True))
-        if one.kind in ("set", "∪") and _matched(one.parts, other.parts):
+        if one.kind in ("set", "∪", "all") and _matched(one.parts, other.parts):
             return True
         if one.kind in ("chain", "equation") and _attempt(_equal_relations, one, other):
             return True
@@ -286,10 +286,14 @@ def _set(tree: Tree) -> sympy.Set:
 
     An empty one says nothing: it may be a point in the plane, `(3, 2)`.
     """
+    if tree == "\\mathbb{R}":
+        return sympy.S.Reals
     if not isinstance(tree, Node):
         raise Inexpressible
     if tree.kind == "∪":
         return sympy.Union(*map(_set, tree.parts))
+    if tree.kind in ("all", "set") and any(map(is_claim, tree.parts)):
+        return _joined(tree)
     if tree.kind == "set":
         return sympy.FiniteSet(*map(expression, tree.parts))
     if tree.kind.startswith("tuple ") and len(tree.parts) == 2:
@@ -307,9 +311,21 @@ def _set(tree: Tree) -> sympy.Set:
     raise Inexpressible
 
 
+def _joined(tree: Node) -> sympy.Set:
+    """Where all claims about one variable hold, or one of them; values beside them are its values."""
+    [_] = {symbol.name for part in tree.parts if isinstance(part, Node) and is_claim(part) for symbol in _free(part)}
+    parts = [_set(part) if is_claim(part) else sympy.FiniteSet(expression(part)) for part in tree.parts]
+    return (sympy.Intersection if tree.kind == "all" else sympy.Union)(*parts)
+
+
+def _free(chain: Node) -> set[sympy.Symbol]:
+    """The variables of a chain's sides."""
+    return set().union(*(expression(part).free_symbols for part in chain.parts[::2]))
+
+
 def _solutions(chain: Node) -> sympy.Set:
     sides = [expression(part) for part in chain.parts[::2]]
-    [symbol] = set().union(*(side.free_symbols for side in sides))
+    [symbol] = _free(chain)
     real = sympy.Symbol(symbol.name, real=True)
     sides = [side.subs(symbol, real) for side in sides]
     relations = [str(part) for part in chain.parts[1::2]]

@@ -43,8 +43,9 @@ _MARKS = r"""
     ⌋           rfloor
     ⌈           lceil
     ⌉           rceil
-    and         land wedge & ∧
-    or          lor vee ∨
+    and         &
+    ∧           land wedge
+    ∨           lor vee
 """
 _NAMES = r"""
     \alpha      α

@@ -10,18 +10,16 @@ import math
 from collections.abc import Hashable, Iterator
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
 from itertools import product
 
 from trm.answers.boxes import extract_boxed
-from trm.answers.grammar import read, split_choice
-from trm.answers.rules import both_signs, is_name, label, normal, number
+from trm.answers.grammar import is_claim, read, split_choice
+from trm.answers.rules import both_signs, is_name, is_near, label, normal, number
 from trm.answers.spelling import MAX_CHARS, plain, tidy
 from trm.answers.tokens import Tokens, tokenize
 from trm.answers.tree import Node, Tree
 from trm.answers.words import LETTERS, asked_units
 
-_NEAR = Fraction(1, 20)  # of a number, how far off its approximation may be
 _NOTHING = (Node("list", ()), Node("text", ()))
 
 
@@ -73,11 +71,6 @@ def normalize(answer: str) -> Fraction | str:
 
 def key(answer: str, question: str = "") -> Hashable:
     """Equal for answers that are one vote. A multiple-choice letter stands for its value, too: `(A) 18` votes for A."""
-    return _long(answer) if len(answer) > MAX_CHARS else _key(answer, question)
-
-
-@lru_cache(maxsize=1024)  # a vote is counted after every sample
-def _key(answer: str, question: str) -> Hashable:
     tokens = _tokens(answer)
     if tokens is None:
         return _long(answer)
@@ -164,8 +157,7 @@ def _long(answer: str) -> Tree:
 
 def value(tree: Tree) -> Tree:
     """The normal form of a whole answer, both values of one with ±."""
-    values = both_signs(tree)
-    return normal(Node("list", tuple(values))) if len(values) > 1 else normal(tree)
+    return normal(Node("list", (tree,)) if len(both_signs(tree)) > 1 else tree)
 
 
 def single_name(tree: Tree) -> str | None:
@@ -188,21 +180,16 @@ def _otherwise(tree: Tree) -> Iterator[Tree]:
         values = [_assigned(part) for part in tree.parts]
         if None not in values:
             yield Node("in order", tuple(one for one in values if one is not None))  # x = 1, y = 2 as 1, 2
+        if any(map(is_claim, tree.parts)):
+            yield Node("all", tree.parts)  # x > 1, x < 2
     elif tree.kind == "time":
         yield tree.parts[0]  # 9 a.m. as 9
     elif tree.kind == "chain":
-        if tree.parts[-2] == "≈" and _near(normal(tree.parts[-3]), normal(tree.parts[-1])):
+        if tree.parts[-2] == "≈" and is_near(normal(tree.parts[-3]), normal(tree.parts[-1])):
             yield tree.parts[-1]
         interval = _interval(normal(tree))
         if interval is not None:
             yield interval
-
-
-def _near(exactly: Tree, roughly: Tree) -> bool:
-    """Whether a number is near what it stands for, as far as that can be told."""
-    if not isinstance(exactly, Fraction) or not isinstance(roughly, Fraction):
-        return True
-    return abs(exactly - roughly) <= _NEAR * abs(exactly)
 
 
 def _assigned_apart(tree: Tree) -> bool:

@@ -1,6 +1,6 @@
 r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, member by member of a list.
 
-    answer   = member {("," | ";" | "and" | "or") member}
+    answer   = member {("," | ";" | "and" | "or" | "∧" | "∨") member}
     member   = set {("=" | "<" | "∈" | …) set}                    a chain
     set      = ratio {("∪" | "∩" | "∖") ratio}
     ratio    = sum {":" sum}
@@ -9,18 +9,22 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
     power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}    two `^` only in braces
     atom     = number | name | bracket | "frac" argument argument | function power | matrix | …
 
-Kinds of nodes: "list" (in no order), "set", "tuple ()", "tuple [)" … (intervals too), "such that", "matrix", "row",
-"chain" (member, relation, member, …), "∪ ∩ ∖" (the same), "ratio", "sum", "negative", "±", "∓", "product", "quotient",
-"mixed" (whole, fraction), "power", "sub", "root" (radicand, degree), "call" (function, argument), "time", "text", and
-one per mark: "!", "'", "abs", "binom", "overline". A bracket around one thing, and a unit, leave no trace.
+Kinds of nodes: "list" (in no order), "all" and "any" (inequalities that hold together, or one of them), "set",
+"tuple ()", "tuple [)" … (intervals too), "such that", "matrix", "row", "chain" (member, relation, member, …), "∪ ∩ ∖"
+(the same), "ratio", "sum", "negative", "±", "∓", "product", "quotient", "mixed" (whole, fraction), "power", "sub",
+"root" (radicand, degree), "call" (function, argument), "time", "text", and one per mark: "!", "'", "abs", "binom",
+"overline". A bracket around one thing leaves no trace. Nor do units, and words before a number; but where those of a
+list differ, they are its members' names: `3 boys, 4 girls` and `length: 3, width: 4` as `x = 3, y = 4`.
 """
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from trm.answers.tokens import Token
 from trm.answers.tree import Node, Tree
-from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit
+from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit, singular
 
 MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids int()'s limit of 4300 digits
 _MAX_DEPTH = 24  # of brackets, arguments and exponents
@@ -28,6 +32,8 @@ _MAX_MARKS = 8  # behind one atom
 
 RELATIONS = frozenset("=<>≤≥≠≈∈≡→~")
 FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
+_INEQUALITIES = frozenset("<>≤≥≠")
+_JOINTS = {"and": "all", "∧": "all", "or": "any", "∨": "any"}
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
 _CLOSING = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
@@ -44,13 +50,26 @@ class Unreadable(Exception):
     """These tokens are no mathematics that we know. Never leaves `read`."""
 
 
+class _Member(NamedTuple):
+    """One of a list: what was read, and the words that stood before it and behind it, as `length: 3` and `3 boys`."""
+
+    tree: Tree
+    before: str
+    behind: str
+
+
 def read(tokens: list[Token], letter_units: bool = True, asked: frozenset[str] = frozenset()) -> Tree:
     """The tree of an answer. Without `letter_units`, `5 m` is a product, as `5m` is; `asked` are further units."""
     reader = _Reader(tokens, letter_units, asked)
-    members: list[Tree] = []
-    while reader.more_members():
+    members: list[_Member] = []
+    separators: set[str] = set()
+    while reader.more_members(separators):
         members.append(reader.member_or_text())
-    return members[0] if len(members) == 1 else Node("list", tuple(members))
+    try:
+        parts = _joined(members, separators)
+    except Unreadable:
+        return text_of(tokens)
+    return parts[0] if len(parts) == 1 else Node("list", tuple(parts))
 
 
 def split_choice(tokens: list[Token]) -> tuple[str | None, list[Token]]:
@@ -81,6 +100,7 @@ class _Reader:
         self.position = 0
         self.depth = 0
         self.bars = 0  # open | of an absolute value, or of a set's condition to come
+        self.units: list[str] = []  # all that were stepped over
         self.no_unit = 0  # up to where no unit begins, so that each token is looked at once
 
     # Tokens
@@ -107,24 +127,30 @@ class _Reader:
 
     def at_separator(self) -> bool:
         token = self.peek()
-        return self.at(",", ";", "\\\\") or (token.kind == "word" and token.text in ("and", "or"))
+        return self.at(",", ";", "\\\\", "∧", "∨") or (token.kind == "word" and token.text in ("and", "or"))
 
-    def more_members(self) -> bool:
-        """Step over separators to the next member, if there is one."""
+    def more_members(self, separators: set[str]) -> bool:
+        """Step over separators to the next member, if there is one; keeps those that were there."""
+        found = set()
         while self.at_separator():
+            found.add(self.peek().text)
             self.position += 1
-        return self.peek() is not _END
+        if self.peek() is _END:
+            return False
+        separators |= found
+        return True
 
     # Lists and their members
 
-    def member_or_text(self) -> Tree:
+    def member_or_text(self) -> _Member:
         """A member that ends where one may end; or as text, what precedes the next separator outside brackets."""
-        start = self.position
+        start, units = self.position, len(self.units)
         self.skip_preface()
+        before = [singular(t.text) for t in self.tokens[start : self.position] if t.kind == "word" and t.text != "is"]
         try:
             member = self.member()
             if self.peek() is _END or self.at_separator():
-                return member
+                return _Member(member, _name(before), _name(self.units[units:]))
         except Unreadable:
             pass
         self.position, self.depth, self.bars = start, 0, 0
@@ -134,7 +160,7 @@ class _Reader:
                 opens = token.text in _CLOSING or token.text.startswith("begin")
                 nested += opens - (token.text in (")", "]", "\\}", "}", "⟩") or token.text.startswith("end"))
             self.position += 1
-        return text_of(self.tokens[start : self.position])
+        return _Member(text_of(self.tokens[start : self.position]), "", "")
 
     def skip_preface(self) -> None:
         """Step over words before the answer: `about`, `≈`, `=`, `Total:`, `Area =`, `The answer is`."""
@@ -155,10 +181,12 @@ class _Reader:
             self.position += length + 1
 
     def items(self) -> list[Tree]:
-        found = [self.member()]
-        while self.at_separator() and self.more_members():
-            found.append(self.member())
-        return found
+        found: list[_Member] = []
+        separators: set[str] = set()
+        while not found or (self.at_separator() and self.more_members(separators)):
+            units = len(self.units)
+            found.append(_Member(self.member(), "", _name(self.units[units:])))
+        return _joined(found, separators)
 
     def member(self) -> Tree:
         parts: list[Tree] = [self.set()]
@@ -467,6 +495,7 @@ class _Reader:
                 break
             power = False
         if found and known and self.at_end_of_member():
+            self.units += [singular(t.text) for t in self.tokens[start : self.position] if t.kind in ("word", "name")]
             return True
         self.no_unit, self.position = self.position, start
         return False
@@ -512,6 +541,41 @@ class _Reader:
         return (
             token is _END or self.at_separator() or self.at(")", "]", "}", "\\}", "⟩", "&") or token.text in RELATIONS
         )
+
+
+def _joined(members: Sequence[_Member], separators: set[str]) -> list[Tree]:
+    """The trees of members, by names if their words differ; or the one tree of claims that `and` or `or` joins.
+
+    Raises Unreadable for claims that are joined by both.
+    """
+    claims = any(is_claim(one.tree) for one in members)
+    sentences = not separators.isdisjoint("∧∨") and any(isinstance(one.tree, str) for one in members)
+    joints = {_JOINTS[separator] for separator in separators if separator in _JOINTS}
+    if joints and (claims or sentences):
+        if len(joints) > 1:
+            raise Unreadable
+        return [Node(joints.pop(), tuple(one.tree for one in members))]
+    for names in ([one.before for one in members], [one.behind for one in members]):
+        if len({*names} - {""}) > 1:
+            return [_named(name, one.tree) for name, one in zip(names, members, strict=True)]
+    return [one.tree for one in members]
+
+
+def is_claim(tree: Tree) -> bool:
+    """Whether a tree is an inequality: two of them are another thing together than apart."""
+    return isinstance(tree, Node) and tree.kind == "chain" and not _INEQUALITIES.isdisjoint(tree.parts[1::2])
+
+
+def _named(name: str, tree: Tree) -> Tree:
+    """A member as the value of a name, unless it has one, as `x = 5 cm`."""
+    if not name or (isinstance(tree, Node) and tree.kind in ("chain", "text")):
+        return tree
+    return Node("chain", (name, "=", tree))
+
+
+def _name(words: Sequence[str]) -> str:
+    """What words say of a number beyond that it is one: not `the`, nor `about`."""
+    return " ".join(word for word in words if word not in BESIDE and word not in HEDGES)
 
 
 def _mixed(whole: Tree, fraction: Tree) -> Node:

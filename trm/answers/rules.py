@@ -19,8 +19,10 @@ _MAX_FACTORIAL = 170
 _MAX_DEGREE = 64
 _CONSTANTS = frozenset({"\\pi", "∞", "∅", "\\mathbb{R}", "\\mathbb{Z}", "\\mathbb{N}", "\\mathbb{Q}", "\\mathbb{C}"})
 _OF_NAMES = frozenset({"product", "quotient", "ratio", "tuple ()", "abs", "'", "overline", "vec", "hat", "∪ ∩ ∖"})
+_UNORDERED = frozenset({"list", "any", "set"})
 _EQUAL = frozenset("=≈∈")
 _NEAR = Decimal("1e-20")  # two values that differ by a larger part are not equal
+_ROUNDED = Decimal("0.05")  # how much an approximation may be off
 _DIGITS = Context(prec=40)
 _PI = Decimal("3.141592653589793238462643383279502884197")
 _REVERSED = {">": "<", "≥": "≤"}
@@ -37,7 +39,7 @@ def normal(tree: Tree) -> Tree:
 def _normal(tree: Tree) -> Tree:
     if not isinstance(tree, Node) or tree.kind == "text":
         return tree
-    if tree.kind in ("list", "set"):
+    if tree.kind in _UNORDERED:
         return _set(tree.parts, tree.kind)
     if tree.kind == "call":
         return Node("call", tuple(_normal(_in_radians(part)) for part in tree.parts))
@@ -61,6 +63,8 @@ def _normal(tree: Tree) -> Tree:
             return parts[0]
         case "tuple ⟨⟩":
             return Node("tuple ()", tuple(parts))
+        case "all":
+            return Node("all", tuple(dict.fromkeys(_ordered(parts))))
         case "∪ ∩ ∖" if set(parts[1::2]) == {"∪"}:
             return Node("∪", _ordered(parts[::2]))
     return _counted(Node(kind, tuple(parts)))
@@ -236,8 +240,8 @@ def _chain(parts: Sequence[Tree]) -> Tree:
     while relations and relations[0] in _EQUAL and is_name(members[0]):
         del members[0], relations[0]
         named += 1
-    while relations and relations[-1] == "≈":  # what it approximates is the answer
-        del members[-1], relations[-1]
+    while relations and relations[-1] == "≈" and is_near(members[-2], members[-1]):
+        del members[-1], relations[-1]  # what it approximates is the answer
     if not relations:
         return members[0]
     if set(relations) == {"="}:
@@ -256,6 +260,13 @@ def _chain(parts: Sequence[Tree]) -> Tree:
     for relation, member in zip(relations, members[1:], strict=True):
         woven += [relation, member]
     return Node("chain", tuple(woven))
+
+
+def is_near(exactly: Tree, roughly: Tree) -> bool:
+    """Whether a value may be rounded so, as far as that can be told: `\\pi` to 3, not to 100."""
+    values = [_estimate(exactly), _estimate(roughly)]
+    exact, rough = values[0], values[1]
+    return exact is None or rough is None or abs(exact - rough) <= _ROUNDED * abs(exact)
 
 
 def _may_hold(members: Sequence[Tree]) -> bool:
@@ -290,18 +301,20 @@ def _estimate(tree: Tree) -> Decimal | None:
 
 
 def _set(raw: Sequence[Tree], kind: str) -> Tree:
-    """Members without order, each once, each of a ± twice. A list of one is that one; of sets, a list of theirs.
+    """Members without order, and both values of a member with ±. A list of one is that one.
 
+    Those of a set count once, and so do points: `(1, 2), (1, 2)` is one solution; `2, 2, 3` are three sides.
     Names before their values go, `x = 2, x = 3`, unless they tell the values apart: `x = 1, y = 2`.
     """
     names = {label(member) for member in raw} - {None}
     members: list[Tree] = []
     for member in raw:
-        for signed in both_signs(member):
-            value, name = _normal(signed), label(member)
+        name = label(member)
+        for value in dict.fromkeys(map(_normal, both_signs(member))):
             members.append(Node("named", (_normal(name), value)) if name is not None and len(names) > 1 else value)
-    distinct = tuple(dict.fromkeys(_ordered(_flat(members, "set") if kind == "list" else members)))
-    return distinct[0] if len(distinct) == 1 and kind == "list" else Node("set", distinct)
+    points = all(isinstance(member, Node) and member.kind.startswith("tuple") for member in members)
+    ordered = _ordered(dict.fromkeys(members) if kind != "list" or points else members)
+    return ordered[0] if len(ordered) == 1 and kind == "list" else Node("set", ordered)
 
 
 def _is_set(tree: Tree) -> bool:
@@ -316,7 +329,9 @@ def both_signs(tree: Tree) -> list[Tree]:
 
 
 def _has_sign(tree: Tree) -> bool:
-    return isinstance(tree, Node) and (tree.kind in ("±", "∓") or any(_has_sign(part) for part in tree.parts))
+    if not isinstance(tree, Node) or tree.kind in _UNORDERED:
+        return False  # the members of a list are taken one by one
+    return tree.kind in ("±", "∓") or any(_has_sign(part) for part in tree.parts)
 
 
 def _signed(tree: Tree, minus: bool) -> Tree:

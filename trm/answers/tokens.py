@@ -169,7 +169,7 @@ class _Tokenizer:
             self.take_mark(character)
 
     def take_mark(self, mark: str) -> None:
-        if mark in ("and", "or"):
+        if mark == "and":
             self.add("word", mark)
             return
         if mark in ("(", "[", "\\{"):

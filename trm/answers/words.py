@@ -86,6 +86,14 @@ def is_unit(word: str, asked: frozenset[str] = frozenset()) -> bool:
     return word in known or (word[-1:] == "s" and (word[:-1] in known or (word[-2:] == "es" and word[:-2] in known)))
 
 
+def singular(word: str) -> str:
+    """One of what a unit counts: `box` of `boxes`. Words that are no known plural stay."""
+    for end in ("s", "es"):
+        if word.endswith(end) and word.removesuffix(end) in _UNITS:
+            return word.removesuffix(end)
+    return word
+
+
 def describes(word: str) -> bool:
     """Whether a word may stand before a unit without changing the number: `3 red apples`."""
     return _CHANGING.fullmatch(word) is None
