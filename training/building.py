@@ -45,7 +45,7 @@ def build_trainer(settings: TrainSettings, source: str, revision: str | None, de
     problems, held_out = split_problems(settings, problems)
     kinds = settings.replies, settings.step_targets
     examples = encode_problems(problems, chat, settings.max_length, *kinds)
-    validation = encode_problems(held_out, chat, settings.max_length, *kinds) if held_out else []
+    validation = encode_problems(held_out, chat, settings.max_length, *kinds, kind="validation") if held_out else []
     if settings.step_targets:
         _require_step_targets(examples, settings)
     if settings.backbone_dtype == "auto":  # settled once: a run resumed elsewhere keeps it

@@ -483,7 +483,7 @@ def test_a_drawn_depth_leaves_each_step_its_target(settings: Settings, jsonl: Ca
     [
         ({}, r"--step-targets: no reply is the answer alone .*--replies worked, .*; add answer to --replies"),
         ({"replies": ["answer"]}, "of a problem with known intermediate results"),
-        ({"replies": ["equations"]}, "--replies equations: no problem has equations"),
+        ({"replies": ["equations"]}, "--replies equations: no training problem has equations"),
     ],
     ids=["worked", "one result", "no equations"],
 )
@@ -493,6 +493,15 @@ def test_data_without_what_the_targets_need_is_refused(
     path = write_down(jsonl, ["1"], ["2"])
     with pytest.raises(ConfigError, match=message):
         train(settings(dataset=path, step_targets=True, **changes))
+
+
+def test_validation_rows_that_do_not_fit_are_called_so(
+    settings: Settings, jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    held_out = jsonl({"question": "1?", "answer": "#### 1"}).rename(tmp_path / "held_out.jsonl")
+    rows = jsonl({"question": "1+1?", "answer": "<<1+1=2>>2 #### 2"})
+    with pytest.raises(ConfigError, match="no validation problem has equations"):
+        train(settings(dataset=str(rows), validation=str(held_out), replies=["equations"]))
 
 
 def test_problems_with_more_results_than_steps_are_counted(

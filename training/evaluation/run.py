@@ -71,7 +71,7 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
                     max_tokens=settings.max_tokens,
                     max_rows=settings.max_rows,
                 )
-        solutions = None if settings.report is None else _read_solutions(directory, device, problems)
+        solutions = None if settings.report is None else _read_solutions(directory, device, dtype, problems)
     operations = [len(problem.steps) for problem in problems]
     about = {
         "model": settings.model or "bundled",
@@ -150,9 +150,9 @@ def _asked(
     }
 
 
-def _read_solutions(directory: Path, device: str, problems: Sequence[Problem]) -> dict[str, Any]:
+def _read_solutions(directory: Path, device: str, dtype: str, problems: Sequence[Problem]) -> dict[str, Any]:
     """The teacher-forced part of the report, on the first problems."""
-    model, chat = load(directory, device)
+    model, chat = load(directory, device, dtype)
     asked = [(problem, problem.work or "full") for problem in problems[:MAX_SOLUTIONS]]
     examples = [encode_problem(problem, chat, work) for problem, work in asked if problem.shows(work)]
     if not examples:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -101,39 +101,45 @@ def encode_problems(
     max_length: int,
     replies: Sequence[Replies] = ("worked",),
     step_targets: bool = False,
+    kind: Literal["training", "validation"] = "training",
 ) -> list[Example]:
     """Examples of at most `max_length` tokens; longer ones are counted and dropped, never cut.
 
     Each problem gives an example for each of `replies`, or one where it has a `work` of its own. Problems without
     the equations, or with `step_targets` the results, that this needs are counted. Raises ConfigError where nothing
-    is left.
+    is left. `kind` is what the messages call the rows.
     """
     asked = [(p, work) for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])]
     encoded = [encode_problem(p, chat, work, step_targets) for p, work in asked if p.shows(work)]
     if lacking := sum(not p.shows(work) for p, work in asked):
-        logger.warning("%d of %d problems have no equations, so no reply of equations alone", lacking, len(rows))
+        logger.warning(
+            "%d of %d %s problems have no equations, so no reply of equations alone", lacking, len(rows), kind
+        )
     if not encoded:
         raise ConfigError(
-            f"--replies {','.join(replies)}: no problem has equations (GSM8K's <<48/2=24>>, or synthetic problems); "
-            "add worked or answer"
+            f"--replies {','.join(replies)}: no {kind} problem has equations (GSM8K's <<48/2=24>>, or synthetic "
+            "problems); add worked or answer"
         )
     if step_targets:
-        _warn_of_no_steps([p for p, work in asked if work == "none"])
+        _warn_of_no_steps([p for p, work in asked if work == "none"], kind)
     kept = [example for example in encoded if len(example.ids) <= max_length]
     if len(kept) < len(encoded):
         logger.warning(
-            "%d of %d rows are longer than --max-length %d and were dropped",
+            "%d of %d %s rows are longer than --max-length %d and were dropped",
             len(encoded) - len(kept),
             len(encoded),
+            kind,
             max_length,
         )
     if not kept:
         shortest = min(len(example.ids) for example in encoded)
-        raise ConfigError(f"every row is longer than --max-length {max_length}; the shortest has {shortest} tokens")
+        raise ConfigError(
+            f"every {kind} row is longer than --max-length {max_length}; the shortest has {shortest} tokens"
+        )
     return kept
 
 
-def _warn_of_no_steps(rows: Sequence[Problem]) -> None:
+def _warn_of_no_steps(rows: Sequence[Problem], kind: str) -> None:
     """Say how many of the problems have no intermediate results, and which are at odds with their annotations."""
     without = [p for p in rows if not p.steps]
     if not without:
@@ -141,9 +147,10 @@ def _warn_of_no_steps(rows: Sequence[Problem]) -> None:
     at_odds = [p.source for p in without if p.equations]
     named = ", ".join(at_odds[:MAX_REPORTED_ROWS]) + ", …" * (len(at_odds) > MAX_REPORTED_ROWS)
     logger.warning(
-        "%d of %d problems have no steps and learn the answer at every supervision step%s",
+        "%d of %d %s problems have no steps and learn the answer at every supervision step%s",
         len(without),
         len(rows),
+        kind,
         f"; the annotations of {len(at_odds)} end in another result than the answer: {named}" if at_odds else "",
     )
 

@@ -130,7 +130,7 @@ def test_long_rows_are_dropped_and_counted_never_cut(chat: ChatFormat, caplog: p
 
     assert max(len(e.ids) for e in kept) <= lengths[14]
     assert all(e.ids[-1] == chat.end_id for e in kept)
-    assert f"{30 - len(kept)} of 30 rows are longer" in caplog.text
+    assert f"{30 - len(kept)} of 30 training rows are longer" in caplog.text
     with pytest.raises(ConfigError, match=f"the shortest has {lengths[0]} tokens"):
         encode_problems(rows, chat, max_length=5)
 
@@ -263,9 +263,11 @@ def test_problems_without_equations_are_counted(chat: ChatFormat, caplog: pytest
 
     assert len(examples) == 1 + 3
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 3 problems have no equations, so no reply of equations alone"
+        "2 of 3 training problems have no equations, so no reply of equations alone"
     ]
-    with pytest.raises(ConfigError, match=r"--replies equations: no problem has equations .*; add worked or answer"):
+    with pytest.raises(
+        ConfigError, match=r"--replies equations: no training problem has equations .*; add worked or answer"
+    ):
         encode_problems([bare], chat, 1024, ("equations",))
 
 
@@ -288,7 +290,7 @@ def test_problems_without_steps_are_counted_and_those_at_odds_named(
         encode_problems(rows, chat, 1024, ("worked",), step_targets=True)
 
     assert [record.getMessage() for record in caplog.records] == [
-        "12 of 13 problems have no steps and learn the answer at every supervision step; the annotations of 11 end "
+        "12 of 13 training problems have no steps and learn the answer at every supervision step; the annotations of 11 end "
         f"in another result than the answer: {', '.join(f'rows:{n}' for n in range(10))}, …"
     ]
 
