@@ -59,7 +59,8 @@ def decided(ballots: Mapping[int, Ballot | None], n: int) -> bool:
     if leader is None:
         return False
     outstanding = [index for index in range(n) if index not in ballots]
-    first = {answer: index for index, answer in reversed(list(zip(known, _alike(cast), strict=True))) if answer}
+    spelled = zip(reversed(known), reversed(_alike(cast)), strict=True)
+    first = {answer: index for index, answer in spelled if answer is not None}
 
     def may_win(votes_so_far: int, first_so_far: int) -> bool:
         most, earliest = votes_so_far + len(outstanding), min(first_so_far, outstanding[0])

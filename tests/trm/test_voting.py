@@ -53,6 +53,8 @@ def test_spellings_of_one_answer_are_one_vote_told_as_first_written():
         ({0: None, 1: None}, 3, False),
         ({0: "1", 1: "1", 2: "2"}, 4, True),
         ({0: "2", 1: "1", 2: "1"}, 4, False),
+        ({0: r"\,", 1: r"\,"}, 5, False),  # a box that holds a blank
+        ({0: r"\,", 1: r"\,", 2: "1"}, 4, True),
     ],
     ids=str,
 )
