@@ -17,7 +17,8 @@ from itertools import pairwise
 import sympy
 
 from trm.answers.comparison import other_choice, pairs, trees, value
-from trm.answers.grammar import FUNCTION_NAMES, is_claim
+from trm.answers.grammar import FUNCTION_NAMES
+from trm.answers.lists import is_claim
 from trm.answers.rules import normal
 from trm.answers.tree import Node, Tree
 

@@ -9,6 +9,7 @@ model, prompt or server, and needs only the standard library; computer algebra i
     tokens           answer text to tokens
     words            units and counted nouns, and words that no unit is
     tree, grammar    tokens to a tree of numbers, names and structures
+    lists            what the members of a list are to each other
     rules            a tree to its normal form: arithmetic, signs, sets, chains of equalities
     comparison       what counts as the same answer
 

@@ -13,7 +13,8 @@ from fractions import Fraction
 from itertools import product
 
 from trm.answers.boxes import extract_boxed
-from trm.answers.grammar import is_claim, read, split_choice
+from trm.answers.grammar import read, split_choice
+from trm.answers.lists import is_claim
 from trm.answers.rules import both_signs, is_name, is_near, label, normal, number
 from trm.answers.spelling import MAX_CHARS, plain, tidy
 from trm.answers.tokens import Tokens, tokenize

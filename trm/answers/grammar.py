@@ -18,12 +18,11 @@ list differ, they are its members' names: `3 boys, 4 girls` and `length: 3, widt
 """
 
 import re
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
+from trm.answers.lists import Member, joined, spoken
 from trm.answers.tokens import Token
-from trm.answers.tree import Node, Tree
+from trm.answers.tree import Node, Tree, Unreadable
 from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit, singular
 
 MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids int()'s limit of 4300 digits
@@ -32,8 +31,6 @@ _MAX_MARKS = 8  # behind one atom
 
 RELATIONS = frozenset("=<>≤≥≠≈∈≡→~")
 FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
-_INEQUALITIES = frozenset("<>≤≥≠")
-_JOINTS = {"and": "all", "∧": "all", "or": "any", "∨": "any"}
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
 _CLOSING = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
@@ -46,27 +43,15 @@ _EXPONENT = re.compile(r"\^ (?:- )?(?:\d+\.?|\{ (?:- )?\d+\.? \}) ")
 _NUMBER = re.compile(r"(\d*)(?:\.(\d*))?(?:e([-+]?\d+))?")
 
 
-class Unreadable(Exception):
-    """These tokens are no mathematics that we know. Never leaves `read`."""
-
-
-class _Member(NamedTuple):
-    """One of a list: what was read, and the words that stood before it and behind it, as `length: 3` and `3 boys`."""
-
-    tree: Tree
-    before: str
-    behind: str
-
-
 def read(tokens: list[Token], letter_units: bool = True, asked: frozenset[str] = frozenset()) -> Tree:
     """The tree of an answer. Without `letter_units`, `5 m` is a product, as `5m` is; `asked` are further units."""
     reader = _Reader(tokens, letter_units, asked)
-    members: list[_Member] = []
+    members: list[Member] = []
     separators: set[str] = set()
     while reader.more_members(separators):
         members.append(reader.member_or_text())
     try:
-        parts = _joined(members, separators)
+        parts = joined(members, separators)
     except Unreadable:
         return text_of(tokens)
     return parts[0] if len(parts) == 1 else Node("list", tuple(parts))
@@ -142,7 +127,7 @@ class _Reader:
 
     # Lists and their members
 
-    def member_or_text(self) -> _Member:
+    def member_or_text(self) -> Member:
         """A member that ends where one may end; or as text, what precedes the next separator outside brackets."""
         start, units = self.position, len(self.units)
         self.skip_preface()
@@ -150,7 +135,7 @@ class _Reader:
         try:
             member = self.member()
             if self.peek() is _END or self.at_separator():
-                return _Member(member, _name(before), _name(self.units[units:]))
+                return Member(member, spoken(before), spoken(self.units[units:]))
         except Unreadable:
             pass
         self.position, self.depth, self.bars = start, 0, 0
@@ -160,7 +145,7 @@ class _Reader:
                 opens = token.text in _CLOSING or token.text.startswith("begin")
                 nested += opens - (token.text in (")", "]", "\\}", "}", "⟩") or token.text.startswith("end"))
             self.position += 1
-        return _Member(text_of(self.tokens[start : self.position]), "", "")
+        return Member(text_of(self.tokens[start : self.position]), "", "")
 
     def skip_preface(self) -> None:
         """Step over words before the answer: `about`, `≈`, `=`, `Total:`, `Area =`, `The answer is`."""
@@ -181,12 +166,12 @@ class _Reader:
             self.position += length + 1
 
     def items(self) -> list[Tree]:
-        found: list[_Member] = []
+        found: list[Member] = []
         separators: set[str] = set()
         while not found or (self.at_separator() and self.more_members(separators)):
             units = len(self.units)
-            found.append(_Member(self.member(), "", _name(self.units[units:])))
-        return _joined(found, separators)
+            found.append(Member(self.member(), "", spoken(self.units[units:])))
+        return joined(found, separators)
 
     def member(self) -> Tree:
         parts: list[Tree] = [self.set()]
@@ -541,41 +526,6 @@ class _Reader:
         return (
             token is _END or self.at_separator() or self.at(")", "]", "}", "\\}", "⟩", "&") or token.text in RELATIONS
         )
-
-
-def _joined(members: Sequence[_Member], separators: set[str]) -> list[Tree]:
-    """The trees of members, by names if their words differ; or the one tree of claims that `and` or `or` joins.
-
-    Raises Unreadable for claims that are joined by both.
-    """
-    claims = any(is_claim(one.tree) for one in members)
-    sentences = not separators.isdisjoint("∧∨") and any(isinstance(one.tree, str) for one in members)
-    joints = {_JOINTS[separator] for separator in separators if separator in _JOINTS}
-    if joints and (claims or sentences):
-        if len(joints) > 1:
-            raise Unreadable
-        return [Node(joints.pop(), tuple(one.tree for one in members))]
-    for names in ([one.before for one in members], [one.behind for one in members]):
-        if len({*names} - {""}) > 1:
-            return [_named(name, one.tree) for name, one in zip(names, members, strict=True)]
-    return [one.tree for one in members]
-
-
-def is_claim(tree: Tree) -> bool:
-    """Whether a tree is an inequality: two of them are another thing together than apart."""
-    return isinstance(tree, Node) and tree.kind == "chain" and not _INEQUALITIES.isdisjoint(tree.parts[1::2])
-
-
-def _named(name: str, tree: Tree) -> Tree:
-    """A member as the value of a name, unless it has one, as `x = 5 cm`."""
-    if not name or (isinstance(tree, Node) and tree.kind in ("chain", "text")):
-        return tree
-    return Node("chain", (name, "=", tree))
-
-
-def _name(words: Sequence[str]) -> str:
-    """What words say of a number beyond that it is one: not `the`, nor `about`."""
-    return " ".join(word for word in words if word not in BESIDE and word not in HEDGES)
 
 
 def _mixed(whole: Tree, fraction: Tree) -> Node:

@@ -264,8 +264,7 @@ def _chain(parts: Sequence[Tree]) -> Tree:
 
 def is_near(exactly: Tree, roughly: Tree) -> bool:
     """Whether a value may be rounded so, as far as that can be told: `\\pi` to 3, not to 100."""
-    values = [_estimate(exactly), _estimate(roughly)]
-    exact, rough = values[0], values[1]
+    exact, rough = _estimate(exactly), _estimate(roughly)
     return exact is None or rough is None or abs(exact - rough) <= _ROUNDED * abs(exact)
 
 

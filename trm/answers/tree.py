@@ -12,3 +12,7 @@ class Node(NamedTuple):
 
 
 Tree: TypeAlias = Fraction | str | Node  # a str is a name: a letter, a command or a word
+
+
+class Unreadable(Exception):
+    """These tokens are no mathematics that we know. Never leaves `grammar.read`."""
