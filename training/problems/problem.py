@@ -1,9 +1,12 @@
 """What training and evaluation read: one question with its worked solution."""
 
+import re
 from dataclasses import dataclass
 
 from trm.answers import boxed, extract_boxed
 from trm.chat import Work
+
+_GROUPED = re.compile(r"[-+$]*\d{1,3}(,\d{3})+(\.\d+)?")  # 1,200
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,12 @@ class Problem:
         return work != "equations" or bool(self.equations)
 
     def reply(self, work: Work) -> str:
-        """The right reply that shows so much work."""
+        """The right reply that shows so much work.
+
+        In short ones the answer is written as in equations, 1200 and not 1,200: its digits stand where those of the
+        results before it do.
+        """
         if work == "full":
             return self.solution
-        return "\n".join([*(self.equations if work == "equations" else ()), boxed(self.answer)])
+        answer = self.answer.replace(",", "") if _GROUPED.fullmatch(self.answer) else self.answer
+        return "\n".join([*(self.equations if work == "equations" else ()), boxed(answer)])

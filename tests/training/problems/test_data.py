@@ -236,6 +236,19 @@ def test_each_kind_of_reply_has_a_prompt_of_its_own(chat: ChatFormat) -> None:
     assert len(set(SYSTEM_PROMPTS.values())) == 3
 
 
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [("1,200", "1200"), ("-1,234,567.50", "-1234567.50"), ("$1,200", "$1200"), ("(1,200)", "(1,200)"), ("1,20", "1,20")],
+)
+def test_short_replies_write_numbers_as_equations_do(answer: str, written: str) -> None:
+    """GSM8K annotates 1200 and answers 1,200."""
+    problem = Problem("Q?", f"It is \\boxed{{{answer}}}", "rows:1", ("48*25=1200",), ("1200",))
+
+    assert problem.reply("none") == f"\\boxed{{{written}}}"
+    assert problem.reply("equations") == f"48*25=1200\n\\boxed{{{written}}}"
+    assert problem.reply("full") == problem.solution
+
+
 def test_a_problem_with_work_of_its_own_is_asked_so_once(chat: ChatFormat) -> None:
     (mental,) = load_problems("synthetic:mental", split="train", seed=0, num_problems=1)
     (example,) = encode_problems([mental], chat, 1024, ("worked", "equations"))
