@@ -238,7 +238,7 @@ def test_each_kind_of_reply_has_a_prompt_of_its_own(chat: ChatFormat) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "written"),
-    [("1,200", "1200"), ("-1,234,567.50", "-1234567.50"), ("$1,200", "$1200"), ("(1,200)", "(1,200)"), ("1,20", "1,20")],
+    [("1,200", "1200"), ("-1,234,567.50", "-1234567.50"), ("$1,200", "$1200"), ("(1,200)", "(1,200)")],
 )
 def test_short_replies_write_numbers_as_equations_do(answer: str, written: str) -> None:
     """GSM8K annotates 1200 and answers 1,200."""
