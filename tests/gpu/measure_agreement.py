@@ -23,21 +23,23 @@ ROWS = (1, 32) if ON_GPU else (1, 2)
 
 
 def agreement(put: Put, report: Raw, checkpoint: Path | None) -> None:
-    """The checkpoint first: the process has only begun, so that its start to a first token can be told."""
+    """The checkpoint first, then the bundled model."""
+    imports_s = seconds_of_process()
     sources = {"bundled": bundled_model_path()}
     if checkpoint is None:
         put("checkpoint", {"skipped": "no --model was given"})
     else:
         sources = {"checkpoint": checkpoint} | sources
     for name, source in sources.items():
-        attempt(put, f"{name}, start", partial(first_token, source))
+        attempt(put, f"{name}, start", partial(first_token, source, imports_s))
         attempt(put, f"{name}, agreement", partial(of_types, source))
         replies(put, report, name, source)
 
 
-def first_token(source: Path) -> Raw:
-    """Seconds from nothing to the first token of an engine of 32 rows, read and captured; what imports took is told."""
-    imports_s, began = seconds_of_process(), time.perf_counter()
+def first_token(source: Path, imports_s: float) -> Raw:
+    """Seconds from nothing to the first token of an engine of 32 rows, read and captured, after `imports_s`."""
+    empty_cache()
+    began = time.perf_counter()
     model, chat = load_for_decoding(source, device=DEVICE.type), ChatFormat(read_tokenizer(source))
     read_s = time.perf_counter() - began
     engine = Engine(model, chat, EngineConfig(max_model_len=512))

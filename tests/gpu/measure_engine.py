@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -48,10 +49,8 @@ from trm.loading import prepare_for_decoding
 MANY = 32 if ON_GPU else 2  # rows that are sampled
 MAX_LEN = 512 if ON_GPU else 256
 PROMPT = 140 if ON_GPU else 20  # tokens; with the reply it stays within one width of what is captured
-ROUNDS = {4: 32, 16: 12} if ON_GPU else {}  # tokens of each row that are timed, by effort
-WARM_UP = 2  # tokens of each row
+WARM_UP = 3  # tokens of each row
 SLACK = 64  # tokens that first rows may decode until the last one has its prompt
-PROFILED = 2  # tokens; each is thousands of kernels
 GAP_US = 5.0  # kernels of one graph follow each other faster; a device that waits for the host waits longer
 DRAFT = 7
 KINDS: dict[str, Raw] = {
@@ -75,7 +74,7 @@ def engine(put: Put, report: Raw, shape: str, quantize: str | None = None) -> No
         kinds = {"greedy": KINDS["greedy"]}
         decoded(put, f"kernel by kernel, {rows} rows", model, chat, rows, kinds, machine, eager=True)
     for rows in ROWS:
-        attempt(put, f"calls, {rows} rows", lambda rows=rows: calls(model, rows))
+        attempt(put, f"calls, {rows} rows", partial(calls, model, rows))
     let_backbone_decide(model)
     kinds = {"greedy, every draft right": KINDS["greedy"]}
     decoded(put, "drafts, 1 rows", model, chat, 1, kinds, machine, draft=DRAFT)
@@ -132,7 +131,7 @@ def decoded(
                     found[kind] = numbers
                     put(name, found)
 
-                attempt(put_kind, kind, lambda requests=requests: decode(made, requests, machine, draft))
+                attempt(put_kind, kind, partial(decode, made, requests, machine, draft))
             found |= captures(made) | memory(made)
     except Exception as error:  # noqa: BLE001 - whatever it was, the rest is measured
         found["failed"] = f"{type(error).__name__}: {error}"
@@ -194,10 +193,18 @@ def memory(made: Engine) -> Raw:
 
 def wanted(rows: int, effort: int, prompts: Sequence[Sequence[int]], **params: Any) -> Iterator[Request]:
     """A request for each row, which goes on past the end token. Made-up prompts share nothing with each other."""
-    most = SLACK + WARM_UP + PROFILED + 1 + ROUNDS.get(effort, 4)
+    most = SLACK + sum(parts_of(effort))
     for row in range(rows):
         ids = prompts[row % len(prompts)] if prompts else [5 + (row * 31 + place * 7) % 1000 for place in range(PROMPT)]
         yield Request(tuple(ids), SamplingParams(max_tokens=most, n_supervision=effort, ignore_eos=True, **params))
+
+
+def parts_of(effort: int) -> tuple[int, int, int]:
+    """Tokens of each row before the clock starts, those that are timed, and those that are profiled after that.
+
+    Deep ones take long, and are thousands of kernels each.
+    """
+    return (WARM_UP, max(12, 128 // max(1, effort)), max(2, 32 // max(1, effort))) if ON_GPU else (WARM_UP, 4, 1)
 
 
 def decode(made: Engine, requests: Sequence[Request], machine: Machine, draft: int = 0) -> Raw:
@@ -207,16 +214,16 @@ def decode(made: Engine, requests: Sequence[Request], machine: Machine, draft: i
     the time in which the device waits for the host; idle_share: in which it runs no kernel, short gaps included.
     """
     effort = requests[0].params.n_supervision or 0
-    rounds = ROUNDS.get(effort, 4)
-    with running(made, requests) as handles:  # captures what is missing
-        advance(made, handles, rounds)
+    unclocked, clocked, profiled = parts_of(effort)
+    with running(made, requests) as handles:  # captures what is missing, up to the last position
+        advance(made, handles, unclocked + clocked + profiled)
     before = asdict(made.stats())
     with running(made, requests) as handles:
         began = time.perf_counter()
         advance(made, handles, 1)
         found: Raw = {"prompts_s": time.perf_counter() - began}
-        advance(made, handles, WARM_UP)
-        seconds, tokens = advance(made, handles, rounds)
+        advance(made, handles, unclocked - 1)
+        seconds, tokens = advance(made, handles, clocked)
         found |= {"token_ms": 1e3 * seconds * len(requests) / tokens, "tokens_per_s": tokens / seconds}
         length = sum(len(request.prompt_ids) for request in requests) // len(requests)
         size = made.model.backbone.dtype.itemsize
@@ -225,7 +232,7 @@ def decode(made: Engine, requests: Sequence[Request], machine: Machine, draft: i
         found["bound_ms"] = 1e3 * sum(part.floor_s(machine) for part in parts.values())
         found["share_of_bound"] = found["bound_ms"] / found["token_ms"]
         if ON_GPU:
-            found |= idle(made, handles)
+            found |= idle(made, handles, profiled)
     if draft:
         after = asdict(made.stats())
         found |= {name: after[name] - before[name] for name in ("draft_tokens", "accepted_tokens")}
@@ -264,13 +271,13 @@ def advance(made: Engine, handles: Sequence[Handle], tokens: int) -> tuple[float
     return seconds, sum(len(handle.row.reply) for handle in handles) - sum(before)
 
 
-def idle(made: Engine, handles: Sequence[Handle]) -> Raw:
+def idle(made: Engine, handles: Sequence[Handle], tokens: int) -> Raw:
     """Shares of the time in which no kernel runs, from the first one to the last: all gaps, and those of `GAP_US`.
 
     The profiler itself slows launching down, so both are upper bounds.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        advance(made, handles, PROFILED)
+        advance(made, handles, tokens)
     kernels = (
         (event.time_range.start, event.time_range.end)
         for event in profiled.events() or ()
@@ -318,7 +325,7 @@ def of_token(runner: Runner, rows: int) -> Raw:
         "tick_ms": timed(lambda: runner.tick(spans, [1] * rows)),
     }
     for kind, some in asks.items():
-        found[f"choice_ms, {kind}"] = timed(lambda some=some: runner.choose(slots, [0] * rows, some))
+        found[f"choice_ms, {kind}"] = timed(partial(runner.choose, slots, [0] * rows, some))
     found["token_ms"] = (
         found["backbone_ms"] + runner.model.config.n_supervision * found["tick_ms"] + found["choice_ms, greedy"]
     )

@@ -4,6 +4,7 @@ Milliseconds are medians of calls that were waited for. Without a GPU everything
 mistakes are found: those numbers mean nothing.
 """
 
+import gc
 import time
 import traceback
 from collections.abc import Callable
@@ -53,7 +54,7 @@ LAST_LINES = 12  # of a traceback
 
 def sizes_of(shape: str) -> Raw:
     """The backbone of a shape; on a CPU one tiny one stands for all."""
-    return SHAPES[shape] if ON_GPU else TINY  # type: ignore[index]
+    return SHAPES[shape] if ON_GPU else TINY
 
 
 def random_model(shape: str) -> TRMForCausalLM:
@@ -61,7 +62,7 @@ def random_model(shape: str) -> TRMForCausalLM:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         backbone = Backbone(Qwen2Config(**sizes_of(shape))).to(torch.bfloat16)
-        model = TRMForCausalLM.from_backbone(backbone, **DEPTHS[shape]).to(torch.bfloat16).eval()
+        model: TRMForCausalLM = TRMForCausalLM.from_backbone(backbone, **DEPTHS[shape]).to(torch.bfloat16).eval()
     with torch.no_grad():
         for layer in model.decoder.layers:
             layer.attention.o_proj.weight.normal_(std=0.02)
@@ -184,7 +185,8 @@ def at_least(what: str, limit: float, measured: float | None) -> Raw:
 
 
 def empty_cache() -> None:
-    """Give back what a model that is gone has left, and count the peak of memory anew."""
+    """Give back what a model that is gone has left, its graphs included, and count the peak of memory anew."""
+    gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(DEVICE)

@@ -112,7 +112,8 @@ def main(words: Sequence[str] | None = None) -> None:
     report = Report(given.report)
     if not run(names, report, command):
         found: dict[str, Any] = report.read()
-        sys.exit(f"{given.report}: " + ", ".join(f"{name} {found[name]['state']}" for name in names))
+        left = [f"{name} {found[name]['state']}" for name in names if found[name]["state"] != "done"]
+        sys.exit(f"{given.report}: {', '.join(left)}")
 
 
 if __name__ == "__main__":
