@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.gpu import measure_block, measure_training, measures, run, section
+from tests.gpu import measure_agreement, measure_block, measure_training, measures, run, section
 from tests.gpu.measure_engine import shares
 from tests.gpu.report import Report
 from trm import bundled_model_path
 
 ROOT = Path(__file__).parents[1]
-ONE_TEST = "tests/gpu/test_calls.py::test_a_decoder_that_is_gone_keeps_no_graph"
 PUT = (
     "from tests.gpu.report import Report; from pathlib import Path; Report(Path({path!r})).put({name!r}, 'number', 1); "
 )
@@ -35,13 +34,24 @@ def found_under(value: Any, key: str) -> Iterator[Any]:
             yield from found_under(part, key)
 
 
+def one_test(directory: Path, body: str) -> str:
+    """A file of one test."""
+    path = directory / "test_one.py"
+    path.write_text(f"def test_one():\n    {body}\n")
+    return str(path)
+
+
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One test, few repeats, little depth, and a compiler that compiles nothing."""
-    monkeypatch.setattr(section, "TESTS", [ONE_TEST])
+    monkeypatch.setattr(section, "TESTS", [one_test(tmp_path, "pass")])
+    monkeypatch.setattr(measure_agreement, "QUESTIONS", 1)
+    monkeypatch.setattr(measure_agreement, "TOKENS", 4)
     monkeypatch.setattr(measures, "REPEATS", 1)
     monkeypatch.setattr(measures, "LAUNCHES", 2)
-    monkeypatch.setitem(measures.DEPTHS["qwen2.5-1.5b"], "n_supervision", 2)
+    for depth in measures.DEPTHS.values():
+        monkeypatch.setitem(depth, "n_supervision", 2)
+        monkeypatch.setitem(depth, "n_cycles", 1)
     monkeypatch.setattr(measure_block, "COMPILE", measure_block.COMPILE | {"backend": "eager"})
     monkeypatch.setattr(measure_training, "ANSWER", 2)
 
@@ -75,13 +85,16 @@ def walk(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_tests_that_fail_are_a_section_that_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr(section, "TESTS", [f"{ONE_TEST}_at_all"])
+    monkeypatch.setattr(section, "TESTS", [one_test(tmp_path, "assert 1 == 2")])
     report = Report(tmp_path / "gpu.json")
 
     with pytest.raises(RuntimeError, match="pytest ended with status"):
         section.measure(report.path, "tests", None)
 
-    assert report.read()["tests"]["status"] != 0
+    found = report.read()["tests"]
+    assert found["status"] == 1
+    assert "test_one" in found["last"]
+    assert any("assert 1 == 2" in line for line in found["end"])
 
 
 def test_a_part_that_fails_does_not_stop_the_others():
@@ -143,7 +156,8 @@ def test_a_real_section_that_hangs_says_where(report):
     assert any("Timeout" in line for line in found["failed"])
 
 
-def test_sections_that_would_begin_after_the_limit_are_left_out(report):
+def test_sections_that_would_begin_after_the_limit_are_left_out(report, monkeypatch):
+    monkeypatch.setitem(run.SECTIONS, "first", 30.0)
     codes = commands(report.path, first="import time; time.sleep(0.3)", late="pass")
 
     done = run.run(["first", "late"], report, codes, limit_s=0.1)

@@ -32,18 +32,17 @@ def tests(put: Put) -> None:
     """What pytest says, test by test. Without a GPU those tests run that a CPU can stand for."""
     environment = os.environ if ON_GPU else os.environ | {"TRM_TEST_DEVICE": "cpu"}
     command = [sys.executable, "-m", "pytest", "-vv", "-rs", "--tb=short", "--durations=5", *TESTS]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    )
-    assert process.stdout is not None
     lines: list[str] = []
-    for line in process.stdout:
-        print(line, end="", flush=True)  # the whole of it is in the log
-        lines.append(line.rstrip())
-        if "::" in line:  # a test has ended
-            put("last", lines[-1])
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)  # the whole of it is in the log
+            lines.append(line.rstrip())
+            if "::" in line:  # a test has ended
+                put("last", lines[-1])
+        status = process.wait()
     put("end", lines[-LAST_LINES:])
-    status = process.wait()
     put("status", status)
     if status:
         raise RuntimeError(f"pytest ended with status {status}")
