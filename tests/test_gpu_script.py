@@ -1,6 +1,7 @@
 """The script that measures a GPU, where there is none: every section at tiny sizes, and what befalls sections."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,6 +167,25 @@ def test_sections_that_would_begin_after_the_limit_are_left_out(report, monkeypa
     assert not done
     assert found["first"]["state"] == "done"
     assert found["late"] == {"state": "skipped", "skipped": "it would begin after the limit of 0.1 s"}
+
+
+def test_a_script_that_is_ended_leaves_no_section_behind(report):
+    command = [sys.executable, "-m", "tests.gpu.run", str(report.path), "--sections", "card"]
+    with subprocess.Popen(command) as script:
+        while not (report.path.exists() and report.read()["card"]["state"] == "running"):
+            time.sleep(0.05)
+        sections = [Path(f"/proc/{pid}") for pid in children(script.pid)]
+        while not sections:
+            sections = [Path(f"/proc/{pid}") for pid in children(script.pid)]
+        script.terminate()
+
+    assert script.returncode == 143
+    assert not any(section.exists() for section in sections)
+
+
+def children(pid: int) -> list[str]:
+    """Processes that one has started."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_the_file_is_there_while_a_section_runs(report):

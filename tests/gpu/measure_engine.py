@@ -53,6 +53,7 @@ WARM_UP = 3  # tokens of each row
 SLACK = 64  # tokens that first rows may decode until the last one has its prompt
 GAP_US = 5.0  # kernels of one graph follow each other faster; a device that waits for the host waits longer
 DRAFT = 7
+COUNTED = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
 KINDS: dict[str, Raw] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.7, "seed": 1},
@@ -70,7 +71,7 @@ def engine(put: Put, report: Raw, shape: str, quantize: str | None = None) -> No
         kinds = KINDS if rows == MANY else {"greedy": KINDS["greedy"]}
         found[rows] = decoded(put, f"replayed, {rows} rows", model, chat, rows, kinds, machine)
         put("targets", targets(shape, found))
-    for rows in ROWS:
+    for rows in dict.fromkeys((1, ROWS[-1], *ROWS)):
         kinds = {"greedy": KINDS["greedy"]}
         decoded(put, f"kernel by kernel, {rows} rows", model, chat, rows, kinds, machine, eager=True)
     for rows in ROWS:
@@ -231,12 +232,10 @@ def decode(made: Engine, requests: Sequence[Request], machine: Machine, draft: i
         parts = work(made.model.config, len(requests), length, effort, weight_size, size)
         found["bound_ms"] = 1e3 * sum(part.floor_s(machine) for part in parts.values())
         found["share_of_bound"] = found["bound_ms"] / found["token_ms"]
-        if ON_GPU:
-            found |= idle(made, handles, profiled)
-    if draft:
-        after = asdict(made.stats())
-        found |= {name: after[name] - before[name] for name in ("draft_tokens", "accepted_tokens")}
-    return found
+        if ON_GPU:  # a profiler that is not allowed costs its own numbers only
+            attempt(lambda _, numbers: found.update(numbers), "idle", partial(idle, made, handles, profiled))
+    after = asdict(made.stats())
+    return found | {name: after[name] - before[name] for name in COUNTED}
 
 
 def has_fp8_layers(model: TRMForCausalLM) -> bool:

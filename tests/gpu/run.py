@@ -28,7 +28,7 @@ SECTIONS: dict[str, float] = {
     "card": 30,
     "block": 90,
     "engine-0.5b": 80,
-    "engine-1.5b": 80,
+    "engine-1.5b": 100,
     "agreement": 80,
     "training": 60,
     "engine-0.5b-fp8": 60,
@@ -117,4 +117,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the section that runs ends, too
     main()
