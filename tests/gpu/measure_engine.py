@@ -53,7 +53,7 @@ WARM_UP = 3  # tokens of each row
 SLACK = 64  # tokens that first rows may decode until the last one has its prompt
 GAP_US = 5.0  # kernels of one graph follow each other faster; a device that waits for the host waits longer
 DRAFT = 7
-COUNTED = ("prompt_tokens", "cached_tokens", "draft_tokens", "accepted_tokens")
+COUNTED = ("draft_tokens", "accepted_tokens")
 KINDS: dict[str, Raw] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.7, "seed": 1},
@@ -216,16 +216,13 @@ def decode(made: Engine, requests: Sequence[Request], machine: Machine, draft: i
     """
     effort = requests[0].params.n_supervision or 0
     unclocked, clocked, profiled = parts_of(effort)
-    with running(made, requests) as handles:  # captures what is missing, up to the last position
+    with running(made, requests) as handles:  # captures what is missing, and leaves the prompts in the cache
         advance(made, handles, unclocked + clocked + profiled)
     before = asdict(made.stats())
     with running(made, requests) as handles:
-        began = time.perf_counter()
-        advance(made, handles, 1)
-        found: Raw = {"prompts_s": time.perf_counter() - began}
-        advance(made, handles, unclocked - 1)
+        advance(made, handles, unclocked)
         seconds, tokens = advance(made, handles, clocked)
-        found |= {"token_ms": 1e3 * seconds * len(requests) / tokens, "tokens_per_s": tokens / seconds}
+        found: Raw = {"token_ms": 1e3 * seconds * len(requests) / tokens, "tokens_per_s": tokens / seconds}
         length = sum(len(request.prompt_ids) for request in requests) // len(requests)
         size = made.model.backbone.dtype.itemsize
         weight_size = 1 if has_fp8_layers(made.model) else size
@@ -235,7 +232,7 @@ def decode(made: Engine, requests: Sequence[Request], machine: Machine, draft: i
         if ON_GPU:  # a profiler that is not allowed costs its own numbers only
             attempt(lambda _, numbers: found.update(numbers), "idle", partial(idle, made, handles, profiled))
     after = asdict(made.stats())
-    return found | {name: after[name] - before[name] for name in COUNTED}
+    return found | ({name: after[name] - before[name] for name in COUNTED} if draft else {})
 
 
 def has_fp8_layers(model: TRMForCausalLM) -> bool:
