@@ -224,12 +224,12 @@ def test_keys_come_from_a_secret_and_the_server_is_never_open(overlay: Objects, 
 def test_what_the_server_takes_fits_into_the_pod(overlay: Objects, settings: ServeSettings) -> None:
     resources = container_of(overlay)["resources"]
     assert resources["requests"]["memory"] == resources["limits"]["memory"]
+    assert settings.num_threads == int(resources["requests"]["cpu"])  # the default is the machine's cores
     if settings.device == "cuda":
         assert resources["limits"]["nvidia.com/gpu"] == "1"
         assert pod_of(overlay)["tolerations"]
         assert container_of(overlay)["image"].endswith("-cuda")
     else:
-        assert settings.num_threads == int(resources["requests"]["cpu"])
         assert settings.kv_cache_bytes is not None
         assert settings.kv_cache_bytes <= size(resources["limits"]["memory"]) / 2
 

@@ -1,5 +1,6 @@
 """deploy/systemd/trm-serve.service: systemd takes it, and it says what trm-serve understands."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,3 +72,13 @@ def test_a_server_may_drain_before_it_is_killed() -> None:
 def test_a_failed_server_is_started_again_and_a_wrong_setting_is_not() -> None:
     assert directives("Restart") == ["on-failure"]
     assert directives("RestartPreventExitStatus") == ["2"]  # tests/server/test_settings.py: what a wrong setting gives
+
+
+def test_what_a_gpu_needs_leaves_its_devices_open() -> None:
+    """DevicePolicy=auto opens them only where no DeviceAllow is given, and ProtectClock=yes implies one."""
+    found = re.search(r"drop-in has to say: (.+?)\.", UNIT.read_text())
+    assert found is not None
+    says = dict(word.split("=") for word in found[1].split(", "))
+
+    assert says == {"PrivateDevices": "no", "DevicePolicy": "auto", "ProtectClock": "no"}
+    assert directives("DeviceAllow") == []

@@ -1,125 +1,121 @@
 """Run the tests of a GPU and the measurements, and leave one JSON file.
 
-    python -m tests.gpu.run [gpu.json]
+    python -m tests.gpu.run [gpu.json] [--model CHECKPOINT] [--sections NAME ...]
 
-On an H100 it is meant to take less than eight minutes. It was never run on a GPU so far. Without one it runs to the end
-at tiny sizes on the CPU, so that mistakes in it are found, and says so in the file: these numbers mean nothing.
+Meant for one run of less than eight minutes on an H100: sections run in the order of their worth, those that would
+begin after 400 s are left out, and none may take the others' time. It was never run on a GPU so far. Without one it
+runs to the end at tiny sizes on the CPU, so that mistakes in it are found, and says so: these numbers mean nothing.
+
+Each section is a process (`tests.gpu.section`), whose output goes to a log beside the JSON. Of one that fails or is
+stopped the numbers before stay in the file, beside the reason.
 """
 
-import json
+import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from tests.gpu.report import Report
 
-from tests.gpu import measures
-from trm import bundled_model_path
-from trm.bench.settings import SHAPES
-from trm.chat import ChatFormat
-from trm.checkpoint import read_tokenizer
-from trm.linear import has_fp8
-from trm.loading import load_for_decoding
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-TESTS_S = 200  # at most
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 2048,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
+SECTIONS: dict[str, float] = {
+    "tests": 120,
+    "card": 30,
+    "block": 90,
+    "engine-0.5b": 80,
+    "engine-1.5b": 100,
+    "agreement": 80,
+    "training": 60,
+    "engine-0.5b-fp8": 60,
+    "engine-1.5b-fp8": 60,
 }
-MODELS = {
-    "0.5B, 12 calls a token": ("qwen2.5-0.5b", {"n_latent": 2, "n_cycles": 1, "n_supervision": 4}),
-    "1.5B, 336 calls a token": ("qwen2.5-1.5b", {"n_latent": 6, "n_cycles": 3, "n_supervision": 16}),
-}
-ROWS = (1, 8, 32, 128) if ON_GPU else (1, 3)
-CONTEXT = 384 if ON_GPU else 40
-TOKENS = 32 if ON_GPU else 3
+"""Most seconds of each, in the order of their worth."""
+LIMIT_S = 400.0  # after which no section begins
+GRACE_S = 50.0  # that one which has begun may take longer
+DYING_S = 5.0  # a section ends by itself when its time is over, with its traceback; so much later it is killed
+LAST_LINES = 40  # of what a section that failed has said
+Command = Callable[[str, float], Sequence[str]]
 
 
-def tests() -> Any:
-    """What pytest says."""
-    environment = os.environ if ON_GPU else os.environ | {"TRM_TEST_DEVICE": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TESTS_S, check=False)
-    return {"status": done.returncode, "end": done.stdout.splitlines()[-30:]}
+def run(names: Sequence[str], report: Report, command: Command, limit_s: float = LIMIT_S) -> bool:
+    """All sections, one after the other; returns whether every one of them is done.
+
+    `command(name, seconds)` starts one. One that fails does not stop the others.
+    """
+    began = time.monotonic()
+    report.write({name: {"state": "not begun"} for name in names})
+    for name in names:
+        left = limit_s - (time.monotonic() - began)
+        if left <= 0:
+            report.put(name, "state", "skipped")
+            report.put(name, "skipped", f"it would begin after the limit of {limit_s:g} s")
+        else:
+            run_one(name, report, command, min(SECTIONS.get(name, limit_s), left + GRACE_S))
+        found = report.read()[name]
+        parts = [part for part, its in found.items() if isinstance(its, dict) and "failed" in its]
+        words = f", but {', '.join(parts)}: failed" if parts else ""
+        print(f"{time.monotonic() - began:6.1f} s  {name}: {found['state']}{words}", flush=True)
+    return all(report.read()[name]["state"] == "done" for name in names)
 
 
-def bundled() -> Any:
-    """The bundled model: replies, and how far bfloat16 is from float32."""
-    chat = ChatFormat(read_tokenizer(bundled_model_path()))
-    wide, narrow = (load_for_decoding(None, device=DEVICE, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    return {
-        "agreement of bfloat16 with float32": measures.agreement(wide, narrow, chat, *((32, 64) if ON_GPU else (2, 6))),
-        "replies": [
-            {"dtype": name, **measures.replies(model, chat, rows, 6, TOKENS)}
-            for name, model in (("float32", wide), ("bfloat16", narrow))
-            for rows in ROWS
-        ],
-    }
-
-
-def shape(name: str, quantize: str | None = None) -> Any:
-    """A shape with random weights: its calls, and whole replies at its effort."""
-    sizes, depth = MODELS[name]
-    chat = ChatFormat(read_tokenizer(bundled_model_path()))
-    model = measures.random_model(SHAPES[sizes] if ON_GPU else TINY, depth, DEVICE, quantize)
-    effort = depth["n_supervision"]
-    tokens = max(3, TOKENS * 4 // effort)  # deep ones take long
-    many = ROWS[-1]
-    found = {
-        "calls": measures.calls(model, ROWS, CONTEXT),
-        "replies": [
-            *[measures.replies(model, chat, rows, effort, tokens) for rows in ROWS],
-            measures.replies(model, chat, min(32, many), effort, tokens, temperature=0.7, seed=1),
-            measures.replies(model, chat, min(32, many), effort, tokens, temperature=0.7, top_p=0.95, seed=1),
-            measures.replies(model, chat, 1, effort, tokens, max_draft_tokens=7),
-        ],
-    }
-    del model
-    if ON_GPU:
-        torch.cuda.empty_cache()
-    return found
-
-
-def main() -> None:
-    """Every section, one after the other; one that fails does not stop the others."""
-    out, began = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu.json"), time.perf_counter()
-    report: dict[str, Any] = {
-        "measured_on_a_gpu": ON_GPU,
-        "device": torch.cuda.get_device_name() if ON_GPU else "CPU, at tiny sizes: these numbers mean nothing",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
-    sections: dict[str, Callable[[], Any]] = {"tests": tests, "bundled model": bundled}
-    for name in MODELS:
-        sections[name] = lambda name=name: shape(name)
-        if has_fp8(torch.device(DEVICE)):
-            sections[f"{name}, fp8"] = lambda name=name: shape(name, "fp8")
-    for name, section in sections.items():
-        started = time.perf_counter()
+def run_one(name: str, report: Report, command: Command, seconds: float) -> None:
+    """One section in a process, and how it ended: done, failed or stopped."""
+    report.put(name, "state", "running")
+    began = time.monotonic()
+    log = report.path.with_suffix(".log")
+    with log.open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(
+            command(name, seconds), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            report[name] = section()
-        except Exception:  # noqa: BLE001 - whatever it was, the rest is measured
-            report[name] = {"failed": traceback.format_exc().splitlines()}
-        report.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 1)
-        print(f"{time.perf_counter() - began:6.1f} s  {name}: {json.dumps(report[name])[:300]}", flush=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
-    failed = [name for name, found in report.items() if isinstance(found, dict) and found.get("failed")]
-    if failed or report["tests"].get("status"):
-        sys.exit(f"{out}: {', '.join(failed) or 'tests'} failed")
+            status: int | None = process.wait(seconds + DYING_S)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end_group(process)
+    took = time.monotonic() - began
+    report.put(name, "seconds", round(took, 1))
+    state = "done" if status == 0 else "stopped" if took >= seconds else "failed"
+    if state != "done":
+        report.put(name, "status", status)
+        report.put(name, state, log.read_bytes()[start:].decode(errors="replace").splitlines()[-LAST_LINES:])
+    report.put(name, "state", state)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a section and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that the driver holds never ends
+        process.wait(DYING_S)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse, run, and say which sections are not done."""
+    parser = argparse.ArgumentParser(description="Tests and measurements of a GPU, into one JSON file.")
+    parser.add_argument("report", nargs="?", type=Path, default=Path("gpu.json"), help="JSON file; default gpu.json")
+    parser.add_argument("--model", type=Path, help="a checkpoint: agreement and replies of a trained model")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="only these")
+    given = parser.parse_args(words)
+
+    def command(name: str, seconds: float) -> list[str]:
+        rest = [] if given.model is None else [str(given.model)]
+        return [sys.executable, "-m", "tests.gpu.section", str(given.report), name, str(seconds), *rest]
+
+    names = [name for name in SECTIONS if name in given.sections]  # in the order of their worth
+    report = Report(given.report)
+    if not run(names, report, command):
+        found: dict[str, Any] = report.read()
+        left = [f"{name} {found[name]['state']}" for name in names if found[name]["state"] != "done"]
+        sys.exit(f"{given.report}: {', '.join(left)}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the section that runs ends, too
     main()
