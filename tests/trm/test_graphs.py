@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import make_model
 from tests.trm.engines import OTHERS, expected, make_engine, request
+from trm.engine import runner as runner_module
 from trm.engine.graphs import Graphs, Recorder
 from trm.engine.runner import COST_REPEATS, Chunk, Runner
 from trm.engine.static import StaticRunner
@@ -342,32 +343,23 @@ def test_too_little_memory_at_the_start_is_an_error_with_a_remedy(chat, monkeypa
         make_engine(chat, row_buckets=(1, 4), draft=0)
 
 
-def test_costs_do_not_contain_captures(cuda, monkeypatch):
-    runner = StaticRunner(make_model(), 1, 16, 4, buckets=(1, 4))
+def test_costs_are_those_of_replays_that_are_waited_for(cuda, monkeypatch):
+    runner, waited = StaticRunner(make_model(), 1, 16, 4, buckets=(1, 4)), []
     captured(runner.graphs)
-    prepared: list[int] = []
-    clock = time.perf_counter
+    fastest = runner_module._fastest
 
-    def reading() -> float:
-        prepared.append(runner.graphs.count)
-        return clock()
-
-    monkeypatch.setattr("trm.engine.runner.time.perf_counter", reading)
-    waited: list[Any] = []
-    monkeypatch.setattr("trm.engine.runner.wait_for", waited.append)
-    tried: Callable[..., Any] = runner._trial
-
-    def trial(count: int) -> Any:
-        found = tried(count)
-        prepared.clear()
+    def replayed(*args: Any) -> float:
+        before = runner.graphs.count
+        found = fastest(*args)
+        assert runner.graphs.count == before > 0
         return found
 
-    monkeypatch.setattr(runner, "_trial", trial)
+    monkeypatch.setattr(runner_module, "_fastest", replayed)
+    monkeypatch.setattr(runner_module, "wait_for", waited.append)
 
     runner.measure()
 
-    assert set(prepared) == {runner.graphs.count}
-    assert len(waited) >= 2 * COST_REPEATS
+    assert len(waited) == 3 * 3 * 2 * COST_REPEATS, "before and after each call of each kind and size"
 
 
 def test_the_buckets_of_a_start_are_prepared_from_the_largest(monkeypatch):
