@@ -6,10 +6,10 @@ they were in it, and graphs of one pool overwrite each other's memory.
 
 import gc
 import logging
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -277,23 +277,14 @@ def test_captures_of_several_threads_do_not_overlap(cuda):
         time.sleep(0.02)
         return numbers + 1
 
-    failures: list[BaseException] = []
-
-    def run(graphs: Graphs) -> None:
+    def run(graphs: Graphs) -> list[int]:
         owner = nn.Module()
-        try:
-            for key in range(4):
-                assert int(graphs.run(owner, key, slow, table(key), idle)[0, 0]) == key + 1
-        except BaseException as failure:
-            failures.append(failure)
+        return [int(graphs.run(owner, key, slow, table(key), idle)[0, 0]) for key in range(4)]
 
-    threads = [threading.Thread(target=run, args=(captured(),)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(run, [captured() for _ in range(3)]))
 
-    assert not failures
+    assert found == [[1, 2, 3, 4]] * 3
     assert len(cuda.graphs) == 12
 
 
@@ -302,7 +293,7 @@ def test_functions_die_with_their_owner(cuda, fails, caplog):
     caplog.set_level(logging.CRITICAL)  # pytest's log would hold on to the frames of a failure
     graphs, owner = captured(), nn.Linear(2, 2)
     cuda.fail = RuntimeError() if fails else None
-    graphs.run(owner, "key", lambda numbers: owner(numbers.float()), table(1), idle)
+    graphs.run(owner, "key", lambda numbers, layer=owner: layer(numbers.float()), table(1), idle)
     cuda.graphs.clear()  # the stand-in holds on to what it wrote down
     cuda.fail = None
     gone = weakref.ref(owner)
@@ -339,8 +330,21 @@ def test_too_little_memory_at_the_start_is_an_error_with_a_remedy(chat, monkeypa
 
     monkeypatch.setattr(Graphs, "run", small_only)
 
-    with pytest.raises(ConfigError, match=r"4 rows.*max_rows.*row_buckets.*kv_cache_bytes"):
-        make_engine(chat, row_buckets=(1, 4), draft=0)
+    with pytest.raises(ConfigError, match=r"4 rows.*--max-rows.*--row-buckets.*--kv-cache-bytes"):
+        make_engine(chat, row_buckets=(1, 4), max_rows=4, draft=0)
+
+
+def test_a_decoder_that_finds_too_little_memory_is_refused(chat, monkeypatch):
+    engine = make_engine(chat, others=("state",), row_buckets=(1, 4))
+    second = engine.unload("state")
+
+    def no_room(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Runner, "__init__", no_room)
+
+    with pytest.raises(ConfigError, match="lower --max-rows"):
+        engine.load("state", second)
 
 
 def test_costs_are_those_of_replays_that_are_waited_for(cuda, monkeypatch):

@@ -33,7 +33,6 @@ from trm.engine.request import SamplingParams
 from trm.engine.runner import Chunk, Halted, Halting, Runner
 from trm.engine.sampling import Answer, Ask, Numbers, Picker, is_plain, pick, picker
 from trm.engine.slots import WIDTH, Group, SlotView, Span, Where, rounded
-from trm.errors import ConfigError
 from trm.model import TRMForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -115,19 +114,13 @@ class StaticRunner(Runner):
     def prepare(self) -> None:
         """Capture what a short greedy request needs, in every bucket. Slots must be empty, for one is written to.
 
-        Large ones come first, in whose memory small ones find room. Raises ConfigError where there is too little.
+        Large ones come first, in whose memory small ones find room.
         """
         for size in reversed(self.buckets):
             piece = Piece([Lane(0, 0, self._spare.seat)], size, self._width(1))
-            try:
-                self._feed(piece)
-                self._step(self.model, piece)
-                self._pick(self.model, picker(GREEDY), [self._spare.seat] * size, [Ask(GREEDY, 0)] * size)
-            except torch.OutOfMemoryError as error:
-                raise ConfigError(
-                    f"{self.device} has too little memory for a call of {size} rows beside the model and the cache: "
-                    "lower max_rows, row_buckets or kv_cache_bytes"
-                ) from error
+            self._feed(piece)
+            self._step(self.model, piece)
+            self._pick(self.model, picker(GREEDY), [self._spare.seat] * size, [Ask(GREEDY, 0)] * size)
         graphs = self.graphs
         words = "%d calls of the model are prepared, in %.1f s and %d MB; others follow when they are first needed"
         logger.info(words, graphs.count, graphs.seconds, graphs.bytes / 1e6)
