@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -317,6 +318,27 @@ def test_decoders_with_the_same_head_share_what_is_captured_of_it(chat):
     assert len(heads) < len(models)
     assert {name for name, *_ in of_heads} <= {"pick", "head"}
     assert not {name for model in models for name, *_ in graphs._of[model]} & {"pick", "head"}
+
+
+def test_the_backbone_is_not_captured_anew_for_every_mix_of_decoders(chat, monkeypatch):
+    """Once for each set of layers that decoders have read so far, which only grows."""
+    engine = make_engine(chat, others=("wide",), row_buckets=(4,))
+    first, wide = request(3, ignore_eos=True), request(3, decoder="wide", ignore_eos=True)
+
+    keys: list[Any] = []
+    run = Graphs.run
+
+    def noted(self: Graphs, owner: Any, key: Any, *rest: Any) -> Tensor:
+        keys.append(key)
+        return run(self, owner, key, *rest)
+
+    monkeypatch.setattr(Graphs, "run", noted)
+
+    for mix in ([first], [first, wide], [first], [wide]):
+        engine.generate(mix)
+
+    read = [layers for name, *_, layers in keys if name == "backbone"]
+    assert [layers for layers, _ in groupby(read)] == [(1,), (0, 1)]
 
 
 def test_too_little_memory_at_the_start_is_an_error_with_a_remedy(chat, monkeypatch):

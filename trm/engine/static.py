@@ -108,6 +108,7 @@ class StaticRunner(Runner):
         self._spare = Lane(num_slots, 0, self._seat(num_slots, 0))
         self._chosen = torch.zeros(self._stopped.shape, dtype=torch.int64, device=self.device)  # in each seat
         self._answers = torch.zeros_like(self._seats[1])  # that they were chosen from
+        self._layers: set[int] = set()  # that decoders have read so far: their mix changes all the time
         self._ahead: dict[int, tuple[int, int]] = {}  # slots whose next token passed ahead: its position and id
 
     @torch.inference_mode()
@@ -250,7 +251,8 @@ class StaticRunner(Runner):
         """
         own = {lane.slot: self._models[lane.slot] for lane in piece.lanes}
         models = list(dict.fromkeys(own.values()))
-        layers = sorted({layer for model in models for layer in model.config.state_layers})
+        self._layers.update(layer for model in models for layer in model.config.state_layers)
+        layers = sorted(self._layers)
 
         def backbone(table: Tensor) -> Tensor:
             lanes = Lanes.of(table)
