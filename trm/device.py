@@ -12,14 +12,19 @@ from trm.errors import ConfigError
 def use_device(device: str, num_threads: int | None = None) -> str:
     """Resolve "auto" to "cuda" where there is one, else "cpu", and set the number of CPU threads if one is given.
 
+    On a GPU attention is left to torch's own kernels, for the whole process.
+
     Raises ConfigError for a device that is not there.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no CUDA device; use --device cpu")
+        # Newer versions of torch prefer it on Hopper. It plans every new shape anew, and prompts have many shapes.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -38,6 +43,17 @@ def upload(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | No
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device; see `upload`."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def refill(buffer: Tensor, numbers: Tensor) -> None:
+    """Overwrite a buffer on a device with numbers of the host, after whatever reads it now; see `upload`."""
+    buffer.copy_(numbers.pin_memory() if buffer.device.type == "cuda" else numbers, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a device has done what this thread asked of it. Waiting for all of it would end another one's capture."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def fetch(tensor: Tensor) -> Callable[[], list[Any]]:

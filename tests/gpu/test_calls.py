@@ -1,6 +1,5 @@
 """The calls that a GPU replays: their numbers, what they wait for, and which kernels they find."""
 
-import contextlib
 import gc
 import weakref
 
@@ -112,16 +111,25 @@ def test_float8_products_are_near():
 
 @on_gpu
 def test_a_capture_that_fails_leaves_the_device_well():
-    """As where the memory runs out: the row fails, the next one does not."""
+    """What cannot be captured runs kernel by kernel; others are captured, and random numbers are drawn, as before."""
     _, static = runners(make_model().to("cuda"))
+    graphs, here = static.graphs, torch.cuda.current_stream()
+    static.encode([Chunk(0, 0, [5], place=0)])
+    before = static.logits([0]).clone()
 
     def broken(table: torch.Tensor) -> torch.Tensor:
         return table * table.sum().item()
 
-    unused = [torch.zeros(5, 1, dtype=torch.int64)]
-    with contextlib.suppress(RuntimeError):
-        static.graphs.run(static.model, "broken", broken, unused, unused)
+    for number in (2, 3):
+        numbers = torch.full((5, 1), number)
+        found = graphs.run(static.model, "broken", broken, numbers, lambda: torch.zeros(5, 1, dtype=torch.int64))
+        assert found.tolist() == [[5 * number * number]] * 5
 
+    assert graphs.plain == 1
+    assert torch.cuda.current_stream() == here
+    assert torch.randn(3, device="cuda").isfinite().all()
     static.probe()
-    static.encode([Chunk(0, 0, [5], place=0)])
-    assert static.logits([0]).isfinite().all()
+    assert torch.equal(static.logits([0]), before), "what was captured before"
+    static.encode([Chunk(slot, 0, [5], place=0) for slot in range(3)])
+    assert torch.allclose(static.logits([0, 1, 2]), before, atol=TOLERANCE)
+    assert graphs.plain == 1 < graphs.count

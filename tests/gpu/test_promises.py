@@ -15,6 +15,7 @@ from tests.trm.test_exactness import bits, some_request
 from trm import TRMForCausalLM, reference
 from trm.chat import ChatFormat
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
+from trm.engine.engine import host
 
 pytestmark = on_device
 SIZES = {"vocab_size": 16}  # so that replies end now and then
@@ -54,6 +55,7 @@ def test_replies_in_float32_are_those_of_the_cpu(kv_source, draft, tokenizer):
 
     replies = engine.generate(requests)
 
+    assert engine.loop.runner.graphs.plain == 0, "all calls can be captured"
     ended = 0
     for one, reply in zip(requests, replies, strict=True):
         solo = reference.decode(model_on("cpu", kv_source), one.prompt_ids, one.params, END)
@@ -61,6 +63,25 @@ def test_replies_in_float32_are_those_of_the_cpu(kv_source, draft, tokenizer):
         ended += reply.token_ids[-1] == END
         assert END not in reply.token_ids[:-1]
     assert ended, "some reply reaches the end token"
+
+
+def test_decoders_come_while_others_decode(tokenizer):
+    """Both threads capture."""
+    model, chat = model_on(DEVICE, "context"), chat_with(tokenizer, END)
+    engine = Engine(model, chat, EngineConfig(max_rows=4, max_model_len=200, row_buckets=(1, 2, 4)))
+    engine.start()
+    requests = [replace(one, params=replace(one.params, ignore_eos=True)) for one in some_requests("context")]
+    handles = engine.submit(requests)
+    for number in range(3):
+        other = TRMForCausalLM.from_backbone(model.backbone, n_latent=1 + number).to(DEVICE)
+        engine.load(str(number), host(other, chat))
+    handles += engine.submit([replace(one, decoder=str(index % 3)) for index, one in enumerate(requests)])
+
+    replies = [handle.result() for handle in handles]
+
+    assert {reply.finish_reason for reply in replies} == {"length"}
+    assert engine.loop.runner.graphs.plain == 0
+    assert engine.close()
 
 
 def test_bfloat16_is_the_same_to_the_bit_in_any_company(kv_source, tokenizer):

@@ -1,10 +1,12 @@
 """Layout for decoding: other strides, the same numbers."""
 
+import pytest
 import torch
 
 from tests.conftest import make_model
 from tests.trm.conftest import some_prompt
-from trm.device import lay_out_by_columns
+from trm.device import lay_out_by_columns, use_device
+from trm.errors import ConfigError
 
 
 def test_weights_keep_their_numbers_and_lie_by_columns():
@@ -35,3 +37,22 @@ def test_tied_heads_stay_with_their_embedding():
 
     assert model.backbone.lm_head.weight is model.backbone.embed_tokens.weight
     assert model.backbone.lm_head.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_attention_on_a_gpu_plans_no_shape_anew(device, monkeypatch):
+    was: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", was.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    assert use_device(device) == "cuda"
+
+    assert was == [False]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert use_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match="--device cpu"):
+        use_device("cuda")

@@ -17,7 +17,7 @@ from tests.trm.test_exactness import alone, bits, packed_model, some_request
 from trm import TRMForCausalLM
 from trm.device import has_fast_bfloat16
 from trm.engine import Engine, EngineConfig, Request, SamplingParams, sampling
-from trm.engine.graphs import Graphs
+from trm.engine.graphs import Function, Graphs
 from trm.engine.runner import Chunk, Halting, Runner
 from trm.engine.slots import WIDTH, Span
 from trm.engine.static import Lane, StaticRunner, default_buckets
@@ -289,26 +289,26 @@ class NoHost(TorchDispatchMode):
 class Checked(Graphs):
     """Runs each function under `check` first."""
 
-    def __init__(self, check: Callable[[Callable[..., Tensor], Sequence[Tensor]], Tensor]) -> None:
+    def __init__(self, check: Callable[[Function, Tensor], Tensor]) -> None:
         super().__init__(torch.device("cpu"))
         self.check = check
         self.keys: set[Any] = set()
 
-    def run(self, owner: Any, key: Any, function: Any, idle: Any, inputs: Any) -> Tensor:
+    def run(self, owner: Any, key: Any, function: Function, table: Tensor, idle: Callable[[], Tensor]) -> Tensor:
         if key not in self.keys:
             self.keys.add(key)
-            torch.testing.assert_close(self.check(function, idle), function(*idle), equal_nan=True)
-        return super().run(owner, key, function, idle, inputs)
+            torch.testing.assert_close(self.check(function, idle()), function(idle()), equal_nan=True)
+        return super().run(owner, key, function, table, idle)
 
 
-def without_the_host(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def without_the_host(function: Function, table: Tensor) -> Tensor:
     with NoHost():
-        return function(*inputs)
+        return function(table)
 
 
-def in_one_graph(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def in_one_graph(function: Function, table: Tensor) -> Tensor:
     torch._dynamo.reset()
-    compiled: Tensor = torch.compile(function, fullgraph=True, backend="eager", dynamic=False)(*inputs)
+    compiled: Tensor = torch.compile(function, fullgraph=True, backend="eager", dynamic=False)(table)
     return compiled
 
 
@@ -340,4 +340,4 @@ def test_no_call_asks_the_host(check, chat, kv_source):
 )
 def test_what_asks_the_host_is_noticed(broken):
     with pytest.raises(AssertionError, match="host"):
-        without_the_host(broken, [torch.zeros(5, 2)])
+        without_the_host(broken, torch.zeros(5, 2))

@@ -9,7 +9,8 @@ events, from the engine's thread. Every accepted request ends in exactly one fin
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,11 +106,12 @@ class Engine:
         self.bytes_per_token = Runner.bytes_per_position(model, self._entries)
         self.max_model_len = self._fit_length()
         self._changed = threading.Condition()
-        runner = self._runner(model, config.max_rows, self.max_model_len, self._entries, config.max_draft_tokens)
-        for decoder in self.decoders.values():
-            self._try(decoder)
-        runner.exact = self.decoders[None].exact
-        runner.prepare()
+        with self._enough_memory():
+            runner = self._runner(model, config.max_rows, self.max_model_len, self._entries, config.max_draft_tokens)
+            for decoder in self.decoders.values():
+                self._try(decoder)
+            runner.exact = self.decoders[None].exact
+            runner.prepare()
         self.dtype = str(model.backbone.dtype).removeprefix("torch.")
         self.loop = Loop(
             runner,
@@ -152,14 +154,16 @@ class Engine:
     def load(self, name: str, decoder: Hosted) -> None:
         """Take a decoder in, while others decode. It is tried in the caller's thread.
 
-        Raises ConfigError for a name that is taken, and for a decoder that needs more of the cache than there is.
+        Raises ConfigError for a name that is taken, and for a decoder that needs more of the cache or the device's
+        memory than there is.
         """
         if decoder.entries() > self._entries:
             raise ConfigError(
                 f"decoder {name!r} needs {decoder.entries()} cache entries for the recursion; this engine was started "
                 f"with {self._entries}: name the decoder when it starts"
             )
-        self._try(decoder)
+        with self._enough_memory():
+            self._try(decoder)
         with self._changed:
             if name in self.decoders:
                 raise ConfigError(f"decoder {name!r} is loaded already; unload it first, or choose another name")
@@ -379,6 +383,18 @@ class Engine:
         decoder.exact = runner.check_exact()
         if self.config.max_draft_tokens:
             decoder.drafter = Drafter(runner.measure(), self.config.max_draft_tokens)
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Raise ConfigError where a GPU's memory runs out."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            config = self.config
+            raise ConfigError(
+                f"the memory of {self.model.device} holds the model, but not its cache and its calls of up to "
+                f"{config.max_rows} rows beside it: lower --max-rows (or --row-buckets) or --kv-cache-bytes"
+            ) from error
 
     def _fit_length(self) -> int:
         """Positions per slot: what is asked for, bounded by the model and by the cache's bytes."""

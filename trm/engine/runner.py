@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from trm.device import upload
+from trm.device import upload, wait_for
 from trm.engine.drafting import Costs
 from trm.engine.request import SamplingParams
 from trm.engine.sampling import Answer, Ask, choose
@@ -196,7 +196,10 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, slots: Sequence[int], places: Sequence[int] | None = None) -> Tensor:
-        """Logits (M, V) of answer states as they are: of M slots, each at a place, the chosen token's unless told."""
+        """Logits (M, V) of answer states as they are: of M slots, each at a place, the chosen token's unless told.
+
+        They stand until it is called again.
+        """
         seats = [self._seat(slot, place) for slot, place in zip(slots, places or [0] * len(slots), strict=True)]
         by_head: dict[Any, list[int]] = {}
         for index, slot in enumerate(slots):
@@ -431,10 +434,10 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of a few calls."""
     seconds = []
     for _ in range(COST_REPEATS):
+        wait_for(device)
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - started)
         if sum(seconds) > COST_ENOUGH_S:
             break

@@ -75,9 +75,12 @@ class Numbers(NamedTuple):
 
     @classmethod
     def on_host(cls, asks: Sequence[Ask]) -> tuple[Tensor, Tensor]:
-        """Filters (M, 4) in float64, and keys (M, 1)."""
+        """Filters (M, 4) in float64, and keys (M, 1): none where nothing is drawn, for they take the host a while."""
         filters = torch.tensor([_filters(ask.params) for ask in asks], dtype=torch.float64).view(-1, 4)
-        keys = [stream_key(ask.params.seed, ask.params.sample_index, ask.position) for ask in asks]
+        keys = [
+            stream_key(ask.params.seed, ask.params.sample_index, ask.position) if ask.params.temperature else 0
+            for ask in asks
+        ]
         return filters, torch.tensor(keys, dtype=torch.int64).view(-1, 1)
 
     @classmethod

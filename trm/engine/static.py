@@ -18,15 +18,17 @@ Legend: N lanes of a call, W positions in view, D hidden, C states of each, V vo
 """
 
 import logging
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from trm.device import fetch, send
-from trm.engine.graphs import Graphs
+from trm.engine.graphs import Function, Graphs
 from trm.engine.request import SamplingParams
 from trm.engine.runner import Chunk, Halted, Halting, Runner
 from trm.engine.sampling import Answer, Ask, Numbers, Picker, is_plain, pick, picker
@@ -54,11 +56,6 @@ class Lane(NamedTuple):
     token: int = 0
     limits: Halting | None = None
 
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """What a call depends on, beside the limits."""
-        return self[:5]
-
 
 class Piece(NamedTuple):
     """Lanes of one call, some of its bucket's `size`, that look at `width` positions."""
@@ -76,6 +73,16 @@ class Lanes(NamedTuple):
     seats: Tensor
     steps: Tensor
     tokens: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor) -> Self:
+        """Those of a table, whose first rows they are."""
+        return cls(*table[: len(cls._fields)])
+
+    @classmethod
+    def reals(cls, table: Tensor) -> Tensor:
+        """The rows below them, as the numbers (R, N) in float64 that `_bits` was given."""
+        return table[len(cls._fields) :].view(torch.float64)
 
 
 class StaticRunner(Runner):
@@ -101,12 +108,16 @@ class StaticRunner(Runner):
         self._spare = Lane(num_slots, 0, self._seat(num_slots, 0))
         self._chosen = torch.zeros(self._stopped.shape, dtype=torch.int64, device=self.device)  # in each seat
         self._answers = torch.zeros_like(self._seats[1])  # that they were chosen from
+        self._layers: set[int] = set()  # that decoders have read so far: their mix changes all the time
         self._ahead: dict[int, tuple[int, int]] = {}  # slots whose next token passed ahead: its position and id
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture what a short greedy request needs, in every bucket. Slots must be empty, for one is written to."""
-        for size in self.buckets:
+        """Capture what a short greedy request needs, in every bucket. Slots must be empty, for one is written to.
+
+        Large ones come first, in whose memory small ones find room.
+        """
+        for size in reversed(self.buckets):
             piece = Piece([Lane(0, 0, self._spare.seat)], size, self._width(1))
             self._feed(piece)
             self._step(self.model, piece)
@@ -152,7 +163,7 @@ class StaticRunner(Runner):
         for (model, depth), lanes in thinking.items():
             for piece in self._pieces(lanes):
                 x = self._feed(piece)
-                where = self._lanes_at(Lanes(*send(self._table(piece), self.device)), piece.width)
+                where = self._lanes_at(Lanes.of(send(self._table(piece), self.device)), piece.width)
                 self._think(model, x, where, depth)
 
     @torch.inference_mode()
@@ -163,7 +174,7 @@ class StaticRunner(Runner):
         model = self._models[spans[0].slot]
         limits: Sequence[Halting | None] = halting or [None] * len(spans)
         lanes = [
-            Lane(span.slot, span.start + place, self._seat(span.slot, place), step, limits=limit)
+            Lane(span.slot, span.start + place, self._seat(span.slot, place), step, 0, limit)
             for span, step, limit in zip(spans, steps, limits, strict=True)
             for place in range(span.length)
         ]
@@ -240,10 +251,11 @@ class StaticRunner(Runner):
         """
         own = {lane.slot: self._models[lane.slot] for lane in piece.lanes}
         models = list(dict.fromkeys(own.values()))
-        layers = sorted({layer for model in models for layer in model.config.state_layers})
+        self._layers.update(layer for model in models for layer in model.config.state_layers)
+        layers = sorted(self._layers)
 
         def backbone(table: Tensor) -> Tensor:
-            lanes = Lanes(*table)
+            lanes = Lanes.of(table)
             where = self._lanes_at(lanes, piece.width)
             tokens = torch.where(lanes.tokens < 0, self._chosen[(~lanes.tokens).clamp(min=0)], lanes.tokens)
             embedded = self.model.backbone.embed_tokens(tokens)
@@ -251,105 +263,110 @@ class StaticRunner(Runner):
             self._sit_down(lanes.seats, found[:, -1])
             return found
 
-        states = self._run(self.model, "backbone", piece, backbone, extra=tuple(layers))  # (N, C, D)
+        states = self._run(self.model, "backbone", piece, backbone, tuple(layers))  # (N, C, D)
         for model in models:
             if model.config.kv_source != "context":
                 continue
 
             def context(table: Tensor, model: TRMForCausalLM = model) -> Tensor:
-                lanes = Lanes(*table)
+                lanes = Lanes.of(table)
                 self._write_context(model, states, layers, Where(lanes.slots, lanes.positions, ()))
                 return lanes.slots
 
             mine = [lane if own[lane.slot] is model else self._spare for lane in piece.lanes]
-            self._run(model, "context", piece._replace(lanes=mine), context, extra=tuple(layers))
+            self._run(model, "context", piece._replace(lanes=mine), context, tuple(layers))
         return states[:, -1]
 
     def _step(self, model: TRMForCausalLM, piece: Piece) -> Tensor:
         """One supervision step of lanes; returns which of those that have limits have halted, (N,)."""
-        limits = [lane.limits for lane in piece.lanes if lane.limits is not None]
+        limits = [lane.limits for lane in piece.lanes if lane.limits is not None]  # of all or of none
         watched = slice(None) if any(limit.tolerance > 0 for limit in limits) else None
 
-        def step(table: Tensor, of_lanes: Tensor | None = None) -> Tensor:
-            lanes = Lanes(*table)
+        def step(table: Tensor) -> Tensor:
+            lanes = Lanes.of(table)
             where = self._lanes_at(lanes, piece.width)
             if model.config.kv_source == "context":
                 view = SlotView(self.slots, where, keep=True)
             else:
                 view = SlotView(self.slots, where, lanes.steps * model.config.cache_entries(1))
+            of_lanes = Lanes.reals(table).T.float() if limits else None
             now = self._advance(model, where, view, lanes.seats, lanes.steps > 0, of_lanes, watched)
             return lanes.seats if now is None else now
 
-        more, idle = [], []
-        if limits:
-            more, idle = [torch.zeros(piece.size, 2)], [torch.zeros(piece.size, 2)]
-            more[0][: len(limits)] = torch.tensor(limits)
-        return self._run(model, "tick", piece, step, more, idle, extra=(bool(limits), watched is not None))
+        more = _bits(torch.tensor(limits, dtype=torch.float64)) if limits else None
+        return self._run(model, "tick", piece, step, (bool(limits), watched is not None), more)
 
     def _readout(self, model: TRMForCausalLM, seats: Sequence[int]) -> Tensor:
         """Logits (M, V) of the answers in `seats`."""
 
         def head(table: Tensor) -> Tensor:
-            return model.readout(self._seats[1, Lanes(*table).seats])
+            return model.readout(self._seats[1, Lanes.of(table).seats])
 
         parts = []
         for some in self._cut(seats):
-            out = self._run(model, "head", self._sitting(some), head)[: len(some)]
+            out = self._run(model.head, "head", self._sitting(some), head)[: len(some)]
             parts.append(out.clone() if len(some) < len(seats) else out)  # the next call overwrites it
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _pick(self, model: TRMForCausalLM, how: Picker, seats: Sequence[int], asks: Sequence[Ask]) -> Tensor:
         """Tokens, and what is known of them, from the answers in `seats`: see `pick`."""
 
-        def head_and_pick(table: Tensor, filters: Tensor, keys: Tensor) -> Tensor:
-            seats = Lanes(*table).seats
+        def head_and_pick(table: Tensor) -> Tensor:
+            seats, numbers = Lanes.of(table).seats, Lanes.reals(table)
             answers = self._seats[1, seats]
-            found = pick(model.readout(answers), how, filters, keys)
+            found = pick(model.readout(answers), how, numbers[:-1].T, numbers[-1:].view(torch.int64).T)
             self._chosen[seats] = found[0].long().clamp(max=model.config.vocab_size - 1)  # of no numbers: anything
             self._answers[seats] = answers
             return found
 
-        piece = self._sitting(seats)
-        idle = [torch.ones(piece.size, 4, dtype=torch.float64), torch.zeros(piece.size, 1, dtype=torch.int64)]
-        numbers = [tensor.clone() for tensor in idle]
-        for tensor, given in zip(numbers, Numbers.on_host(asks), strict=True):
-            tensor[: len(asks)] = given
-        return self._run(model, "pick", piece, head_and_pick, numbers, idle, extra=how)
+        filters, keys = Numbers.on_host(asks)
+        more = torch.cat((_bits(filters), keys.T))
+        return self._run(model.head, "pick", self._sitting(seats), head_and_pick, how, more)
 
     def _trial(self, count: int) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]]:
         """Calls of backbone, step and head over the first positions of the first slot."""
         lanes = [Lane(0, position, self._spare.seat) for position in range(count)]
         pieces = self._pieces(lanes)
-        return (
+        calls: tuple[Callable[[], object], ...] = (
             lambda: [self._feed(piece) for piece in pieces],
             lambda: [self._step(self.model, piece) for piece in pieces],
             lambda: self._readout(self.model, [lane.seat for lane in lanes]),
         )
+        for call in calls:
+            call()  # captured now, not while it is timed
+        backbone, step, head = calls
+        return backbone, step, head
 
     # --- their shapes ------------------------------------------------------------------------------------
 
     def _run(
         self,
-        model: TRMForCausalLM,
+        owner: nn.Module,
         name: str,
         piece: Piece,
-        function: Callable[..., Tensor],
-        more: Sequence[Tensor] = (),
-        idle: Sequence[Tensor] = (),
+        function: Function,
         extra: object = None,
+        more: Tensor | None = None,
     ) -> Tensor:
-        """Let a function compute on a piece's table and on `more`, at first once on none of its lanes, with `idle`."""
+        """Let a function compute on a piece's table, at first once on none of its lanes; see `_table` and `Graphs.run`.
+
+        extra: what it depends on beside `owner`, which holds all weights that it reads but the backbone's.
+        """
         key = name, piece.size, piece.width, extra
-        unused = self._table(piece._replace(lanes=()))
-        return self.graphs.run(model, key, function, [unused, *idle], [self._table(piece), *more])
+
+        def idle() -> Tensor:
+            return self._table(piece._replace(lanes=()), None if more is None else more[:, :0])
+
+        return self.graphs.run(owner, key, function, self._table(piece, more), idle)
 
     def _pieces(self, lanes: Sequence[Lane]) -> list[Piece]:
         """Lanes that share calls: in exact mode those of equal width, else all, as wide as the widest."""
         if not lanes:
             return []
-        widths = [self._width(lane.position + 1) for lane in lanes]
         if not self.exact:
-            widths = [max(widths)] * len(lanes)
+            width = self._width(1 + max(lane.position for lane in lanes))
+            return [Piece(some, self._size(len(some)), width) for some in self._cut(lanes)]
+        widths = [self._width(lane.position + 1) for lane in lanes]
         pieces = []
         for width in sorted(set(widths)):
             group = [lane for lane, its in zip(lanes, widths, strict=True) if its == width]
@@ -375,10 +392,18 @@ class StaticRunner(Runner):
             width *= 2
         return min(width, self.slots.keys.shape[3])
 
-    def _table(self, piece: Piece) -> Tensor:
-        """The numbers of a piece's lanes, and of idle ones up to its size, (5, N), on the host."""
-        rows = [*[lane.numbers for lane in piece.lanes], *[self._spare.numbers] * (piece.size - len(piece.lanes))]
-        return torch.tensor(rows).T.contiguous()
+    def _table(self, piece: Piece, more: Tensor | None = None) -> Tensor:
+        """The numbers of a piece's lanes and of idle ones up to its size, (5, N), on the host.
+
+        Below them `more` (R, M), of its first M lanes, for others zeros.
+        """
+        lanes = [*piece.lanes, *[self._spare] * (piece.size - len(piece.lanes))]
+        slots, positions, seats, steps, tokens, _ = zip(*lanes, strict=True)
+        numbers = array("q", (*slots, *positions, *seats, *steps, *tokens))  # faster than torch.tensor of all lanes
+        table = torch.frombuffer(numbers, dtype=torch.int64).view(-1, piece.size)
+        if more is None:
+            return table
+        return torch.cat((table, pad(more, (0, piece.size - more.shape[1]))))
 
     def _lanes_at(self, lanes: Lanes, width: int) -> Where:
         """Where lanes lie: each attends alone to its own slot, up to itself."""
@@ -387,6 +412,11 @@ class StaticRunner(Runner):
         mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
         group = Group(slice(None), (len(lanes.slots), 1), lanes.slots, width, mask, alone=False)
         return Where(lanes.slots, lanes.positions, [group])
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """Rows (R, N) of a table for float64 `numbers` (N, R)."""
+    return numbers.T.contiguous().view(torch.int64)
 
 
 def default_buckets(max_rows: int, max_draft_tokens: int) -> tuple[int, ...]:
