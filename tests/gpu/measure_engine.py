@@ -172,14 +172,15 @@ def started(
 
 def captures(made: Engine) -> Raw:
     """What was captured, and what could not be."""
-    graphs = getattr(made.loop.runner, "graphs", None)
-    if graphs is None:
+    runner = made.loop.runner
+    if not isinstance(runner, StaticRunner):
         return {}
+    graphs = runner.graphs
     return {
-        "captures": graphs.count,
+        "captures": graphs.count - graphs.plain,
         "capture_s": graphs.seconds,
         "capture_mb": graphs.bytes / 1e6,
-        "not_captured": getattr(graphs, "plain", None),
+        "not_captured": graphs.plain,
     }
 
 

@@ -22,6 +22,7 @@ from tests.gpu.measure_engine import engine
 from tests.gpu.measure_training import training
 from tests.gpu.measures import DEVICE, ON_GPU, Put, Raw, card
 from tests.gpu.report import Report
+from trm.device import use_device
 from trm.linear import has_fp8
 
 TESTS = [str(Path(__file__).parent)]
@@ -79,6 +80,7 @@ def machine() -> Raw:
 
 def measure(path: Path, name: str, checkpoint: Path | None) -> None:
     """One section, into the report at `path`."""
+    use_device("auto")  # as every command does
     report = Report(path)
     known: dict[str, Any] = report.read()
     for key, value in machine().items():
