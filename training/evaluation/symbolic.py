@@ -16,10 +16,11 @@ from itertools import pairwise
 
 import sympy
 
+from trm.answers.commands import INVERSES, NAMES
 from trm.answers.comparison import other_choice, pairs, trees, value
 from trm.answers.grammar import FUNCTION_NAMES
 from trm.answers.lists import is_claim
-from trm.answers.rules import normal
+from trm.answers.rules import normal, subject
 from trm.answers.tree import Node, Tree
 
 Equality = Callable[[Tree, Tree], bool]
@@ -30,7 +31,7 @@ _CERTAIN_BITS = 16  # a number other than zero has more, unless 100 digits cance
 _BENT = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign)  # one thing here, another there
 _CONSTANTS = {"\\pi": sympy.pi, "∞": sympy.oo, "e": sympy.E, "i": sympy.I}
 _FUNCTIONS = {"ln": sympy.log, "lg": lambda x: sympy.log(x, 10), "max": sympy.Max, "min": sympy.Min, "gcd": sympy.gcd}
-_FUNCTIONS |= {"lcm": sympy.lcm, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan}
+_FUNCTIONS |= {"lcm": sympy.lcm} | {arc: getattr(sympy, f"a{name}") for name, arc in INVERSES.items()}
 _BINDERS = ("\\sum", "\\prod", "\\int", "\\lim")  # these reach to the end of their product
 _RELATIONS = {"<": sympy.Lt, "≤": sympy.Le, "=": sympy.Eq, "≠": sympy.Ne}
 
@@ -108,6 +109,8 @@ def expression(tree: Tree) -> sympy.Expr:
     if isinstance(tree, Fraction):
         return sympy.Rational(tree.numerator, tree.denominator)
     if isinstance(tree, str):
+        if tree[0] == "\\" and tree[-1] != "}" and tree not in NAMES.values():
+            raise Inexpressible  # \\subset and \\forall are no factors; \\mathcal{F} may be one
         return _CONSTANTS.get(tree) or sympy.Symbol(tree)
     kind, parts = tree.kind, tree.parts
     if kind in ("sum", "mixed"):
@@ -279,7 +282,8 @@ def _matrix(tree: Tree) -> sympy.MatrixBase | sympy.Expr:
 
 
 def _equal_sets(one: Tree, other: Tree) -> bool:
-    return bool(_set(one) == _set(other))
+    names = {name for tree in (one, other) if (name := subject(tree)) is not None}
+    return len(names) < 2 and bool(_set(one) == _set(other))
 
 
 def _set(tree: Tree) -> sympy.Set:
@@ -296,7 +300,10 @@ def _set(tree: Tree) -> sympy.Set:
     if tree.kind in ("all", "set") and any(map(is_claim, tree.parts)):
         return _joined(tree)
     if tree.kind == "set":
-        return sympy.FiniteSet(*map(expression, tree.parts))
+        members = sympy.FiniteSet(*map(expression, tree.parts))
+        if len(members) < len(tree.parts):
+            raise Inexpressible  # a list, which has something twice
+        return members
     if tree.kind.startswith("tuple ") and len(tree.parts) == 2:
         low, high = map(expression, tree.parts)
         found = sympy.Interval(low, high, left_open="(" in tree.kind, right_open=")" in tree.kind)

@@ -3,7 +3,8 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
     answer   = member {("," | ";" | "and" | "or" | "∧" | "∨") member}
     member   = set {("=" | "<" | "∈" | …) set}                    a chain
     set      = ratio {("∪" | "∩" | "∖") ratio}
-    ratio    = sum {":" sum}
+    ratio    = residue {":" residue}
+    residue  = sum ["mod" product]
     sum      = ["+" | "-" | "±"] product {("+" | "-" | "±") product}
     product  = power {["*" | "/"] power} [unit]
     power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}    two `^` only in braces
@@ -11,15 +12,16 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
 
 Kinds of nodes: "list" (in no order), "all" and "any" (inequalities that hold together, or one of them), "set",
 "tuple ()", "tuple [)" … (intervals too), "such that", "matrix", "row", "chain" (member, relation, member, …), "∪ ∩ ∖"
-(the same), "ratio", "sum", "negative", "±", "∓", "product", "quotient", "mixed" (whole, fraction), "power", "sub",
-"root" (radicand, degree), "call" (function, argument), "time", "text", and one per mark: "!", "'", "abs", "binom",
-"overline". A bracket around one thing leaves no trace. Nor do units, and words before a number; but where those of a
-list differ, they are its members' names: `3 boys, 4 girls` and `length: 3, width: 4` as `x = 3, y = 4`.
+(the same), "ratio", "sum", "negative", "±", "∓", "mod", "product", "quotient", "mixed" (whole, fraction), "power",
+"sub", "root" (radicand, degree), "call" (function, argument), "time", "text", and one per mark: "!", "'", "abs",
+"binom", "overline". A bracket around one thing leaves no trace. Nor do units, and words before a number; but where
+those of a list differ, they are its members' names: `3 boys, 4 girls` and `length: 3, width: 4` as `x = 3, y = 4`.
 """
 
 import re
 from fractions import Fraction
 
+from trm.answers.commands import INVERSES
 from trm.answers.lists import Member, joined, spoken
 from trm.answers.tokens import Token
 from trm.answers.tree import Node, Tree, Unreadable
@@ -29,7 +31,7 @@ MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids in
 _MAX_DEPTH = 24  # of brackets, arguments and exponents
 _MAX_MARKS = 8  # behind one atom
 
-RELATIONS = frozenset("=<>≤≥≠≈∈≡→~")
+RELATIONS = frozenset("=<>≤≥≠≈∈∉≡→⇔~")
 FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
@@ -39,6 +41,7 @@ _ACCENTS = frozenset({"overline", "vec", "hat", "tilde"})
 _OPENING = frozenset({"frac", "sqrt", "binom", "|", "begin matrix", "begin det", *_CLOSING, *_ROUND, *_ACCENTS})
 _AFTER_LETTER = tuple("+-*/^_=<>≤≥≠∪∩∖,;:)]|")  # then the letter is part of the mathematics
 _END = Token("end", "", False, False)
+_APPLIED = re.compile(r"((?:' )*)(\^ (?:\{ - 1 \}|- 1) )?(?=\( )")
 _EXPONENT = re.compile(r"\^ (?:- )?(?:\d+\.?|\{ (?:- )?\d+\.? \}) ")
 _NUMBER = re.compile(r"(\d*)(?:\.(\d*))?(?:e([-+]?\d+))?")
 
@@ -194,14 +197,29 @@ class _Reader:
         return parts[0] if len(parts) == 1 else Node("∪ ∩ ∖", tuple(parts))
 
     def ratio(self) -> Tree:
-        parts = [self.sum()]
+        parts = [self.residue()]
         while self.take(":"):
-            parts.append(self.sum())
+            parts.append(self.residue())
         whole = parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
         if self.peek().kind == "word" and self.peek().text in ("am", "pm"):
             self.position += 1
             return Node("time", (whole, self.tokens[self.position - 1].text))
         return whole
+
+    def residue(self) -> Tree:
+        """A sum, and its modulus, if it has one: `3 \\pmod 7`, `3 (mod 7)`."""
+        of = self.sum()
+        bracketed = self.at_modulus(1) and self.take("(")
+        if not self.at_modulus():
+            return of
+        self.position += 1
+        modulus = self.product()
+        if bracketed:
+            self.expect(")")
+        return Node("mod", (of, modulus))
+
+    def at_modulus(self, ahead: int = 0) -> bool:
+        return self.peek(ahead).kind == "word" and self.peek(ahead).text == "mod"
 
     def sum(self) -> Tree:
         terms = [self.signed(self.expect(*_SIGNS) if self.at(*_SIGNS) else "+")]
@@ -227,7 +245,7 @@ class _Reader:
                 over.append(_mixed(over.pop(), self.power()))
             elif not under and self.at_whole(over) and self.at_slashed():
                 over.append(self.mixed(over.pop()))
-            elif self.peek().kind == "number" and not (isinstance(over[-1], Node) and over[-1].kind == "power"):
+            elif self.peek().kind == "number" and not (isinstance(over[-1], Node) and over[-1].kind in ("power", "!")):
                 raise Unreadable  # 12 34, and x2
             else:
                 over.append(self.power())
@@ -251,7 +269,8 @@ class _Reader:
     def at_atom(self) -> bool:
         token = self.peek()
         if token.kind == "mark":
-            return token.text in _OPENING and not (token.text == "|" and self.bars)
+            ends = (token.text == "|" and self.bars) or (token.text == "(" and self.at_modulus(1))
+            return token.text in _OPENING and not ends
         return token.kind in ("number", "name", "function")
 
     def at_whole(self, over: list[Tree]) -> bool:
@@ -278,7 +297,9 @@ class _Reader:
                 if self.at("^"):
                     raise Unreadable  # 2^3^2
             elif self.take("_"):
-                base = Node("sub", (base, self.argument(one_digit=False)))
+                base = Node("sub", (base, self.index()))
+            elif self.at("!") and self.peek(1).text == "!":
+                raise Unreadable  # n!! is not (n!)!
             elif self.at("!", "'"):
                 base = Node(self.expect("!", "'"), (base,))
             elif self.at("°") and self.peek(1).text not in ("C", "F"):
@@ -308,8 +329,8 @@ class _Reader:
         elif token.kind == "name":
             self.position += 1
             found = token.text
-            if found in FUNCTION_NAMES and self.at("("):
-                found = Node("call", (found, self.atom()))
+            if found in FUNCTION_NAMES:
+                found = self.applied(found)
         elif token.kind == "function":
             found = self.call()
         elif token.kind == "mark":
@@ -319,6 +340,18 @@ class _Reader:
             raise Unreadable
         self.depth -= 1
         return found
+
+    def applied(self, function: Tree) -> Tree:
+        """A letter's function and what it is of, or only the letter: `f(2)`, `f'(x)`, `f^{-1}(x)`."""
+        match = _APPLIED.match("".join(self.peek(ahead).text + " " for ahead in range(8)))
+        if match is None:
+            return function
+        self.position += match[0].count(" ")
+        for _ in range(match[1].count("'")):
+            function = Node("'", (function,))
+        if match[2]:
+            function = Node("power", (function, Fraction(-1)))
+        return Node("call", (function, self.atom()))
 
     def number(self) -> Fraction:
         token = self.peek()
@@ -346,6 +379,14 @@ class _Reader:
         if opened:
             self.expect("}", ")")
         return Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
+
+    def index(self) -> Tree:
+        """An argument, or a word: `x_{\\max}`."""
+        opening, word, closing = (self.peek(ahead) for ahead in range(3))
+        if word.kind in ("word", "function") and (opening.text, closing.text) == ("{", "}"):
+            self.position += 3
+            return word.text
+        return self.argument(one_digit=False)
 
     def argument(self, one_digit: bool = True) -> Tree:
         r"""What a command takes: a group, or the next thing, of a whole number the first digit: `\frac12`."""
@@ -430,7 +471,7 @@ class _Reader:
             if self.take("^"):
                 exponent = self.exponent()
             elif self.take("_"):
-                name = Node("sub", (name, self.argument(one_digit=False)))
+                name = Node("sub", (name, self.index()))
         if self.at("(", "[", "{", "|"):
             of = self.atom()
         else:
@@ -438,6 +479,8 @@ class _Reader:
             while self.at_atom() and self.peek().kind in ("name", "number") and len(factors) < _MAX_MARKS:
                 factors.append(self.power())
             of = factors[0] if len(factors) == 1 else Node("product", tuple(factors))
+        if isinstance(name, str) and name in INVERSES and exponent == Node("negative", (Fraction(1),)):
+            name, exponent = INVERSES[name], None
         value = Node("call", (name, of))
         return value if exponent is None else Node("power", (value, exponent))
 

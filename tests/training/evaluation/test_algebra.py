@@ -83,6 +83,9 @@ def test_a_verdict_says_where_it_comes_from(judge: Judge, reply: str, gold: str,
         ("x < 1 or x >= 1", r"\mathbb{R}"),
         (r"(-\infty, \infty)", r"\mathbb{R}"),
         ("2x > 2 and y < 3", "y < 3 and x > 1"),
+        (r"\sin^{-1} \frac12", r"\frac{\pi}{6}"),
+        (r"\cot^{-1} 1", r"\frac{\pi}{4}"),
+        (r"\sqrt8, \sqrt8, 3", r"2\sqrt2, 3, 2\sqrt2"),
     ],
 )
 def test_equal_by_algebra(one: str, other: str) -> None:
@@ -135,6 +138,14 @@ def test_equal_by_algebra(one: str, other: str) -> None:
         ("(A) x+x = 2", "(B) 2x = 2"),
         (r"x = \sqrt8, y = 3", r"3, 2\sqrt2"),
         ("", "."),
+        ("2, 2, 3", "2, 3, 3"),
+        (r"\sqrt8, \sqrt8, 3", r"2\sqrt2, 3, 3"),
+        ("0 < x, y < 1", "0 < y, x < 1"),
+        (r"A \subset B", r"B \subset A"),
+        (r"f \circ g", r"g \circ f"),
+        (r"\forall x \exists y", r"\exists x \forall y"),
+        (r"\neg p", r"p \neg"),
+        (r"\sin^{-1} x", r"\frac{1}{\sin x}"),
     ],
 )
 def test_different_by_algebra(one: str, other: str) -> None:
