@@ -95,7 +95,8 @@ def pairs(one: str, other: str, question: str = "") -> Iterator[tuple[Tree, Tree
     if not ours or not theirs or other_choice(one, other):
         return
     if not _contradict(_name(ours[0]), _name(theirs[0])):
-        several = all(_assigned_apart(found[0]) for found in (ours, theirs))
+        named = [_named(ours[0]), _named(theirs[0])]
+        several = all(named) and max(map(len, named)) > 1
         yield from zip(ours[:1], theirs[:1], strict=True) if several else product(ours, theirs)
 
 
@@ -196,9 +197,9 @@ def _otherwise(tree: Tree) -> Iterator[Tree]:
             yield interval
 
 
-def _assigned_apart(tree: Tree) -> bool:
-    """Whether an answer gives several things their values, `x = 1, y = 2`."""
-    return isinstance(tree, Node) and tree.kind == "list" and len({label(part) for part in tree.parts} - {None}) > 1
+def _named(tree: Tree) -> set[Tree | None]:
+    """What the members of a list give values to: x and y of `x = 1, y = 2`."""
+    return {label(part) for part in tree.parts} - {None} if isinstance(tree, Node) and tree.kind == "list" else set()
 
 
 def _assigned(tree: Tree) -> Tree | None:

@@ -35,7 +35,7 @@ RELATIONS = frozenset("=<>≤≥≠≈∈∉≡→⇔~")
 FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
-_CLOSING = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
+_CLOSING = {"(": ")]", "[": "])", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
 _ROUND = {"⌊": "⌋", "⌈": "⌉", "‖": "‖"}
 _ACCENTS = frozenset({"overline", "vec", "hat", "tilde"})
 _OPENING = frozenset({"frac", "sqrt", "binom", "|", "begin matrix", "begin det", *_CLOSING, *_ROUND, *_ACCENTS})
@@ -443,6 +443,8 @@ class _Reader:
         if opening == "\\{" or (opening == "{" and len(items) > 1):
             return Node("set", tuple(items))
         if len(items) == 1 and opening != "⟨":
+            if closing != _CLOSING[opening][0]:
+                raise Unreadable  # (x-3](x+8)
             return items[0]
         return Node(f"tuple {opening}{closing}", tuple(items))
 

@@ -48,8 +48,10 @@ def tidy(answer: str) -> str:
 
 
 def _ending(text: str) -> str:
-    """Without full stops, commas and backslashes at the end, unless they say that it goes on, `1, 2, ...`."""
+    """Without full stops, commas, blanks and backslashes at the end, unless they say that it goes on, `1, 2, ...`."""
     ended = text.rstrip(" .,;\\")
+    for blank in (r"\!", r"\:", r"\quad", r"\qquad"):
+        ended = ended.removesuffix(blank)
     return text if text.startswith("...", len(ended)) or text.endswith("...") else ended
 
 

@@ -39,7 +39,7 @@ _TOKEN = re.compile(
       (?P<blank>[\s~]+)
     | (?P<half>[ap]\.\ ?m\.?(?!\w))                        # a.m.
     | (?P<grouped>[1-9]\d{0,2}(?P<by>SEPARATOR)\d{3}(?:(?P=by)\d{3})*(?!(?P=by)?\d))(?:\.(?P<places>\d*)(?!\.))?
-    | (?P<stop>\.(?=\s*(?:\}|\\[)\]]|\Z)))
+    | (?P<stop>\.(?=(?:\s|\\[!,;:\ ]|\\q?quad)*(?:\}|\\[)\]]|\Z)))
     | (?P<number>(?:\d+(?:\.(?!\.)\d*)?|\.\d+|\.(?=\\overline))(?:e[-+]?\d+(?![\w.]))?)
     | (?P<prime>\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z])))
     | (?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\circ(?![a-zA-Z])|°)
@@ -189,4 +189,4 @@ class _Tokenizer:
 
     def add(self, kind: str, text: str) -> None:
         self.tokens.append(Token(kind, text, self.gap, any(self.braces)))
-        self.gap = False
+        self.gap = self.font = False
