@@ -22,16 +22,17 @@ import re
 from fractions import Fraction
 
 from trm.answers.commands import INVERSES
+from trm.answers.cursor import END, RELATIONS, Cursor
 from trm.answers.lists import Member, joined, spoken
 from trm.answers.tokens import Token
 from trm.answers.tree import Node, Tree, Unreadable
-from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit, singular
+from trm.answers.units import Units
+from trm.answers.words import HEDGES, introduces, singular
 
 MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids int()'s limit of 4300 digits
 _MAX_DEPTH = 24  # of brackets, arguments and exponents
 _MAX_MARKS = 8  # behind one atom
 
-RELATIONS = frozenset("=<>≤≥≠≈∈∉≡→⇔~")
 FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
@@ -40,9 +41,7 @@ _ROUND = {"⌊": "⌋", "⌈": "⌉", "‖": "‖"}
 _ACCENTS = frozenset({"overline", "vec", "hat", "tilde"})
 _OPENING = frozenset({"frac", "sqrt", "binom", "|", "begin matrix", "begin det", *_CLOSING, *_ROUND, *_ACCENTS})
 _AFTER_LETTER = tuple("+-*/^_=<>≤≥≠∪∩∖,;:)]|")  # then the letter is part of the mathematics
-_END = Token("end", "", False, False)
 _APPLIED = re.compile(r"((?:' )*)(\^ (?:\{ - 1 \}|- 1) )?(?=\( )")
-_EXPONENT = re.compile(r"\^ (?:- )?(?:\d+\.?|\{ (?:- )?\d+\.? \}) ")
 _NUMBER = re.compile(r"(\d*)(?:\.(\d*))?(?:e([-+]?\d+))?")
 
 
@@ -67,7 +66,7 @@ def split_choice(tokens: list[Token]) -> tuple[str | None, list[Token]]:
     if len(tokens) > start + 2 and texts[start] in tuple("ABCDEFGHIJ"):
         mark, first = tokens[start + 1], tokens[start + 2]
         marked = mark.text == ")" or (not start and (mark.text == "." or (mark.text == ":" and not mark.gap)))
-        second = tokens[start + 3] if len(tokens) > start + 3 else _END
+        second = tokens[start + 3] if len(tokens) > start + 3 else END
         signed = first.text in ("-", "|") and first.gap and not second.gap  # `(A) -5`, not `(A) - 5`
         if marked and (first.gap or mark.text != ":") and (signed or first.text not in _AFTER_LETTER):
             return texts[start], tokens[start + 2 :]
@@ -80,42 +79,14 @@ def text_of(tokens: list[Token]) -> Node:
     return Node("text", tuple(text for text in texts if text not in "{}"))
 
 
-class _Reader:
+class _Reader(Cursor):
     def __init__(self, tokens: list[Token], letter_units: bool, asked: frozenset[str]) -> None:
-        self.tokens = list(tokens)
-        self.letter_units = letter_units
-        self.asked = asked
-        self.position = 0
+        super().__init__(tokens)
+        self.units = Units(self, letter_units, asked)
         self.depth = 0
         self.bars = 0  # open | of an absolute value, or of a set's condition to come
-        self.units: list[str] = []  # all that were stepped over
-        self.no_unit = 0  # up to where no unit begins, so that each token is looked at once
 
-    # Tokens
-
-    def peek(self, ahead: int = 0) -> Token:
-        index = self.position + ahead
-        return self.tokens[index] if index < len(self.tokens) else _END
-
-    def at(self, *marks: str) -> bool:
-        token = self.peek()
-        return token.kind == "mark" and token.text in marks
-
-    def take(self, *marks: str) -> bool:
-        """Step over one of these marks, if it is next."""
-        if found := self.at(*marks):
-            self.position += 1
-        return found
-
-    def expect(self, *marks: str) -> str:
-        if not self.at(*marks):
-            raise Unreadable
-        self.position += 1
-        return self.tokens[self.position - 1].text
-
-    def at_separator(self) -> bool:
-        token = self.peek()
-        return self.at(",", ";", "\\\\", "∧", "∨") or (token.kind == "word" and token.text in ("and", "or"))
+    # Lists and their members
 
     def more_members(self, separators: set[str]) -> bool:
         """Step over separators to the next member, if there is one; keeps those that were there."""
@@ -123,27 +94,25 @@ class _Reader:
         while self.at_separator():
             found.add(self.peek().text)
             self.position += 1
-        if self.peek() is _END:
+        if self.peek() is END:
             return False
         separators |= found
         return True
 
-    # Lists and their members
-
     def member_or_text(self) -> Member:
         """A member that ends where one may end; or as text, what precedes the next separator outside brackets."""
-        start, units = self.position, len(self.units)
+        start, units = self.position, len(self.units.words)
         self.skip_preface()
         before = [singular(t.text) for t in self.tokens[start : self.position] if t.kind == "word" and t.text != "is"]
         try:
             member = self.member()
-            if self.peek() is _END or self.at_separator():
-                return Member(member, spoken(before), spoken(self.units[units:]))
+            if self.peek() is END or self.at_separator():
+                return Member(member, spoken(before), spoken(self.units.words[units:]))
         except Unreadable:
             pass
         self.position, self.depth, self.bars = start, 0, 0
         nested = 0
-        while (token := self.peek()) is not _END and (nested > 0 or not self.at_separator()):
+        while (token := self.peek()) is not END and (nested > 0 or not self.at_separator()):
             if token.kind == "mark":
                 opens = token.text in _CLOSING or token.text.startswith("begin")
                 nested += opens - (token.text in (")", "]", "\\}", "}", "⟩") or token.text.startswith("end"))
@@ -172,8 +141,8 @@ class _Reader:
         found: list[Member] = []
         separators: set[str] = set()
         while not found or (self.at_separator() and self.more_members(separators)):
-            units = len(self.units)
-            found.append(Member(self.member(), "", spoken(self.units[units:])))
+            units = len(self.units.words)
+            found.append(Member(self.member(), "", spoken(self.units.words[units:])))
         return joined(found, separators)
 
     def member(self) -> Tree:
@@ -234,7 +203,7 @@ class _Reader:
     def product(self) -> Tree:
         over: list[Tree] = [self.power()]
         under: list[Tree] = []
-        while not self.unit():
+        while not self.units.skip():
             if self.take("*") or self.at_times():
                 over.append(self.factor())
             elif self.take("/"):
@@ -485,92 +454,6 @@ class _Reader:
             name, exponent = INVERSES[name], None
         value = Node("call", (name, of))
         return value if exponent is None else Node("power", (value, exponent))
-
-    # Units
-
-    def unit(self) -> bool:
-        """Step over what is counted or measured, if that is all that follows in this member."""
-        start = self.position
-        if start < self.no_unit or not self.begins_unit():
-            return False
-        found = known = self.tokens[start - 1].text == "%"  # a unit at all; and whether the last word is one
-        power = False  # whether an exponent came just before
-        while True:
-            token = self.peek()
-            if self.at_separator():
-                break
-            beside = token.text in BESIDE and (token.kind == "word" or token.gap)
-            unit = token.kind == "word" and (is_unit(token.text, self.asked) or self.at_inches())
-            if beside or unit or (token.kind == "word" and describes(token.text)):
-                found, known = found or unit, unit or beside
-                self.position += 1
-            elif self.at("°"):
-                self.position += 1
-                if self.peek().text in ("C", "F"):
-                    self.position += 1
-                found = known = True
-            elif self.is_letter_unit():
-                found = known = True
-                self.position += 1
-            elif found and not power and self.whole_exponent():
-                power = True
-                continue
-            elif self.at("/", "*", "-") and self.peek(1).kind in ("word", "name"):
-                self.position += 1
-                continue
-            elif self.at("(") and self.remark():
-                known = True
-                found = True
-            else:
-                break
-            power = False
-        if found and known and self.at_end_of_member():
-            self.units += [singular(t.text) for t in self.tokens[start : self.position] if t.kind in ("word", "name")]
-            return True
-        self.no_unit, self.position = self.position, start
-        return False
-
-    def whole_exponent(self) -> bool:
-        """Step over the exponent of a unit, `^2` or `^{-1}`."""
-        exponent = _EXPONENT.match("".join(self.peek(ahead).text + " " for ahead in range(5)))
-        self.position += exponent[0].count(" ") if exponent else 0
-        return exponent is not None
-
-    def at_inches(self) -> bool:
-        """Whether `in` is no preposition, as nothing follows that it could belong to."""
-        return self.peek().text == "in" and (self.peek(1) is _END or self.peek(1).text in tuple("^,;)"))
-
-    def begins_unit(self) -> bool:
-        token, following = self.peek(), self.peek(1)
-        if token.kind == "mark":
-            return (token.text in ("/", "(", "-") and following.kind == "word") or token.text == "°"
-        return token.kind == "word" or self.is_letter_unit()
-
-    def is_letter_unit(self) -> bool:
-        """A letter that is a unit: upright, or apart from the number before it, or under another unit."""
-        token, before = self.peek(), self.tokens[self.position - 1]
-        if token.kind != "name" or not self.letter_units:
-            return False
-        apart = token.gap and before.kind == "number"
-        if token.prose and (apart or (token.text in LETTERS and not before.prose)):
-            return token.text in UPRIGHT
-        return token.text in LETTERS and (apart or before.text in ("/", "*") or before.kind == "word")
-
-    def remark(self) -> bool:
-        """Step over words in brackets, `18 (eighteen)`."""
-        length = 1
-        while self.peek(length).kind == "word" or self.peek(length).text == "-":
-            length += 1
-        if length > 1 and self.peek(length).text == ")":
-            self.position += length + 1
-            return True
-        return False
-
-    def at_end_of_member(self) -> bool:
-        token = self.peek()
-        return (
-            token is _END or self.at_separator() or self.at(")", "]", "}", "\\}", "⟩", "&") or token.text in RELATIONS
-        )
 
 
 def _mixed(whole: Tree, fraction: Tree) -> Node:
