@@ -27,7 +27,8 @@ Equality = Callable[[Tree, Tree], bool]
 
 _SCALES = (1, 3, 30, 1000, Fraction(1, 30))  # how far from zero two expressions are compared
 _DIGITS = 40
-_CERTAIN_BITS = 16  # a number other than zero has more, unless 100 digits cancel
+_CERTAIN_BITS = 16  # a number other than zero has more, unless it is small beside what cancels
+_LITTLE = -130  # a power of two, 10^-40
 _BENT = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign)  # one thing here, another there
 _CONSTANTS = {"\\pi": sympy.pi, "∞": sympy.oo, "e": sympy.E, "i": sympy.I}
 _FUNCTIONS = {"ln": sympy.log, "lg": lambda x: sympy.log(x, 10), "max": sympy.Max, "min": sympy.Min, "gcd": sympy.gcd}
@@ -195,7 +196,7 @@ def is_zero(difference: sympy.Expr) -> bool:
         return False
     vanished = 0
     for point in _points(sorted(difference.free_symbols, key=str)):
-        at_point = difference.subs(point).evalf(_DIGITS)
+        at_point = _evaluated(difference.subs(point))
         if not at_point.is_number or at_point.has(sympy.nan, sympy.zoo, sympy.oo):
             continue
         real, imaginary = map(_vanishes, at_point.as_real_imag())
@@ -216,9 +217,21 @@ def _is_bent(difference: sympy.Expr) -> bool:
     return any(one.free_symbols for one in bent | difference.atoms(*_BENT))
 
 
+def _evaluated(number: sympy.Expr) -> sympy.Expr:
+    """An expression without unknowns, worked out; what cancels, to so many digits that little can be left of it."""
+    found = number.evalf(_DIGITS)
+    left = max((part._mpf_[2] for part in found.atoms(sympy.Float) if _cancelled(part)), default=_LITTLE)
+    return found if left <= _LITTLE else number.evalf(_DIGITS, maxn=300 + max(left, 0) // 3)
+
+
 def _vanishes(number: sympy.Expr) -> bool:
-    """Whether a number that was worked out is zero: what cancels leaves hardly a digit that is certain."""
-    return bool(number == 0) or (isinstance(number, sympy.Float) and number._prec < _CERTAIN_BITS)
+    """Whether a number that was worked out is zero, as far as can be told."""
+    return bool(number == 0) or (isinstance(number, sympy.Float) and _cancelled(number) and number._mpf_[2] < 0)
+
+
+def _cancelled(number: sympy.Float) -> bool:
+    """Whether hardly a digit is certain: it is zero, or smaller than the power of two in its `_mpf_`."""
+    return bool(number._prec < _CERTAIN_BITS)
 
 
 def _points(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
