@@ -28,7 +28,7 @@ Equality = Callable[[Tree, Tree], bool]
 _SCALES = (1, 3, 30, 1000, Fraction(1, 30))  # how far from zero two expressions are compared
 _DIGITS = 40
 _CERTAIN_BITS = 16  # a number other than zero has more, unless it is small beside what cancels
-_LITTLE = -130  # a power of two, 10^-40
+_LITTLE, _MUCH = -130, 1000  # powers of two, 10^-40 and 10^300
 _BENT = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign)  # one thing here, another there
 _CONSTANTS = {"\\pi": sympy.pi, "∞": sympy.oo, "e": sympy.E, "i": sympy.I}
 _FUNCTIONS = {"ln": sympy.log, "lg": lambda x: sympy.log(x, 10), "max": sympy.Max, "min": sympy.Min, "gcd": sympy.gcd}
@@ -218,9 +218,14 @@ def _is_bent(difference: sympy.Expr) -> bool:
 
 
 def _evaluated(number: sympy.Expr) -> sympy.Expr:
-    """An expression without unknowns, worked out; what cancels, to so many digits that little can be left of it."""
+    """An expression without unknowns, worked out; what cancels, to so many digits that little can be left of it.
+
+    No number where that would take too many.
+    """
     found = number.evalf(_DIGITS)
     left = max((part._mpf_[2] for part in found.atoms(sympy.Float) if _cancelled(part)), default=_LITTLE)
+    if left > _MUCH:
+        return sympy.nan
     return found if left <= _LITTLE else number.evalf(_DIGITS, maxn=300 + max(left, 0) // 3)
 
 
