@@ -48,6 +48,15 @@ def test_votes_are_keyed_by_value_and_the_box_is_quoted_as_written():
     assert result.boxed == r"\boxed{1,000}"
 
 
+def test_an_answer_that_is_no_number_is_shown_as_its_first_sample_wrote_it():
+    matrix = r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}"
+
+    result = solved(boxed(r"\mathbb{R}", f"${matrix}$", r"\begin{bmatrix}1\\-2\end{bmatrix}"))
+
+    assert result.answer == matrix
+    assert result.votes == {matrix: 2, r"\mathbb{R}": 1}
+
+
 @pytest.mark.parametrize("values", [("2", "1"), ("2", "1", "1", "2"), ("2", "3", "1", "1", "2")], ids=str)
 def test_ties_go_to_the_earliest_sample(values):
     assert solved(boxed(*values)).answer == "2"

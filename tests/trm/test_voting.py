@@ -22,7 +22,7 @@ def test_a_ballot_is_the_canonical_answer(text, vote):
     assert ballot(text).key == ballot(rf"\boxed{{{vote}}}").key
 
 
-@pytest.mark.parametrize("text", ["no box", r"\boxed{7"])
+@pytest.mark.parametrize("text", ["no box", r"\boxed{7", r"\boxed{\,}"])
 def test_without_a_box_there_is_no_ballot(text):
     assert ballot(text) is None
 

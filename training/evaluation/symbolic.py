@@ -16,21 +16,23 @@ from itertools import pairwise
 
 import sympy
 
+from trm.answers.commands import INVERSES, NAMES
 from trm.answers.comparison import other_choice, pairs, trees, value
 from trm.answers.grammar import FUNCTION_NAMES
 from trm.answers.lists import is_claim
-from trm.answers.rules import normal
+from trm.answers.rules import normal, subject
 from trm.answers.tree import Node, Tree
 
 Equality = Callable[[Tree, Tree], bool]
 
 _SCALES = (1, 3, 30, 1000, Fraction(1, 30))  # how far from zero two expressions are compared
 _DIGITS = 40
-_CERTAIN_BITS = 16  # a number other than zero has more, unless 100 digits cancel
+_CERTAIN_BITS = 16  # a number other than zero has more, unless it is small beside what cancels
+_LITTLE, _MUCH = -130, 1000  # powers of two, 10^-40 and 10^300
 _BENT = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign)  # one thing here, another there
 _CONSTANTS = {"\\pi": sympy.pi, "∞": sympy.oo, "e": sympy.E, "i": sympy.I}
 _FUNCTIONS = {"ln": sympy.log, "lg": lambda x: sympy.log(x, 10), "max": sympy.Max, "min": sympy.Min, "gcd": sympy.gcd}
-_FUNCTIONS |= {"lcm": sympy.lcm, "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan}
+_FUNCTIONS |= {"lcm": sympy.lcm} | {arc: getattr(sympy, f"a{name}") for name, arc in INVERSES.items()}
 _BINDERS = ("\\sum", "\\prod", "\\int", "\\lim")  # these reach to the end of their product
 _RELATIONS = {"<": sympy.Lt, "≤": sympy.Le, "=": sympy.Eq, "≠": sympy.Ne}
 
@@ -108,6 +110,8 @@ def expression(tree: Tree) -> sympy.Expr:
     if isinstance(tree, Fraction):
         return sympy.Rational(tree.numerator, tree.denominator)
     if isinstance(tree, str):
+        if tree[0] == "\\" and tree[-1] != "}" and tree not in NAMES.values():
+            raise Inexpressible  # \\subset and \\forall are no factors; \\mathcal{F} may be one
         return _CONSTANTS.get(tree) or sympy.Symbol(tree)
     kind, parts = tree.kind, tree.parts
     if kind in ("sum", "mixed"):
@@ -192,7 +196,7 @@ def is_zero(difference: sympy.Expr) -> bool:
         return False
     vanished = 0
     for point in _points(sorted(difference.free_symbols, key=str)):
-        at_point = difference.subs(point).evalf(_DIGITS)
+        at_point = _evaluated(difference.subs(point))
         if not at_point.is_number or at_point.has(sympy.nan, sympy.zoo, sympy.oo):
             continue
         real, imaginary = map(_vanishes, at_point.as_real_imag())
@@ -213,9 +217,26 @@ def _is_bent(difference: sympy.Expr) -> bool:
     return any(one.free_symbols for one in bent | difference.atoms(*_BENT))
 
 
+def _evaluated(number: sympy.Expr) -> sympy.Expr:
+    """An expression without unknowns, worked out; what cancels, to so many digits that little can be left of it.
+
+    No number where that would take too many.
+    """
+    found = number.evalf(_DIGITS)
+    left = max((part._mpf_[2] for part in found.atoms(sympy.Float) if _cancelled(part)), default=_LITTLE)
+    if left > _MUCH:
+        return sympy.nan
+    return found if left <= _LITTLE else number.evalf(_DIGITS, maxn=300 + max(left, 0) // 3)
+
+
 def _vanishes(number: sympy.Expr) -> bool:
-    """Whether a number that was worked out is zero: what cancels leaves hardly a digit that is certain."""
-    return bool(number == 0) or (isinstance(number, sympy.Float) and number._prec < _CERTAIN_BITS)
+    """Whether a number that was worked out is zero, as far as can be told."""
+    return bool(number == 0) or (isinstance(number, sympy.Float) and _cancelled(number) and number._mpf_[2] < 0)
+
+
+def _cancelled(number: sympy.Float) -> bool:
+    """Whether hardly a digit is certain: it is zero, or smaller than the power of two in its `_mpf_`."""
+    return bool(number._prec < _CERTAIN_BITS)
 
 
 def _points(symbols: Sequence[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Rational]]:
@@ -279,7 +300,8 @@ def _matrix(tree: Tree) -> sympy.MatrixBase | sympy.Expr:
 
 
 def _equal_sets(one: Tree, other: Tree) -> bool:
-    return bool(_set(one) == _set(other))
+    names = {name for tree in (one, other) if (name := subject(tree)) is not None}
+    return len(names) < 2 and bool(_set(one) == _set(other))
 
 
 def _set(tree: Tree) -> sympy.Set:
@@ -296,7 +318,10 @@ def _set(tree: Tree) -> sympy.Set:
     if tree.kind in ("all", "set") and any(map(is_claim, tree.parts)):
         return _joined(tree)
     if tree.kind == "set":
-        return sympy.FiniteSet(*map(expression, tree.parts))
+        members = sympy.FiniteSet(*map(expression, tree.parts))
+        if len(members) < len(tree.parts):
+            raise Inexpressible  # a list, which has something twice
+        return members
     if tree.kind.startswith("tuple ") and len(tree.parts) == 2:
         low, high = map(expression, tree.parts)
         found = sympy.Interval(low, high, left_open="(" in tree.kind, right_open=")" in tree.kind)

@@ -8,6 +8,7 @@ model, prompt or server, and needs only the standard library; computer algebra i
     spelling         dress that changes no meaning
     tokens           answer text to tokens
     words            units and counted nouns, and words that no unit is
+    cursor, units    where a reader stands, and how it steps over what is counted
     tree, grammar    tokens to a tree of numbers, names and structures
     lists            what the members of a list are to each other
     rules            a tree to its normal form: arithmetic, signs, sets, chains of equalities

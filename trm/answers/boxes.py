@@ -20,7 +20,7 @@ def boxed(answer: str) -> str:
 _UNBRACED = re.compile(
     r"(\\(?:boxed|fbox))(?:[ \t]*([-+\u2212]?\\?\$?[\d.,:/]*\d)(?![\w^{])|[ \t]+([A-Z])\b)",
 )
-_EMPTY = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
+_EMPTY = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[\s~]|\\[,;:! ]|\\q?quad(?![a-zA-Z]))*\}")
 _OPENING = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|\Z)")
 _BRACE = re.compile(r"\\[\\{}]|[{}]")  # escaped braces match whole, and count for nothing
 

@@ -21,7 +21,9 @@ _MARKS = r"""
     ≤           le leq leqslant leqq
     ≥           ge geq geqslant geqq
     ∈           in
+    ∉           notin
     ⇒           Rightarrow Longrightarrow implies therefore ⇒ ∴
+    ⇔           iff Leftrightarrow Longleftrightarrow
     →           to rightarrow longrightarrow mapsto
     ∪           cup
     ∩           cap
@@ -44,6 +46,7 @@ _MARKS = r"""
     ⌈           lceil
     ⌉           rceil
     and         &
+    mod         pmod bmod mod
     ∧           land wedge
     ∨           lor vee
 """
@@ -96,8 +99,10 @@ def _table(text: str) -> dict[str, str]:
 
 MARKS = _table(_MARKS)
 NAMES = _table(_NAMES)
+NEGATED = {"=": "≠", "∈": "∉"}  # by a \not before them
 _TRIGONOMETRIC = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"})
-FUNCTIONS = _TRIGONOMETRIC | {"arcsin", "arccos", "arctan", "log", "ln", "lg", "exp", "gcd", "lcm", "max", "min", "det"}
+INVERSES = {name: f"arc{name}" for name in _TRIGONOMETRIC}  # which \sin^{-1} is
+FUNCTIONS = _TRIGONOMETRIC | {*INVERSES.values(), "log", "ln", "lg", "exp", "gcd", "lcm", "max", "min", "det"}
 BARE = frozenset({"sqrt", "pi", "theta", "infinity", *FUNCTIONS}) - {"min", "sec"}  # these mean themselves without \
 
 # The two kinds that leave nothing behind but perhaps a blank, and those whose argument stands for itself.

@@ -15,7 +15,7 @@ from itertools import product
 from trm.answers.boxes import extract_boxed
 from trm.answers.grammar import read, split_choice
 from trm.answers.lists import is_claim
-from trm.answers.rules import both_signs, is_name, is_near, label, normal, number
+from trm.answers.rules import both_signs, is_name, is_near, label, normal, number, subject
 from trm.answers.spelling import MAX_CHARS, plain, tidy
 from trm.answers.tokens import Tokens, tokenize
 from trm.answers.tree import Node, Tree
@@ -94,9 +94,9 @@ def pairs(one: str, other: str, question: str = "") -> Iterator[tuple[Tree, Tree
     ours, theirs = trees(one, question), trees(other, question)
     if not ours or not theirs or other_choice(one, other):
         return
-    names = {single_name(ours[0]), single_name(theirs[0])} - {None}
-    if len(names) < 2:
-        several = all(_assigned_apart(found[0]) for found in (ours, theirs))
+    if not _contradict(_name(ours[0]), _name(theirs[0])):
+        named = [_named(ours[0]), _named(theirs[0])]
+        several = all(named) and max(map(len, named)) > 1
         yield from zip(ours[:1], theirs[:1], strict=True) if several else product(ours, theirs)
 
 
@@ -161,15 +161,19 @@ def value(tree: Tree) -> Tree:
     return normal(Node("list", (tree,)) if len(both_signs(tree)) > 1 else tree)
 
 
-def single_name(tree: Tree) -> str | None:
+def _name(tree: Tree) -> Tree | None:
     """What must not differ beside the value: x of `x = 5` and `x < 5`, and the half of the day of `9 a.m.`."""
-    name = label(tree)
     if isinstance(tree, Node) and tree.kind == "time":
-        name = tree.parts[1]
-    elif isinstance(tree, Node) and tree.kind == "chain" and name is None:
-        names = [part for part in tree.parts[::2] if is_name(part)]
-        name = names[0] if len(names) == 1 else None
-    return name if isinstance(name, str) else None
+        return tree.parts[1]
+    name = subject(tree)
+    return None if name is None else normal(name)
+
+
+def _contradict(one: Tree | None, other: Tree | None) -> bool:
+    """Whether two names are of two things: x and y, `f(x)` and `f'(x)`. But y and `f(x)` may be one."""
+    if isinstance(one, Node) and isinstance(other, Node):
+        return one != other and one.kind == other.kind and len(one.parts) == len(other.parts)
+    return isinstance(one, str) and isinstance(other, str) and one != other
 
 
 def _otherwise(tree: Tree) -> Iterator[Tree]:
@@ -193,9 +197,9 @@ def _otherwise(tree: Tree) -> Iterator[Tree]:
             yield interval
 
 
-def _assigned_apart(tree: Tree) -> bool:
-    """Whether an answer gives several things their values, `x = 1, y = 2`."""
-    return isinstance(tree, Node) and tree.kind == "list" and len({label(part) for part in tree.parts} - {None}) > 1
+def _named(tree: Tree) -> set[Tree | None]:
+    """What the members of a list give values to: x and y of `x = 1, y = 2`."""
+    return {label(part) for part in tree.parts} - {None} if isinstance(tree, Node) and tree.kind == "list" else set()
 
 
 def _assigned(tree: Tree) -> Tree | None:

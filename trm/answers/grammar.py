@@ -3,7 +3,8 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
     answer   = member {("," | ";" | "and" | "or" | "∧" | "∨") member}
     member   = set {("=" | "<" | "∈" | …) set}                    a chain
     set      = ratio {("∪" | "∩" | "∖") ratio}
-    ratio    = sum {":" sum}
+    ratio    = residue {":" residue}
+    residue  = sum ["mod" product]
     sum      = ["+" | "-" | "±"] product {("+" | "-" | "±") product}
     product  = power {["*" | "/"] power} [unit]
     power    = atom {"!" | "'" | "%" | "°" | "_" argument | "^" argument}    two `^` only in braces
@@ -11,35 +12,36 @@ r"""Tokens to a tree, by recursive descent. What is no mathematics stays text, m
 
 Kinds of nodes: "list" (in no order), "all" and "any" (inequalities that hold together, or one of them), "set",
 "tuple ()", "tuple [)" … (intervals too), "such that", "matrix", "row", "chain" (member, relation, member, …), "∪ ∩ ∖"
-(the same), "ratio", "sum", "negative", "±", "∓", "product", "quotient", "mixed" (whole, fraction), "power", "sub",
-"root" (radicand, degree), "call" (function, argument), "time", "text", and one per mark: "!", "'", "abs", "binom",
-"overline". A bracket around one thing leaves no trace. Nor do units, and words before a number; but where those of a
-list differ, they are its members' names: `3 boys, 4 girls` and `length: 3, width: 4` as `x = 3, y = 4`.
+(the same), "ratio", "sum", "negative", "±", "∓", "mod", "product", "quotient", "mixed" (whole, fraction), "power",
+"sub", "root" (radicand, degree), "call" (function, argument), "time", "text", and one per mark: "!", "'", "abs",
+"binom", "overline". A bracket around one thing leaves no trace. Nor do units, and words before a number; but where
+those of a list differ, they are its members' names: `3 boys, 4 girls` and `length: 3, width: 4` as `x = 3, y = 4`.
 """
 
 import re
 from fractions import Fraction
 
+from trm.answers.commands import INVERSES
+from trm.answers.cursor import END, RELATIONS, Cursor
 from trm.answers.lists import Member, joined, spoken
 from trm.answers.tokens import Token
 from trm.answers.tree import Node, Tree, Unreadable
-from trm.answers.words import BESIDE, HEDGES, LETTERS, UPRIGHT, describes, introduces, is_unit, singular
+from trm.answers.units import Units
+from trm.answers.words import HEDGES, introduces, singular
 
 MAX_DIGITS = 400  # above or below the line; larger numbers stay text. Avoids int()'s limit of 4300 digits
 _MAX_DEPTH = 24  # of brackets, arguments and exponents
 _MAX_MARKS = 8  # behind one atom
 
-RELATIONS = frozenset("=<>≤≥≠≈∈≡→~")
 FUNCTION_NAMES = frozenset("fgFG")  # f(2) is no product
 _SIGNS = ("+", "-", "±", "∓")
 _SET_MARKS = frozenset("∪∩∖")
-_CLOSING = {"(": ")]", "[": ")]", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
+_CLOSING = {"(": ")]", "[": "])", "\\{": ("\\}",), "{": ("}",), "⟨": ("⟩",)}
 _ROUND = {"⌊": "⌋", "⌈": "⌉", "‖": "‖"}
 _ACCENTS = frozenset({"overline", "vec", "hat", "tilde"})
 _OPENING = frozenset({"frac", "sqrt", "binom", "|", "begin matrix", "begin det", *_CLOSING, *_ROUND, *_ACCENTS})
 _AFTER_LETTER = tuple("+-*/^_=<>≤≥≠∪∩∖,;:)]|")  # then the letter is part of the mathematics
-_END = Token("end", "", False, False)
-_EXPONENT = re.compile(r"\^ (?:- )?(?:\d+\.?|\{ (?:- )?\d+\.? \}) ")
+_APPLIED = re.compile(r"((?:' )*)(\^ (?:\{ - 1 \}|- 1) )?(?=\( )")
 _NUMBER = re.compile(r"(\d*)(?:\.(\d*))?(?:e([-+]?\d+))?")
 
 
@@ -64,7 +66,7 @@ def split_choice(tokens: list[Token]) -> tuple[str | None, list[Token]]:
     if len(tokens) > start + 2 and texts[start] in tuple("ABCDEFGHIJ"):
         mark, first = tokens[start + 1], tokens[start + 2]
         marked = mark.text == ")" or (not start and (mark.text == "." or (mark.text == ":" and not mark.gap)))
-        second = tokens[start + 3] if len(tokens) > start + 3 else _END
+        second = tokens[start + 3] if len(tokens) > start + 3 else END
         signed = first.text in ("-", "|") and first.gap and not second.gap  # `(A) -5`, not `(A) - 5`
         if marked and (first.gap or mark.text != ":") and (signed or first.text not in _AFTER_LETTER):
             return texts[start], tokens[start + 2 :]
@@ -77,42 +79,14 @@ def text_of(tokens: list[Token]) -> Node:
     return Node("text", tuple(text for text in texts if text not in "{}"))
 
 
-class _Reader:
+class _Reader(Cursor):
     def __init__(self, tokens: list[Token], letter_units: bool, asked: frozenset[str]) -> None:
-        self.tokens = list(tokens)
-        self.letter_units = letter_units
-        self.asked = asked
-        self.position = 0
+        super().__init__(tokens)
+        self.units = Units(self, letter_units, asked)
         self.depth = 0
         self.bars = 0  # open | of an absolute value, or of a set's condition to come
-        self.units: list[str] = []  # all that were stepped over
-        self.no_unit = 0  # up to where no unit begins, so that each token is looked at once
 
-    # Tokens
-
-    def peek(self, ahead: int = 0) -> Token:
-        index = self.position + ahead
-        return self.tokens[index] if index < len(self.tokens) else _END
-
-    def at(self, *marks: str) -> bool:
-        token = self.peek()
-        return token.kind == "mark" and token.text in marks
-
-    def take(self, *marks: str) -> bool:
-        """Step over one of these marks, if it is next."""
-        if found := self.at(*marks):
-            self.position += 1
-        return found
-
-    def expect(self, *marks: str) -> str:
-        if not self.at(*marks):
-            raise Unreadable
-        self.position += 1
-        return self.tokens[self.position - 1].text
-
-    def at_separator(self) -> bool:
-        token = self.peek()
-        return self.at(",", ";", "\\\\", "∧", "∨") or (token.kind == "word" and token.text in ("and", "or"))
+    # Lists and their members
 
     def more_members(self, separators: set[str]) -> bool:
         """Step over separators to the next member, if there is one; keeps those that were there."""
@@ -120,27 +94,25 @@ class _Reader:
         while self.at_separator():
             found.add(self.peek().text)
             self.position += 1
-        if self.peek() is _END:
+        if self.peek() is END:
             return False
         separators |= found
         return True
 
-    # Lists and their members
-
     def member_or_text(self) -> Member:
         """A member that ends where one may end; or as text, what precedes the next separator outside brackets."""
-        start, units = self.position, len(self.units)
+        start, units = self.position, len(self.units.words)
         self.skip_preface()
         before = [singular(t.text) for t in self.tokens[start : self.position] if t.kind == "word" and t.text != "is"]
         try:
             member = self.member()
-            if self.peek() is _END or self.at_separator():
-                return Member(member, spoken(before), spoken(self.units[units:]))
+            if self.peek() is END or self.at_separator():
+                return Member(member, spoken(before), spoken(self.units.words[units:]))
         except Unreadable:
             pass
         self.position, self.depth, self.bars = start, 0, 0
         nested = 0
-        while (token := self.peek()) is not _END and (nested > 0 or not self.at_separator()):
+        while (token := self.peek()) is not END and (nested > 0 or not self.at_separator()):
             if token.kind == "mark":
                 opens = token.text in _CLOSING or token.text.startswith("begin")
                 nested += opens - (token.text in (")", "]", "\\}", "}", "⟩") or token.text.startswith("end"))
@@ -169,8 +141,8 @@ class _Reader:
         found: list[Member] = []
         separators: set[str] = set()
         while not found or (self.at_separator() and self.more_members(separators)):
-            units = len(self.units)
-            found.append(Member(self.member(), "", spoken(self.units[units:])))
+            units = len(self.units.words)
+            found.append(Member(self.member(), "", spoken(self.units.words[units:])))
         return joined(found, separators)
 
     def member(self) -> Tree:
@@ -194,14 +166,29 @@ class _Reader:
         return parts[0] if len(parts) == 1 else Node("∪ ∩ ∖", tuple(parts))
 
     def ratio(self) -> Tree:
-        parts = [self.sum()]
+        parts = [self.residue()]
         while self.take(":"):
-            parts.append(self.sum())
+            parts.append(self.residue())
         whole = parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
         if self.peek().kind == "word" and self.peek().text in ("am", "pm"):
             self.position += 1
             return Node("time", (whole, self.tokens[self.position - 1].text))
         return whole
+
+    def residue(self) -> Tree:
+        """A sum, and its modulus, if it has one: `3 \\pmod 7`, `3 (mod 7)`."""
+        of = self.sum()
+        bracketed = self.at_modulus(1) and self.take("(")
+        if not self.at_modulus():
+            return of
+        self.position += 1
+        modulus = self.product()
+        if bracketed:
+            self.expect(")")
+        return Node("mod", (of, modulus))
+
+    def at_modulus(self, ahead: int = 0) -> bool:
+        return self.peek(ahead).kind == "word" and self.peek(ahead).text == "mod"
 
     def sum(self) -> Tree:
         terms = [self.signed(self.expect(*_SIGNS) if self.at(*_SIGNS) else "+")]
@@ -216,7 +203,7 @@ class _Reader:
     def product(self) -> Tree:
         over: list[Tree] = [self.power()]
         under: list[Tree] = []
-        while not self.unit():
+        while not self.units.skip():
             if self.take("*") or self.at_times():
                 over.append(self.factor())
             elif self.take("/"):
@@ -227,7 +214,7 @@ class _Reader:
                 over.append(_mixed(over.pop(), self.power()))
             elif not under and self.at_whole(over) and self.at_slashed():
                 over.append(self.mixed(over.pop()))
-            elif self.peek().kind == "number" and not (isinstance(over[-1], Node) and over[-1].kind == "power"):
+            elif self.peek().kind == "number" and not (isinstance(over[-1], Node) and over[-1].kind in ("power", "!")):
                 raise Unreadable  # 12 34, and x2
             else:
                 over.append(self.power())
@@ -251,7 +238,8 @@ class _Reader:
     def at_atom(self) -> bool:
         token = self.peek()
         if token.kind == "mark":
-            return token.text in _OPENING and not (token.text == "|" and self.bars)
+            ends = (token.text == "|" and self.bars) or (token.text == "(" and self.at_modulus(1))
+            return token.text in _OPENING and not ends
         return token.kind in ("number", "name", "function")
 
     def at_whole(self, over: list[Tree]) -> bool:
@@ -278,7 +266,9 @@ class _Reader:
                 if self.at("^"):
                     raise Unreadable  # 2^3^2
             elif self.take("_"):
-                base = Node("sub", (base, self.argument(one_digit=False)))
+                base = Node("sub", (base, self.index()))
+            elif self.at("!") and self.peek(1).text == "!":
+                raise Unreadable  # n!! is not (n!)!
             elif self.at("!", "'"):
                 base = Node(self.expect("!", "'"), (base,))
             elif self.at("°") and self.peek(1).text not in ("C", "F"):
@@ -308,8 +298,8 @@ class _Reader:
         elif token.kind == "name":
             self.position += 1
             found = token.text
-            if found in FUNCTION_NAMES and self.at("("):
-                found = Node("call", (found, self.atom()))
+            if found in FUNCTION_NAMES:
+                found = self.applied(found)
         elif token.kind == "function":
             found = self.call()
         elif token.kind == "mark":
@@ -319,6 +309,18 @@ class _Reader:
             raise Unreadable
         self.depth -= 1
         return found
+
+    def applied(self, function: Tree) -> Tree:
+        """A letter's function and what it is of, or only the letter: `f(2)`, `f'(x)`, `f^{-1}(x)`."""
+        match = _APPLIED.match("".join(self.peek(ahead).text + " " for ahead in range(8)))
+        if match is None:
+            return function
+        self.position += match[0].count(" ")
+        for _ in range(match[1].count("'")):
+            function = Node("'", (function,))
+        if match[2]:
+            function = Node("power", (function, Fraction(-1)))
+        return Node("call", (function, self.atom()))
 
     def number(self) -> Fraction:
         token = self.peek()
@@ -346,6 +348,14 @@ class _Reader:
         if opened:
             self.expect("}", ")")
         return Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
+
+    def index(self) -> Tree:
+        """An argument, or a word: `x_{\\max}`."""
+        opening, word, closing = (self.peek(ahead) for ahead in range(3))
+        if word.kind in ("word", "function") and (opening.text, closing.text) == ("{", "}"):
+            self.position += 3
+            return word.text
+        return self.argument(one_digit=False)
 
     def argument(self, one_digit: bool = True) -> Tree:
         r"""What a command takes: a group, or the next thing, of a whole number the first digit: `\frac12`."""
@@ -402,6 +412,8 @@ class _Reader:
         if opening == "\\{" or (opening == "{" and len(items) > 1):
             return Node("set", tuple(items))
         if len(items) == 1 and opening != "⟨":
+            if closing != _CLOSING[opening][0]:
+                raise Unreadable  # (x-3](x+8)
             return items[0]
         return Node(f"tuple {opening}{closing}", tuple(items))
 
@@ -430,7 +442,7 @@ class _Reader:
             if self.take("^"):
                 exponent = self.exponent()
             elif self.take("_"):
-                name = Node("sub", (name, self.argument(one_digit=False)))
+                name = Node("sub", (name, self.index()))
         if self.at("(", "[", "{", "|"):
             of = self.atom()
         else:
@@ -438,94 +450,10 @@ class _Reader:
             while self.at_atom() and self.peek().kind in ("name", "number") and len(factors) < _MAX_MARKS:
                 factors.append(self.power())
             of = factors[0] if len(factors) == 1 else Node("product", tuple(factors))
+        if isinstance(name, str) and name in INVERSES and exponent == Node("negative", (Fraction(1),)):
+            name, exponent = INVERSES[name], None
         value = Node("call", (name, of))
         return value if exponent is None else Node("power", (value, exponent))
-
-    # Units
-
-    def unit(self) -> bool:
-        """Step over what is counted or measured, if that is all that follows in this member."""
-        start = self.position
-        if start < self.no_unit or not self.begins_unit():
-            return False
-        found = known = self.tokens[start - 1].text == "%"  # a unit at all; and whether the last word is one
-        power = False  # whether an exponent came just before
-        while True:
-            token = self.peek()
-            if self.at_separator():
-                break
-            beside = token.text in BESIDE and (token.kind == "word" or token.gap)
-            unit = token.kind == "word" and (is_unit(token.text, self.asked) or self.at_inches())
-            if beside or unit or (token.kind == "word" and describes(token.text)):
-                found, known = found or unit, unit or beside
-                self.position += 1
-            elif self.at("°"):
-                self.position += 1
-                if self.peek().text in ("C", "F"):
-                    self.position += 1
-                found = known = True
-            elif self.is_letter_unit():
-                found = known = True
-                self.position += 1
-            elif found and not power and self.whole_exponent():
-                power = True
-                continue
-            elif self.at("/", "*", "-") and self.peek(1).kind in ("word", "name"):
-                self.position += 1
-                continue
-            elif self.at("(") and self.remark():
-                known = True
-                found = True
-            else:
-                break
-            power = False
-        if found and known and self.at_end_of_member():
-            self.units += [singular(t.text) for t in self.tokens[start : self.position] if t.kind in ("word", "name")]
-            return True
-        self.no_unit, self.position = self.position, start
-        return False
-
-    def whole_exponent(self) -> bool:
-        """Step over the exponent of a unit, `^2` or `^{-1}`."""
-        exponent = _EXPONENT.match("".join(self.peek(ahead).text + " " for ahead in range(5)))
-        self.position += exponent[0].count(" ") if exponent else 0
-        return exponent is not None
-
-    def at_inches(self) -> bool:
-        """Whether `in` is no preposition, as nothing follows that it could belong to."""
-        return self.peek().text == "in" and (self.peek(1) is _END or self.peek(1).text in tuple("^,;)"))
-
-    def begins_unit(self) -> bool:
-        token, following = self.peek(), self.peek(1)
-        if token.kind == "mark":
-            return (token.text in ("/", "(", "-") and following.kind == "word") or token.text == "°"
-        return token.kind == "word" or self.is_letter_unit()
-
-    def is_letter_unit(self) -> bool:
-        """A letter that is a unit: upright, or apart from the number before it, or under another unit."""
-        token, before = self.peek(), self.tokens[self.position - 1]
-        if token.kind != "name" or not self.letter_units:
-            return False
-        apart = token.gap and before.kind == "number"
-        if token.prose and (apart or (token.text in LETTERS and not before.prose)):
-            return token.text in UPRIGHT
-        return token.text in LETTERS and (apart or before.text in ("/", "*") or before.kind == "word")
-
-    def remark(self) -> bool:
-        """Step over words in brackets, `18 (eighteen)`."""
-        length = 1
-        while self.peek(length).kind == "word" or self.peek(length).text == "-":
-            length += 1
-        if length > 1 and self.peek(length).text == ")":
-            self.position += length + 1
-            return True
-        return False
-
-    def at_end_of_member(self) -> bool:
-        token = self.peek()
-        return (
-            token is _END or self.at_separator() or self.at(")", "]", "}", "\\}", "⟩", "&") or token.text in RELATIONS
-        )
 
 
 def _mixed(whole: Tree, fraction: Tree) -> Node:

@@ -64,7 +64,7 @@ def _normal(tree: Tree) -> Tree:
         case "tuple ⟨⟩":
             return Node("tuple ()", tuple(parts))
         case "all":
-            return Node("all", tuple(dict.fromkeys(_ordered(parts))))
+            return Node("all", _ordered(dict.fromkeys(_values(tree.parts))))
         case "∪ ∩ ∖" if set(parts[1::2]) == {"∪"}:
             return Node("∪", _ordered(parts[::2]))
     return _counted(Node(kind, tuple(parts)))
@@ -116,8 +116,20 @@ def is_name(tree: Tree) -> bool:
     if kind == "sub":
         return is_name(parts[0])
     if kind == "call":
-        return parts[0] in FUNCTION_NAMES
+        function = parts[0]
+        while isinstance(function, Node) and function.kind in ("'", "power"):
+            function = function.parts[0]  # f'(x), f^{-1}(x)
+        return function in FUNCTION_NAMES
     return kind in _OF_NAMES and all(is_name(part) for part in parts if part not in ("∪", "∩", "∖"))
+
+
+def subject(tree: Tree) -> Tree | None:
+    """What a member says something of: x of `x = 5`, and of `1 < x`."""
+    name = label(tree)
+    if name is None and isinstance(tree, Node) and tree.kind == "chain":
+        names = [part for part in tree.parts[::2] if is_name(part)]
+        return names[0] if len(names) == 1 else None
+    return name
 
 
 # Arithmetic
@@ -303,17 +315,22 @@ def _set(raw: Sequence[Tree], kind: str) -> Tree:
     """Members without order, and both values of a member with ±. A list of one is that one.
 
     Those of a set count once, and so do points: `(1, 2), (1, 2)` is one solution; `2, 2, 3` are three sides.
-    Names before their values go, `x = 2, x = 3`, unless they tell the values apart: `x = 1, y = 2`.
     """
-    names = {label(member) for member in raw} - {None}
-    members: list[Tree] = []
-    for member in raw:
-        name = label(member)
-        for value in dict.fromkeys(map(_normal, both_signs(member))):
-            members.append(Node("named", (_normal(name), value)) if name is not None and len(names) > 1 else value)
+    members = _values(raw)
     points = all(isinstance(member, Node) and member.kind.startswith("tuple") for member in members)
     ordered = _ordered(dict.fromkeys(members) if kind != "list" or points else members)
     return ordered[0] if len(ordered) == 1 and kind == "list" else Node("set", ordered)
+
+
+def _values(raw: Sequence[Tree]) -> list[Tree]:
+    """What members come to. Names before values go, `x = 2, x = 3`, unless they tell them apart: `x = 1, y = 2`."""
+    apart = len({subject(member) for member in raw} - {None}) > 1
+    values: list[Tree] = []
+    for member in raw:
+        name = label(member)
+        for value in dict.fromkeys(map(_normal, both_signs(member))):
+            values.append(Node("named", (_normal(name), value)) if name is not None and apart else value)
+    return values
 
 
 def _is_set(tree: Tree) -> bool:
@@ -328,7 +345,7 @@ def both_signs(tree: Tree) -> list[Tree]:
 
 
 def _has_sign(tree: Tree) -> bool:
-    if not isinstance(tree, Node) or tree.kind in _UNORDERED:
+    if not isinstance(tree, Node) or tree.kind in _UNORDERED or tree.kind == "all":
         return False  # the members of a list are taken one by one
     return tree.kind in ("±", "∓") or any(_has_sign(part) for part in tree.parts)
 

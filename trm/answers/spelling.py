@@ -48,8 +48,11 @@ def tidy(answer: str) -> str:
 
 
 def _ending(text: str) -> str:
-    """Without full stops, commas and backslashes at the end."""
-    return text.rstrip(" .,;\\")
+    """Without full stops, commas, blanks and backslashes at the end, unless they say that it goes on, `1, 2, ...`."""
+    ended = text.rstrip(" .,;\\")
+    for blank in (r"\!", r"\:", r"\quad", r"\qquad"):
+        ended = ended.removesuffix(blank)
+    return text if text.startswith("...", len(ended)) or text.endswith("...") else ended
 
 
 _BEFORE_NFKC = [  # what NFKC would glue to what stands beside it: 10³ to 103, 1½ to 11/2, ℝ to R

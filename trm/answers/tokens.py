@@ -7,7 +7,7 @@ r"""Answer text to tokens: every spelling of one thing gives the same token.
 import re
 from typing import NamedTuple
 
-from trm.answers.commands import BARE, BLANKS, ENVIRONMENTS, FONTS, FUNCTIONS, MARKS, NAMES, NOTHING
+from trm.answers.commands import BARE, BLANKS, ENVIRONMENTS, FONTS, FUNCTIONS, MARKS, NAMES, NEGATED, NOTHING
 from trm.answers.words import WORDS
 
 
@@ -39,8 +39,9 @@ _TOKEN = re.compile(
       (?P<blank>[\s~]+)
     | (?P<half>[ap]\.\ ?m\.?(?!\w))                        # a.m.
     | (?P<grouped>[1-9]\d{0,2}(?P<by>SEPARATOR)\d{3}(?:(?P=by)\d{3})*(?!(?P=by)?\d))(?:\.(?P<places>\d*)(?!\.))?
-    | (?P<stop>\.(?=\s*(?:\}|\\[)\]]|\Z)))
-    | (?P<number>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:e[-+]?\d+(?![\w.]))?)
+    | (?P<stop>\.(?=(?:\s|\\[!,;:\ ]|\\q?quad)*(?:\}|\\[)\]]|\Z)))
+    | (?P<number>(?:\d+(?:\.(?!\.)\d*)?|\.\d+|\.(?=\\overline))(?:e[-+]?\d+(?![\w.]))?)
+    | (?P<prime>\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z])))
     | (?P<degree>\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\circ(?![a-zA-Z])|°)
     | \\begin\s*\{(?P<begin>[a-zA-Z]+\*?)\}(?:\s*(?:\[[^\[\]]*\]\s*)?\{[clr|\s]*\})?
     | \\end\s*\{(?P<end>[a-zA-Z]+\*?)\}
@@ -92,7 +93,10 @@ class _Tokenizer:
         elif kind == "number":
             self.add("number", what.lower())
         elif kind == "degree":
-            self.add("mark", "°")
+            composed = what == r"\circ" and self.tokens and self.tokens[-1].kind in ("name", "function")
+            self.add(*(("name", what) if composed else ("mark", "°")))  # f \circ g
+        elif kind == "prime":
+            self.add("mark", "'")
         elif kind in ("begin", "end"):
             self.add("mark", f"{kind} {ENVIRONMENTS.get(what, what)}")
         elif kind == "symbol":
@@ -169,9 +173,12 @@ class _Tokenizer:
             self.take_mark(character)
 
     def take_mark(self, mark: str) -> None:
-        if mark == "and":
+        if mark in ("and", "mod"):
             self.add("word", mark)
             return
+        if self.tokens and self.tokens[-1].text == r"\not":
+            self.tokens.pop()
+            mark = NEGATED.get(mark, f"not {mark}")
         if mark in ("(", "[", "\\{"):
             self.brackets.append(mark)
         elif mark in (")", "]", "\\}") and self.brackets:
@@ -182,4 +189,4 @@ class _Tokenizer:
 
     def add(self, kind: str, text: str) -> None:
         self.tokens.append(Token(kind, text, self.gap, any(self.braces)))
-        self.gap = False
+        self.gap = self.font = False

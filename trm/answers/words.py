@@ -57,7 +57,8 @@ _BESIDE = """
     younger taller longer shorter heavier faster ago later earlier
 """
 _SHORT = """
-    am pm yes no or and is are not so if it he she we be by to up one two six ten odd red sun mon tue wed thu fri sat
+    am pm yes no or and is are not so if it he she we be by to up mod one two six ten odd red sun
+    mon tue wed thu fri sat
 """
 _ALTERING = (
     r"hundreds?|thousands?|.*illions?|lakhs?|crores?|dozens?|gross|hal(?:f|ves)|quarter|.*(?:ir|f|x|n|h|en)ths|thirds"

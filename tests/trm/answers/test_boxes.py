@@ -14,6 +14,8 @@ from trm.answers import Boxed, extract_boxed, find_boxed, is_correct
         (r"\boxed{5} no wait, \boxed{7}", "7"),
         (r"\boxed{18} and \boxed{}", "18"),
         (r"\boxed{18} and \boxed{ }", "18"),
+        (r"\boxed{18} and \boxed{\,}", "18"),
+        (r"\boxed{18} and \boxed{~\quad \ }", "18"),
         (r"\boxed{18} and then \boxed{1", "18"),
         (r"\boxed{18 and then \boxed{7}", "7"),
         (r"\\boxed{18}", "18"),

@@ -130,6 +130,7 @@ NUMBERS = {
     r"2\frac12": Fraction(5, 2),
     "10^{-3}": Fraction(1, 1000),
     r"0.1\overline{6}": Fraction(1, 6),
+    r".\overline{6}": Fraction(2, 3),
     "0.(3)": Fraction(1, 3),
     "2.(142857)": Fraction(15, 7),
     # dress
@@ -446,7 +447,8 @@ ONE_VOTE = [  # groups of spellings; between two groups everything differs
     [r"\{x \mid x > 1 \text{ or } x < 2\}"],
     ["2, 2, 3", "2, 3 and 2", "2 cm, 2 cm, 3 cm"],
     ["2, 3, 3"],
-    [r"\{2, 3\}", r"\{2, 3, 3\}", "2, 3"],
+    [r"\{2, 3\}", r"\{2, 3, 3\}", "2, 3", r"3 \text{ and } 2", "x=2 or x=3", r"x=2 \text{ or } x=3"],
+    ["[0,1]", r"x \in [0,1]", r"\left[0,\;1\right]"],
     ["(5, 6), (7, 8)", "(7, 8), (5, 6), (5, 6)"],
     [r"\{5\}, \{6\}", r"\{6\}, \{5\}"],
     [r"5 \approx 100"],
@@ -455,6 +457,36 @@ ONE_VOTE = [  # groups of spellings; between two groups everything differs
     [r"\pi", r"\pi \approx 3.14"],
     ["12", r"12 \pm 0", "-(-12)"],
     [r"\{8 \pm 1, -2\}", r"x = \{8 \pm 1, -2\}", r"8 \pm 1, -2", "7, 9, -2"],
+    [r"x \equiv 3 \pmod{7}", r"x \equiv 3 \pmod 7", "x ≡ 3 (mod 7)", r"x ≡ 3\ (\text{mod } 7)", r"x \equiv 3\bmod7"],
+    [r"x \equiv 4 \pmod{7}"],
+    [r"x \equiv 3 \pmod{8}"],
+    [r"10 \pmod 7"],
+    [r"x \neq 2", r"x \not= 2", r"x \not = 2", "2 ≠ x"],
+    [r"a \not\in S", r"a \notin S", "a ∉ S"],
+    [r"a \not> b"],
+    [r"P \iff Q", r"P \Leftrightarrow Q", "P ⇔ Q"],
+    [r"\sin^{-1} x", r"\sin^{-1}(x)", r"\arcsin x", r"\sin^{-1}{x}"],
+    [r"(\sin x)^{-1}"],
+    [r"\sinh^{-1} x"],
+    [r"f \circ g"],
+    [r"g \circ f"],
+    ["f g"],
+    ["f'(t) + 1", r"f^\prime(t) + 1", r"1 + f^{\prime}(t)"],
+    ["f^{-1}(t) + 1", "1 + f^{-1}(t)"],
+    ["f(t) + 1"],
+    [r"f^{-1}(x) = 9x", r"f^{-1}(x)=9 x", "9x"],
+    ["m!!"],
+    ["(m!)!"],
+    ["3!!"],
+    [r"\frac{10!}{7!3!} + z", r"\frac{10!}{7!\,3!} + z", "120 + z"],
+    [r"x_{\max} + y", r"x_{\text{max}} + y", r"y + x_{max}"],
+    ["5, 6, 7, ...", r"5, 6, 7, \ldots", "5, 6, 7, …", r"5, 6, 7, \dots."],
+    ["5, 6, 7", "5, 6, 7."],
+    ["3.14...", r"3.14\ldots"],
+    [r"\frac{9\pi}{4}", r"{\color{red}\frac{9\pi}{4}}", r"\frac{9\pi}{4}.\!", r"{\frac{9\pi}{4}.\!\quad}"],
+    ["y = 1 or x > 2", "x > 2 or y = 1"],
+    ["1 or x > 2", "x = 1 or x > 2"],
+    ["y = 1 and x > 2"],
 ]  # fmt: skip
 
 
@@ -493,6 +525,19 @@ ALIKE = [  # two answers that can be read as one, but for a vote are two
     (r"\frac{22}{7} \approx 3.14", "3.14"),
 ]
 
+ALSO_NAMED = [  # names of one thing, or of two that may be one
+    ("y = 2x", "f(x) = 2x"),
+    (r"m\angle A = 30^\circ", r"\angle A = 30"),
+    ("|AB| = 5", "AB = 5"),
+    ("S = 5", "S_{ABC} = 5"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALSO_NAMED, ids=ascii)
+def test_names_that_do_not_contradict(one, other):
+    assert same(one, other)
+    assert same(other, one)
+
 
 @pytest.mark.parametrize(("one", "other"), ALIKE, ids=ascii)
 def test_grading_reads_an_answer_in_every_way_it_can_be_meant(one, other):
@@ -510,6 +555,19 @@ def test_grading_reads_an_answer_in_every_way_it_can_be_meant(one, other):
         ("(A) 18", "B"),
         ("x = 5", "y = 5"),
         ("x < 5", "y < 5"),
+        ("(x, y) = (1, 2)", "(y, x) = (1, 2)"),
+        ("f(x) = x^2", "g(x) = x^2"),
+        ("f(2) = 3", "f(3) = 3"),
+        ("f(x) = 2x", "f'(x) = 2x"),
+        ("f(x) = 2x", "f^{-1}(x) = 2x"),
+        (r"P(A) = \frac12", r"P(B) = \frac12"),
+        ("AB = 5", "CD = 5"),
+        (r"\angle A = 30^\circ", r"\angle B = 30^\circ"),
+        ("S_n = n^2", "a_n = n^2"),
+        ("x = 2, y = -5", "y = 2, y = -5"),
+        ("(x-3)(x+8)", "(x-3](x+8)"),
+        ("f(x)", "f[x)"),
+        ("x : y = 3 : 4", "y : x = 3 : 4"),
         ("f(2) < f(1)", "f(3) < f(1)"),
         ("x = 1, y = 2", "x = 2, y = 1"),
         (r"9\text{ a.m.}", r"9\text{ p.m.}"),
