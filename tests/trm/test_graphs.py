@@ -255,6 +255,25 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda, failure):
     assert len(cuda.graphs) == 2
 
 
+def test_a_function_that_fails_in_a_capture_that_ends_well_keeps_the_pool(cuda):
+    """As where the memory runs out. What the others left in the pool is needed then more than ever."""
+    graphs, owner, calls = captured(), nn.Module(), []
+
+    def fails_later(numbers: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return numbers + 1
+
+    assert int(graphs.run(owner, "bad", fails_later, table(1), idle)[0, 0]) == 2
+    assert int(graphs.run(owner, "next", lambda numbers: numbers + 2, table(2), idle)[0, 0]) == 4
+
+    assert graphs.plain == 1
+    assert cuda.begun == [0, 0]
+    assert cuda.released == []
+    assert not cuda.generator.capturing
+
+
 def test_a_function_that_fails_before_it_is_captured_may_try_again(cuda):
     graphs, owner, calls = captured(), nn.Module(), []
 

@@ -8,7 +8,6 @@ A function is run once with a table that harms nobody before it is captured: lib
 capture does not allow. One that cannot be captured is launched kernel by kernel from then on.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 Function = Callable[[Tensor], Tensor]
 
 _one_at_a_time = threading.Lock()  # to prepare a function: a decoder may be tried while others decode
+_failed: list[torch.cuda.CUDAGraph] = []  # captures that torch still looks at
 
 
 class Graphs:
@@ -101,7 +101,6 @@ class Recorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def warm_up(self, function: Function, table: Tensor) -> Tensor:
         """Run a function where it will be captured."""
@@ -134,18 +133,20 @@ class Recorder:
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
         """Undo what a capture leaves behind that did not come to its end. Torch does not.
 
-        The allocator would capture for ever, and so never again give back idle memory where there is too little; the
-        random generator likewise. The pool cannot be captured into again. Torch's allocator of pinned memory still
-        looks at the graph.
+        The random generator would capture for ever. So would the allocator, and never again give back idle memory where
+        there is too little; its pool cannot be captured into again. Torch's allocator of pinned memory looks at the
+        graph from then on.
         """
-        device, pool = torch.cuda.current_device(), self._pool
-        with contextlib.suppress(RuntimeError):  # which it raises where the capture did come to its end
-            torch._C._cuda_endAllocateToPool(device, pool)
-            torch._C._cuda_releasePool(device, pool)
+        device = torch.cuda.current_device()
         generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError:
+            return  # the capture did come to its end, though its function failed: all is given back with the graph
+        torch._C._cuda_releasePool(device, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
-        self._failed.append(graph)
+        _failed.append(graph)
 
     def _free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self._device)[0])
