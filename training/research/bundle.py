@@ -6,6 +6,7 @@ the card and in `report.json` beside the weights. A stage that an interrupted bu
 
 import argparse
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -172,13 +173,26 @@ def train_decoder(backbone: Path, work: Path, **changes: Any) -> Path:
 
 
 def finish(settings: TrainSettings) -> Path:
-    """The last checkpoint of a run: begun now, carried on, or there already."""
+    """The last checkpoint of a run: begun now, carried on, or there already.
+
+    Raises SystemExit where a signal has stopped the run: nothing may be built on half of one.
+    """
     run_dir = settings.output_dir
     if not checkpoints.checkpoints(run_dir):
-        return train(settings)
-    newest = checkpoints.find(run_dir)
-    total = checkpoint.read_json(run_dir / checkpoints.RUN_JSON)["total_steps"]
-    return newest if checkpoints.step_of(newest) == total else train(TrainSettings(resume=run_dir))
+        last = train(settings)
+    else:
+        last = checkpoints.find(run_dir)
+        if not _is_last(last):
+            last = train(TrainSettings(resume=run_dir))
+    if not _is_last(last):
+        sys.exit(f"{run_dir} was stopped; the same command goes on")
+    return last
+
+
+def _is_last(path: Path) -> bool:
+    """Whether a run ends with this checkpoint."""
+    total = checkpoint.read_json(path.parent / checkpoints.RUN_JSON)["total_steps"]
+    return bool(checkpoints.step_of(path) == total)
 
 
 def export(source: Path, target: Path) -> None:

@@ -1,14 +1,18 @@
 """The whole build of the bundled model, in miniature: what it leaves behind, and what it does not do twice."""
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from training.checkpoints import RUN_JSON, step_of
 from training.config import PretrainSettings
 from training.research import bundle
-from trm import TRMForCausalLM
+from trm import TRMForCausalLM, bundled_model_path
 
 pytestmark = pytest.mark.slow
 
@@ -69,3 +73,26 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     assert (target / "README.md").read_text() == card
     bundle.compare(work / "controls", target)
     assert (target / "README.md").read_text() == card_with_controls
+
+
+def test_nothing_is_built_on_a_run_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def stopped() -> Iterator[threading.Event]:
+        event = threading.Event()
+        event.set()
+        yield event
+
+    tiny = {"num_problems": 16, "batch_size": 4, "lr": 1e-3}
+    monkeypatch.setattr(bundle, "RUNS", {name: run | tiny for name, run in bundle.RUNS.items()})
+    with monkeypatch.context() as signalled:
+        signalled.setattr("training.run.stop_on_signals", stopped)
+        for _ in range(2):  # begun, then carried on
+            with pytest.raises(SystemExit, match="decoder was stopped; the same command goes on"):
+                bundle.train_decoder(bundled_model_path(), tmp_path)
+    assert not (tmp_path / "deeper").exists()
+
+    last = bundle.train_decoder(bundled_model_path(), tmp_path)
+
+    assert (last.parent.name, step_of(last)) == ("deeper", 4)
+    begun = json.loads((last.parent / RUN_JSON).read_text())["settings"]["init_from"]
+    assert step_of(Path(begun)) == 4
