@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,7 @@ BACKBONE_DIR = "backbone"
 TOKENIZER_FILE = "tokenizer.json"
 STRUCTURE = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 MAX_COPIED_BACKBONE_BYTES = 64 * 2**20
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # of the files that the hub is asked for
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,16 @@ class Stored:
     digest: str
 
 
-def locate(model: str | Path, revision: str | None = None) -> Path:
+class Hub(TypedDict, total=False):
+    """How to ask the hub, in the names of huggingface_hub's `snapshot_download`."""
+
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
+    token: str | bool | None
+
+
+def locate(model: str | Path, revision: str | None = None, hub: Hub | None = None) -> Path:
     """The local directory of a path or hub id. Raises CheckpointError where there is none."""
     path = Path(model).expanduser()
     if path.is_dir():
@@ -79,25 +89,23 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                str(model), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
-            )
-        )
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=PATTERNS, **(hub or {})))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such directory, and it could not be read from the hub: {reason}") from error
 
 
-def read(model: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+def read(
+    model: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32, hub: Hub | None = None
+) -> Loaded:
     """Read a checkpoint directory or hub id, backbone included, in `dtype`; the decoder's own weights in float32."""
-    directory = locate(model, revision)
+    directory = locate(model, revision, hub)
     config = read_config(directory)
     weights = read_decoder(directory)
     if (directory / BACKBONE_DIR).is_dir():
         backbone = read_backbone(directory / BACKBONE_DIR, None, dtype)
     elif config.backbone_source is not None:
-        backbone = _read_recorded(config)
+        backbone = _read_recorded(config, hub)
         if config.backbone_fingerprint is not None and config.backbone_fingerprint != (found := fingerprint(backbone)):
             raise CheckpointError(
                 f"{config.backbone_source}: the backbone's weights have fingerprint {found}, "
@@ -150,15 +158,15 @@ def stored(directory: Path, config: TRMConfig, identity: str | None) -> Stored:
     return Stored(parameters, sum(file.stat().st_size for file in files), digest.hexdigest())
 
 
-def _read_recorded(config: TRMConfig) -> Backbone:
+def _read_recorded(config: TRMConfig, hub: Hub | None) -> Backbone:
     """The backbone that a configuration names, rounded as in training; a file in bfloat16 needs no rounding."""
     source, revision = config.backbone_source, config.backbone_revision
     assert source is not None, "the caller has looked"
-    shards = _shards(locate_backbone(source, revision)[0])
+    shards = _shards(locate_backbone(source, revision, hub)[0])
     stored = {shard.get_slice(name).get_dtype() for shard in shards for name in shard.keys()}  # noqa: SIM118 - no mapping
     recorded = config.backbone_config.dtype or torch.float32
     exact = stored == {"BF16"} and recorded in (torch.bfloat16, torch.float32, torch.float64)
-    return read_backbone(source, revision, torch.bfloat16 if exact else recorded)
+    return read_backbone(source, revision, torch.bfloat16 if exact else recorded, hub)
 
 
 def read_config(directory: Path) -> TRMConfig:
@@ -179,14 +187,17 @@ def read_config(directory: Path) -> TRMConfig:
 
 
 def read_backbone(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype | None = torch.float32
+    source: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    hub: Hub | None = None,
 ) -> Backbone:
     """A Qwen2, Qwen3 or Llama from a directory, hub id or GGUF file, in `dtype`; None: as stored, quantized in float32.
 
     A checkpoint of ours stands for the backbone that lies inside it. What needs no other type stays a window into
     its file until somebody moves it.
     """
-    place, config = locate_backbone(source, revision)
+    place, config = locate_backbone(source, revision, hub)
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{place}: the weights are quantized; take the model as it was before")
     stored = [(name, shard) for shard in _shards(place) for name in shard.keys()]  # noqa: SIM118 - no mapping
@@ -243,11 +254,11 @@ def read_backbone_config(source: str | Path, revision: str | None = None) -> Any
     return locate_backbone(source, revision)[1]
 
 
-def locate_backbone(source: str | Path, revision: str | None = None) -> tuple[Path, Any]:
+def locate_backbone(source: str | Path, revision: str | None = None, hub: Hub | None = None) -> tuple[Path, Any]:
     """Directory or GGUF file, and configuration, of a backbone."""
     if (path := Path(source).expanduser()).is_file():
         return path, gguf_file.GGUFFile(path).config
-    directory = locate(source, revision)
+    directory = locate(source, revision, hub)
     path = directory / CONFIG_FILE
     architecture = read_json(path).get("model_type")
     if architecture == TRMConfig.model_type and (directory / BACKBONE_DIR).is_dir():

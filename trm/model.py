@@ -31,6 +31,18 @@ from trm.layers import KeyValues, Layer, Linear, Rope, causal_mask, rms
 
 HALT_BIAS = -5.0  # sigmoid(-5): at first nothing halts
 IGNORE_INDEX = -100
+HARMLESS = {
+    "config",
+    "trust_remote_code",
+    "code_revision",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "adapter_kwargs",
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+}
+"""Arguments of transformers' `from_pretrained` that ask for nothing that is not done, or not wanted, here."""
 
 
 @dataclass
@@ -190,23 +202,16 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a checkpoint directory or hub id, ready for inference.
 
         `dtype` applies to decoder and backbone ("auto" means float32 here). Of transformers' other
-        arguments `revision` and `device_map` (a single device) are understood; the configuration is
-        always the checkpoint's own. Raises CheckpointError.
+        arguments `revision`, those of `checkpoint.Hub` and `device_map` (a single device) are understood; the
+        configuration is always the checkpoint's own. Raises CheckpointError, and ConfigError for what asks for more.
         """
         revision, device = kwargs.pop("revision", None), _device(kwargs.pop("device_map", None))
         dtype = _dtype(kwargs.pop("torch_dtype", dtype))
-        for harmless in (
-            "config",
-            "trust_remote_code",
-            "_from_auto",
-            "adapter_kwargs",
-            "_commit_hash",
-            "code_revision",
-        ):
-            kwargs.pop(harmless, None)
-        if kwargs:
-            raise ConfigError(f"from_pretrained does not take {', '.join(sorted(kwargs))} for this model")
-        loaded = checkpoint.read(pretrained_model_name_or_path, revision, dtype)
+        hub: checkpoint.Hub = {name: kwargs.pop(name) for name in checkpoint.Hub.__annotations__ if name in kwargs}  # type: ignore[assignment]
+        asked = sorted(name for name, value in kwargs.items() if value not in (None, False) and name not in HARMLESS)
+        if asked:
+            raise ConfigError(f"from_pretrained does not take {', '.join(asked)} for this model")
+        loaded = checkpoint.read(pretrained_model_name_or_path, revision, dtype, hub)
         model = cls(loaded.config, loaded.backbone)
         model.load_trained(loaded.weights, str(pretrained_model_name_or_path))
         model = model.to(dtype)
@@ -344,8 +349,7 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         """How far the probabilities of two answer states (…, D) are apart: total variation (…), 0 to 1."""
-        old, new = (self.readout(y).float().softmax(-1) for y in (before, after))
-        return (new - old).abs().sum(-1) / 2
+        return variation(self.readout(before), self.readout(after))
 
     def check_effort(self, n_supervision: int | None) -> int:
         """The number of supervision steps to run. Raises BadRequest beyond the model's maximum."""
@@ -382,6 +386,12 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, Tensor):
             return logits_to_keep.to(device)
         return slice(max(0, length - logits_to_keep), None) if logits_to_keep else slice(None)
+
+
+def variation(before: Tensor, after: Tensor) -> Tensor:
+    """Total variation (…), 0 to 1, of the probabilities of two sets of logits (…, V)."""
+    old, new = (logits.float().softmax(-1) for logits in (before, after))
+    return (new - old).abs().sum(-1) / 2
 
 
 def _refuse_right_padding(mask: Tensor | None) -> None:

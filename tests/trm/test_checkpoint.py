@@ -242,6 +242,24 @@ def test_large_local_backbone_is_recorded_by_path_and_fingerprint(make_recorded)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_model_and_backbone_are_asked_of_the_hub_as_the_caller_says(make_recorded, monkeypatch):
+    directory, source, _ = make_recorded()
+    edit_json(directory / CONFIG_FILE, backbone_source="someone/backbone", backbone_revision="0123abcd")
+    places = {("someone/model", "main"): directory, ("someone/backbone", "0123abcd"): source}
+    how = {"cache_dir": "elsewhere", "force_download": False, "local_files_only": True, "token": "secret"}
+    asked = set()
+
+    def download(name: str, revision: str | None, allow_patterns: Any, **given: Any) -> str:
+        assert given == how
+        asked.add((name, revision))
+        return str(places[name, revision])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    TRMForCausalLM.from_pretrained("someone/model", revision="main", **how)
+
+    assert asked == places.keys()
+
+
 def test_backbone_other_than_the_recorded_one_is_refused(make_recorded):
     directory, source, model = make_recorded()
     make_backbone(seed=1).save_pretrained(source)

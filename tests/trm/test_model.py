@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from transformers.cache_utils import DynamicCache
 
 from tests.conftest import BACKBONES, make_backbone, make_model, randomize
@@ -758,6 +758,32 @@ def test_dtype_is_obeyed_or_refused_but_never_ignored(loader, argument, value, m
     with contextlib.suppress(TRMError):
         model = loader.from_pretrained(directory, **{argument: value})
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"use_safetensors": True, "low_cpu_mem_usage": True}, {"quantization_config": None, "output_loading_info": False}],
+    ids=["habits", "nothing"],
+)
+def test_arguments_that_ask_for_nothing_are_taken(arguments, make_checkpoint):
+    directory, model = make_checkpoint()
+
+    loaded = AutoModelForCausalLM.from_pretrained(directory, **arguments)
+
+    assert torch.equal(loaded.decoder.halt_head.weight, model.decoder.halt_head.weight)
+
+
+def test_transformers_pipeline_writes_what_generate_does(make_checkpoint, tokenizer):
+    directory, model = make_checkpoint()
+    prompt = "3 and 4?"
+    ids = torch.tensor([tokenizer.encode(prompt)])
+
+    [reply] = pipeline("text-generation", str(directory))(
+        prompt, max_new_tokens=12, do_sample=False, return_full_text=False
+    )
+
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert reply["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_auto_dtype_is_float32(make_checkpoint):

@@ -71,7 +71,8 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
                     max_tokens=settings.max_tokens,
                     max_rows=settings.max_rows,
                 )
-        solutions = None if settings.report is None else _read_solutions(directory, device, dtype, problems)
+        deepest = max(run.effort for run in candidates[0].runs)
+        solutions = None if settings.report is None else _read_solutions(directory, device, dtype, problems, deepest)
     operations = [len(problem.steps) for problem in problems]
     about = {
         "model": settings.model or "bundled",
@@ -150,12 +151,14 @@ def _asked(
     }
 
 
-def _read_solutions(directory: Path, device: str, dtype: str, problems: Sequence[Problem]) -> dict[str, Any]:
-    """The teacher-forced part of the report, on the first problems."""
+def _read_solutions(
+    directory: Path, device: str, dtype: str, problems: Sequence[Problem], effort: int
+) -> dict[str, Any]:
+    """The teacher-forced part of the report, on the first problems, at least as deep as `effort` and as trained."""
     model, chat = load(directory, device, dtype)
     asked = [(problem, problem.work or "full") for problem in problems[:MAX_SOLUTIONS]]
     examples = [encode_problem(problem, chat, work) for problem, work in asked if problem.shows(work)]
     if not examples:
         logger.warning("no problem has equations, so the teacher-forced part is left out")
         return {}
-    return summarize(measure(model, chat, examples, model.config.max_supervision), model.config)
+    return summarize(measure(model, chat, examples, max(effort, model.config.n_supervision)), model.config)

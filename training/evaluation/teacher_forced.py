@@ -19,6 +19,7 @@ from training.evaluation.statistics import ratio_interval, wilson_interval
 from training.loss import prepare
 from trm import TRMConfig, TRMForCausalLM
 from trm.chat import ChatFormat, Example
+from trm.model import variation
 
 MAX_LOGITS = 2**26  # numbers in one batch's logits: 256 MB
 MAX_BATCH = 32
@@ -59,16 +60,17 @@ def measure(model: TRMForCausalLM, chat: ChatFormat, examples: Sequence[Example]
         rows, places = prepared.answers.unbind(1)
         targets = prepared.targets[-1]
         y = z = torch.zeros_like(prepared.x)
-        before = prepared.x[rows, places]
-        steps = [_read(model, before, targets)]
+        before = model.readout(prepared.x[rows, places])
+        steps = [_read(before, targets)]
         halt, moved = [], []
         for _ in range(num_steps):
             y, z = model.decoder.step(prepared.x, y, z, prepared.query_rope, key_values)
             answer = y[rows, places]
-            steps.append(_read(model, answer, targets))
+            logits = model.readout(answer)
+            steps.append(_read(logits, targets))
             halt.append(model.decoder.halt_logits(answer).float().sigmoid())
-            moved.append(model.moved(before, answer))
-            before = answer
+            moved.append(variation(before, logits))
+            before = logits
         loss, token, right = (torch.stack(column).cpu() for column in zip(*steps, strict=True))
         problem = torch.tensor(chosen)[rows.cpu()]
         parts.append([problem, loss, token, right, torch.stack(halt).cpu(), torch.stack(moved).cpu()])
@@ -158,8 +160,8 @@ def _halted(measured: Measured, halted: Tensor) -> dict[str, Any]:
     }
 
 
-def _read(model: TRMForCausalLM, answer: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, likeliest token, and whether that is the target, each (M,)."""
-    logits = model.readout(answer).float()
+def _read(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, likeliest token, and whether that is the target, each (M,), from logits (M, V)."""
+    logits = logits.float()
     token = logits.argmax(-1)
     return F.cross_entropy(logits, targets, reduction="none"), token, token == targets

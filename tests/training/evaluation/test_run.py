@@ -193,6 +193,17 @@ def test_solutions_that_are_not_known_are_not_read(
     assert read == [None, 1]
 
 
+@pytest.mark.parametrize(("effort", "deepest"), [([0], 3), ([1, 5], 5)], ids=["as-trained", "deeper"])
+def test_solutions_are_read_as_deep_as_was_trained_or_asked_for(
+    settings: Callable[..., EvalSettings], tmp_path: Path, effort: list[int], deepest: int
+) -> None:
+    report = evaluate_model(settings(effort=effort, limit=2, max_tokens=1, report=tmp_path / "report"))
+
+    steps = [row["step"] for row in report["teacher_forced"]["loss_per_step"]]
+    assert report["trained_effort"] == 3
+    assert steps == list(range(deepest + 1))
+
+
 def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path) -> None:
     twins = []
     for parent in ("a", "b"):
