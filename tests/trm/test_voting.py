@@ -22,9 +22,18 @@ def test_a_ballot_is_the_canonical_answer(text, vote):
     assert ballot(text).key == ballot(rf"\boxed{{{vote}}}").key
 
 
-@pytest.mark.parametrize("text", ["no box", r"\boxed{7", r"\boxed{\,}"])
+@pytest.mark.parametrize("text", ["no box", r"\boxed{7", r"\boxed{\,}", r"\boxed{.}", r"\boxed{\text{ }}"])
 def test_without_a_box_there_is_no_ballot(text):
     assert ballot(text) is None
+
+
+@given(
+    st.lists(st.sampled_from([*" .,;~$1", r"\,", r"\quad", r"\text{", "{", "}", "**", "`"]), max_size=8).map("".join)
+)
+def test_nobody_votes_for_nothing(inside):
+    vote = ballot(rf"\boxed{{{inside}}}")
+
+    assert vote is None or vote.answer
 
 
 def test_ties_go_to_the_earliest_sample_and_blanks_do_not_vote():

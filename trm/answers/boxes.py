@@ -3,6 +3,8 @@ r"""The box of a reply: `\boxed{72}`, and what people write instead of it."""
 import re
 from typing import Literal, NamedTuple
 
+from trm.answers.spelling import tidy
+
 
 class Boxed(NamedTuple):
     """The answer of one reply; `value` is None exactly when `outcome` is not "boxed"."""
@@ -26,7 +28,7 @@ _BRACE = re.compile(r"\\[\\{}]|[{}]")  # escaped braces match whole, and count f
 
 
 def find_boxed(text: str) -> Boxed:
-    r"""The raw inside, stripped, of the last complete non-empty box of a reply.
+    r"""The raw inside, stripped, of the last complete box of a reply that holds more than blanks and full stops.
 
     "truncated": no such box, but one that never closes; "missing": neither. `\fbox`, `\\boxed` and
     `\boxed {18}` count. Without braces a box takes one number (`\boxed 18`, `\boxed -3/4`) or capital letter
@@ -36,7 +38,7 @@ def find_boxed(text: str) -> Boxed:
     # An innermost box closes before the next one opens, so each piece is read once, whatever the nesting.
     insides = [_inside(piece) for piece in _OPENING.split(text)[1:]]
     for inside in reversed(insides):
-        if inside:
+        if inside and tidy(inside):
             return Boxed(inside, "boxed")
     return Boxed(None, "truncated" if None in insides else "missing")
 
