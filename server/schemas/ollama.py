@@ -140,7 +140,7 @@ class OllamaChatRequest(Body):
     options: Options | None = None
     think: Annotated[
         bool | Literal["low", "medium", "high", "max"] | None,
-        or_say('should be a truth value, "low", "medium" or "high"'),
+        or_say('should be a truth value, "low", "medium", "high" or "max"'),
     ] = None
     keep_alive: str | float | None = None
 

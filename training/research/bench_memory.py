@@ -9,7 +9,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,6 +24,12 @@ from trm.settings import run_command
 
 BATCH_SIZES = (8, 32)
 DEPTHS = (2, 4, 16)
+
+
+class MemorySettings(TrainSettings):
+    """Measure the memory of training with these flags of trm-train, at several depths and batch sizes."""
+
+    command: ClassVar[str] = "python -m training.research.bench_memory"
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -82,7 +88,7 @@ def measure_run(settings: TrainSettings) -> dict[str, Any]:
 
 def main() -> None:
     """Parse, measure, print."""
-    settings = TrainSettings.from_command_line()
+    settings = MemorySettings.from_command_line()
     cells = [
         settings.model_copy(update={"gradient": g, "batch_size": b, "n_supervision": n, "epochs": 2})
         for g, b, n in product(("full", "paper"), BATCH_SIZES, DEPTHS)
@@ -102,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "training.research.bench_memory")
+    run_command(main, MemorySettings.command)

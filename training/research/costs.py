@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,6 +27,12 @@ from trm.settings import run_command
 
 ADAMW_COPIES = 5  # float32 numbers per trained weight: master, average, gradient and two moments
 USABLE_FLOPS = {"H100 at 30 %": 0.3 * 989e12, "A100 at 30 %": 0.3 * 312e12}  # of the dense bfloat16 peak
+
+
+class CostSettings(TrainSettings):
+    """Count what a training run with these flags of trm-train costs. Nothing is trained."""
+
+    command: ClassVar[str] = "python -m training.research.costs"
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def memory(config: TRMConfig, sizes: BatchSizes, backbone_bytes: int, gradient: 
 
 def main() -> None:
     """Parse, count, print."""
-    settings = TrainSettings.from_command_line()
+    settings = CostSettings.from_command_line()
     source, revision = settings.backbone or str(bundled_model_path()), settings.backbone_revision
     config = TRMConfig(backbone_config=checkpoint.read_backbone_config(source, revision), **model_settings(settings))
     chat = ChatFormat(checkpoint.read_tokenizer(source, revision), settings.normalize_text)
@@ -146,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "training.research.costs")
+    run_command(main, CostSettings.command)

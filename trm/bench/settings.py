@@ -47,7 +47,7 @@ class _ModelSettings(Settings):
     )
     shape: Shape | None = Field(None, description="instead of a model, random weights of this shape")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision, as for trm-serve")
-    quantize: Literal["int8", "fp8"] | None = Field(None, description="hold the weights of linear layers in 8 bits")
+    quantize: Literal["int8", "fp8"] | None = Field(None, description="hold the backbone's linear layers in 8 bits")
     repeats: int = Field(3, ge=1, description="timed runs of each kind, in turn, after a warm-up; the median counts")
     num_threads: int = Field(2, ge=1, description="CPU threads for decoding")
     seed: int = Field(0, ge=0, description="seed of the requests")
@@ -69,6 +69,7 @@ class PeersSettings(_ModelSettings):
 
     command: ClassVar[str] = "trm-bench peers"
 
+    quantize: Literal["int8"] | None = Field(None, description="hold the backbone's linear layers in 8 bits")
     gguf: Path | None = Field(None, description="the same backbone as a GGUF file, for llama.cpp")
     num_requests: int = Field(32, ge=2, description="requests decoded together; one alone is measured too")
     max_tokens: int = Field(128, ge=8, description="length of the longest reply, and of the one decoded alone")
