@@ -20,12 +20,15 @@ CACHE_NAME = next(
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache that a caller gave, by either of its names. Raises BadRequest for two."""
+    """The cache that a caller gave, by either of its names. Raises BadRequest for two, and for one of fixed length."""
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise BadRequest(
             "cache and past_key_values are two names of one argument; give only one of them", param="cache"
         )
-    return past_key_values if cache is None else cache
+    given = past_key_values if cache is None else cache
+    if given is not None and not all(isinstance(layer, DynamicLayer) for layer in given.layers):
+        raise BadRequest(f"the cache is a {type(given).__name__}; this model needs a DynamicCache", param="cache")
+    return given
 
 
 def grow(cache: Cache, num_layers: int) -> None:

@@ -33,6 +33,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 BACKBONE_DIR = "backbone"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = {TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja"}
 STRUCTURE = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 MAX_COPIED_BACKBONE_BYTES = 64 * 2**20
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # of the files that the hub is asked for
@@ -343,6 +344,7 @@ def write(
 ) -> None:
     """Write a checkpoint beside `directory` and rename it into place; an existing one is replaced.
 
+    Of what lies there a tokenizer stays, unless one is given.
     Backbones from a hub id or larger than 64 MB stay where they are; `config` must then name them.
     """
     directory = directory.absolute()
@@ -352,15 +354,19 @@ def write(
         )
     aside = make_aside(directory)
     write_into(aside, config, weights, backbone, tokenizer)
+    if tokenizer is None:
+        for file in filter(Path.is_file, (directory / name for name in TOKENIZER_FILES)):
+            shutil.copy2(file, aside)
     replace_directory(aside, directory)
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Whether nothing is lost that `write` has not written: an empty directory, or a checkpoint."""
+    """Whether nothing is lost that `write` has not written: an empty directory, a tokenizer, or a checkpoint."""
     if not path.is_dir():
         return False
     try:
-        return not any(path.iterdir()) or read_json(path / CONFIG_FILE).get("model_type") == TRMConfig.model_type
+        names = {file.name for file in path.iterdir()}
+        return names <= TOKENIZER_FILES or read_json(path / CONFIG_FILE).get("model_type") == TRMConfig.model_type
     except CheckpointError:
         return False
 

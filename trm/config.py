@@ -112,6 +112,15 @@ class TRMConfig(PreTrainedConfig):
         if self.max_supervision is not None and self.max_supervision < self.n_supervision:
             raise ConfigError(f"max_supervision {self.max_supervision} is below n_supervision {self.n_supervision}")
 
+    def check_same(self, other: "TRMConfig") -> None:
+        """Raise ConfigError where `other`, which a caller of `from_pretrained` gives, is not the checkpoint's own."""
+        for name in TRMConfig.__annotations__.keys() - {"backbone_config"}:
+            own, given = getattr(self, name), getattr(other, name)
+            if given != own:
+                raise ConfigError(
+                    f"{name} is {given!r} in the given configuration, but {own!r} in the checkpoint's own, which holds"
+                )
+
     @property
     def head_dim(self) -> int:
         """Size of one attention head, the backbone's."""

@@ -10,6 +10,7 @@
 Source: arXiv:2510.04871, with keys and values from the context as an alternative.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from trm.layers import KeyValues, Layer, Linear, Rope, causal_mask, rms
 HALT_BIAS = -5.0  # sigmoid(-5): at first nothing halts
 IGNORE_INDEX = -100
 HARMLESS = {
-    "config",
     "trust_remote_code",
     "code_revision",
     "low_cpu_mem_usage",
@@ -41,8 +41,11 @@ HARMLESS = {
     "_commit_hash",
     "_from_auto",
     "_from_pipeline",
+    "safe_serialization",
+    "max_shard_size",
+    "save_function",
 }
-"""Arguments of transformers' `from_pretrained` that ask for nothing that is not done, or not wanted, here."""
+"""Arguments of `from_pretrained` and `save_pretrained` that ask for nothing that is not done, or not wanted, here."""
 
 
 @dataclass
@@ -208,10 +211,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         revision, device = kwargs.pop("revision", None), _device(kwargs.pop("device_map", None))
         dtype = _dtype(kwargs.pop("torch_dtype", dtype))
         hub: checkpoint.Hub = {name: kwargs.pop(name) for name in checkpoint.Hub.__annotations__ if name in kwargs}  # type: ignore[assignment]
-        asked = sorted(name for name, value in kwargs.items() if value not in (None, False) and name not in HARMLESS)
-        if asked:
-            raise ConfigError(f"from_pretrained does not take {', '.join(asked)} for this model")
+        given = kwargs.pop("config", None)
+        _refuse("from_pretrained", kwargs)
         loaded = checkpoint.read(pretrained_model_name_or_path, revision, dtype, hub)
+        if isinstance(given, TRMConfig):
+            loaded.config.check_same(given)
         model = cls(loaded.config, loaded.backbone)
         model.load_trained(loaded.weights, str(pretrained_model_name_or_path))
         model = model.to(dtype)
@@ -219,11 +223,28 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         model.eval()
         return model
 
-    def save_pretrained(self, save_directory: str | Path, tokenizer: Any = None, **kwargs: Any) -> None:
-        """Write a checkpoint directory as `trm.checkpoint` describes it, with the tokenizer if one is given."""
-        if kwargs:
-            raise ConfigError(f"save_pretrained does not take {', '.join(sorted(kwargs))} for this model")
-        checkpoint.write(Path(save_directory), self.config, self.trained_state(), self.backbone, tokenizer)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a checkpoint directory as `trm.checkpoint` describes it, with the tokenizer if one is given.
+
+        Only the main process writes; `state_dict` replaces the model's own weights. Of transformers' other arguments
+        those that ask for more are a ConfigError.
+        """
+        _refuse("save_pretrained", kwargs)
+        if not is_main_process:
+            return
+        weights = own = self.trained_state()
+        if state_dict is not None:
+            weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("backbone.")}
+            checkpoint.check_tensors(weights, {name: tensor.shape for name, tensor in own.items()}, "state_dict")
+        checkpoint.write(Path(save_directory), self.config, weights, self.backbone, tokenizer)
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training owns: decoder, and head if it is our own. Everything else is the backbone's."""
@@ -249,7 +270,9 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         n_supervision: int | None = None,
         return_all_steps: bool = False,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         cache: Cache | None = None,
     ) -> TRMOutput:
         """Logits after `n_supervision` steps (default: the trained number; 0 gives the backbone's own).
@@ -260,8 +283,11 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
         the positions of `logits_to_keep` only (an int: the last so many, 0 for all; or their indices).
         `cache` and `past_key_values` are two names of one argument, transformers' own from 5.24 on and before.
         """
-        if not return_dict:
+        if return_dict is False:
             raise BadRequest("forward returns a TRMOutput only; leave return_dict out", param="return_dict")
+        for name, asked in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if asked:
+                raise BadRequest(f"forward returns no such output; leave {name} out", param=name)
         steps = self.check_effort(n_supervision)
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise BadRequest(
@@ -369,6 +395,13 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs[CACHE_NAME] = cache
         return super().generate(inputs, *args, **kwargs)
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What transformers gives to `forward`, without the tokenizer that is for `stop_strings` only."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("tokenizer", None)
+        return inputs
+
     def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mask that transformers derives from the pad tokens where none is given."""
         mask: Tensor = super()._prepare_attention_mask_for_generation(*args, **kwargs)
@@ -377,6 +410,9 @@ class TRMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head  # type: ignore[no-any-return]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do: `Decoder` initialises itself, and the backbone comes with its weights."""
@@ -401,11 +437,18 @@ def _refuse_right_padding(mask: Tensor | None) -> None:
         )
 
 
+def _refuse(method: str, arguments: dict[str, Any]) -> None:
+    """Raise ConfigError for arguments of transformers' `method` that ask for something."""
+    asked = sorted(name for name, value in arguments.items() if value not in (None, False) and name not in HARMLESS)
+    if asked:
+        raise ConfigError(f"{method} does not take {', '.join(asked)} for this model")
+
+
 def _device(device_map: Any) -> Any:
     """The one device that a caller of `from_pretrained` means."""
     if isinstance(device_map, dict) and list(device_map) == [""]:
         device_map = device_map[""]
-    if device_map == "auto":
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(device_map, dict):
         raise ConfigError(f"device_map is {device_map}; this model lies on one device: give its name")

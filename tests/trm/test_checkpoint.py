@@ -21,7 +21,7 @@ from trm import TRMForCausalLM, checkpoint
 from trm.backbone import Backbone
 from trm.chat import ChatFormat, solve_messages
 from trm.checkpoint import BACKBONE_DIR, CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, backbone_record, fingerprint
-from trm.errors import CheckpointError
+from trm.errors import CheckpointError, ConfigError
 from trm.loading import load_for_decoding
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +161,65 @@ def test_saving_deletes_nothing_but_checkpoints_of_ours(occupy, tmp_path):
 
     assert before == (files(place) if place.is_dir() else place.read_bytes())
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "beside-an-older-model"])
+def test_saving_keeps_the_tokenizer_that_lies_there(first, tmp_path, tokenizer):
+    if not first:
+        make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = files(tmp_path)
+
+    make_model(scale=0.1).save_pretrained(tmp_path)
+
+    after = files(tmp_path)
+    assert {name: after.get(name) for name in before if "token" in name or "chat" in name} == {
+        name: content for name, content in before.items() if "token" in name or "chat" in name
+    }
+    assert load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"is_main_process": True, "state_dict": None},
+        {"safe_serialization": True, "max_shard_size": "5GB", "push_to_hub": False, "save_function": save_file},
+    ],
+    ids=["trainer", "habits"],
+)
+def test_saving_takes_arguments_that_ask_for_nothing(arguments, tmp_path):
+    model = make_model(scale=0.1)
+
+    model.save_pretrained(tmp_path, **arguments)
+
+    assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("argument", ["push_to_hub", "distributed_checkpoint"])
+def test_saving_refuses_by_name_what_it_does_not_do(argument, tmp_path):
+    with pytest.raises(ConfigError, match=f"save_pretrained does not take {argument}"):
+        make_model().save_pretrained(tmp_path / "place", **{argument: True})
+
+    assert not (tmp_path / "place").exists()
+
+
+def test_only_the_main_process_saves(tmp_path):
+    make_model().save_pretrained(tmp_path / "place", is_main_process=False)
+
+    assert not (tmp_path / "place").exists()
+
+
+def test_weights_that_are_given_are_saved_if_they_fit(tmp_path):
+    model, other = make_model(scale=0.1), make_model(scale=0.4)
+    weights = other.state_dict()
+
+    model.save_pretrained(tmp_path / "whole", state_dict=weights)
+    del weights["decoder.halt_head.bias"]
+    with pytest.raises(CheckpointError, match=r"tensor decoder\.halt_head\.bias is missing"):
+        model.save_pretrained(tmp_path / "short", state_dict=weights)
+
+    assert torch.equal(load(tmp_path / "whole")(IDS).logits, other(IDS).logits)
+    assert not (tmp_path / "short").exists()
 
 
 def test_saving_into_an_empty_directory(tmp_path):

@@ -340,6 +340,19 @@ def test_generate_refuses_right_padding_that_only_the_ids_show():
         make_model().generate(ids, max_new_tokens=2)
 
 
+def test_generate_ends_at_a_string(tokenizer):
+    model = make_model()
+    ids = torch.tensor([some_prompt(6)])
+    whole = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 6:].tolist()
+    first = next(token for token in whole if tokenizer.decode([token]).strip())
+
+    ended = model.generate(
+        ids, max_new_tokens=6, do_sample=False, stop_strings=[tokenizer.decode([first])], tokenizer=tokenizer
+    )
+
+    assert ended[0, 6:].tolist() == whole[: whole.index(first) + 1]
+
+
 def test_generate_derives_the_mask_of_left_padding():
     model = make_model(scale=1.0).double()
     ids, _ = pad_left([some_prompt(9), some_prompt(2)])
@@ -616,12 +629,39 @@ def test_embeddings_stand_for_ids():
         ({}, "input_ids or inputs_embeds"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 4)}, r"\(2, 4\).*\(2, 3\)"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 1, 3, 3)}, "attention_mask"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long), "return_dict": False}, "return_dict"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long), "output_hidden_states": True}, "output_hidden_states"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long), "output_attentions": True}, "output_attentions"),
     ],
-    ids=["nothing", "mask-too-long", "mask-of-four-dimensions"],
+    ids=["nothing", "mask-too-long", "mask-of-four-dimensions", "tuple", "hidden-states", "attentions"],
 )
 def test_forward_refuses_what_it_cannot_read(arguments, message):
     with pytest.raises(BadRequest, match=message):
         make_model()(**arguments)
+
+
+def test_the_head_is_the_output_embeddings():
+    model = make_model()
+
+    assert model.get_output_embeddings() is model.backbone.lm_head
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_outputs_that_nobody_asks_for_are_left_out(value):
+    """What wrappers of models, such as PEFT's, pass on whether or not their caller gave it."""
+    model = make_model()
+    ids = torch.tensor([some_prompt(9)])
+
+    got = model(ids, output_attentions=value, output_hidden_states=value, return_dict=None)
+
+    assert torch.equal(got.logits, model(ids).logits)
+
+
+def test_a_cache_that_does_not_grow_is_refused():
+    model = make_model()
+
+    with pytest.raises(BadRequest, match=r"StaticCache.*DynamicCache"):
+        model.generate(torch.tensor([some_prompt(4)]), max_new_tokens=2, cache_implementation="static")
 
 
 def test_mask_shorter_than_the_past_is_refused(kv_source):
@@ -728,6 +768,34 @@ def test_arguments_that_loading_does_not_know_are_refused_by_name(make_checkpoin
 
     with pytest.raises(ConfigError, match="load_in_8bit"):
         TRMForCausalLM.from_pretrained(directory, load_in_8bit=True)
+
+
+@pytest.mark.parametrize("loader", [TRMForCausalLM, AutoModelForCausalLM], ids=["ours", "auto"])
+def test_a_configuration_other_than_the_checkpoints_is_refused_by_name(loader, make_checkpoint):
+    directory, model = make_checkpoint()
+    config = AutoConfig.from_pretrained(directory)
+    assert loader.from_pretrained(directory, config=config).config.n_supervision == model.config.n_supervision
+
+    config.n_supervision += 1
+
+    with pytest.raises(ConfigError, match=f"n_supervision is {config.n_supervision}"):
+        loader.from_pretrained(directory, config=config)
+
+
+def test_settings_beside_the_checkpoints_are_refused_by_name(make_checkpoint):
+    directory, model = make_checkpoint()
+
+    with pytest.raises(ConfigError, match=f"n_supervision is {model.config.n_supervision + 1}"):
+        AutoModelForCausalLM.from_pretrained(directory, n_supervision=model.config.n_supervision + 1)
+
+
+@pytest.mark.parametrize("spread", ["auto", "balanced", "balanced_low_0", "sequential", {"": "cpu"}], ids=str)
+def test_device_maps_of_transformers_mean_one_device(spread, make_checkpoint):
+    directory, _ = make_checkpoint()
+
+    loaded = AutoModelForCausalLM.from_pretrained(directory, device_map=spread)
+
+    assert loaded.device.type == ("cuda" if torch.cuda.is_available() and spread != {"": "cpu"} else "cpu")
 
 
 # Through the Auto classes
