@@ -1,7 +1,6 @@
 """What `trm-serve` can be told. Every knob here is read; `trm.settings` says from where."""
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -11,7 +10,7 @@ from pydantic_settings import CliVariadicArg, NoDecode
 
 from trm.errors import ConfigError
 from trm.logs import LogFormat
-from trm.settings import Settings
+from trm.settings import Settings, command_line, flag_of
 
 BUNDLED_MODEL_ID = "qwen-trm"
 DECODER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:-]*(/[A-Za-z0-9_][A-Za-z0-9._:-]*)*", re.ASCII)
@@ -175,10 +174,10 @@ class ServeSettings(Settings):
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
         """As for every command, but a list that the shell left empty must not open the server to all."""
-        given = list(sys.argv[1:] if argv is None else argv)
+        given = command_line(argv)
         settings = super().from_command_line(given)
         for name in LISTS:
-            flag = f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             times = sum(arg.partition("=")[0] == flag for arg in given)
             if times > 1 and name not in REPEATED:
                 raise ConfigError(f"{flag} is given {times} times; give it once, followed by all its values")

@@ -7,8 +7,10 @@ command with one line and status 2.
 """
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,18 @@ from pydantic_settings import (
 from trm.errors import ConfigError, TRMError
 
 ENV_PREFIX = "TRM_"
+_FLAG = re.compile(r"^--[^=]+")
+
+
+def flag_of(name: str) -> str:
+    """What a setting is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def command_line(argv: Sequence[str] | None = None) -> list[str]:
+    """The words of a command line, by default this process's own, with their flags written as `flag_of` does."""
+    words = sys.argv[1:] if argv is None else argv
+    return [_FLAG.sub(lambda flag: flag[0].replace("_", "-"), word) for word in words]
 
 
 class Settings(BaseSettings):
@@ -65,17 +79,24 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
-        """Read flags, environment and file. Raises ConfigError in one line; `--help` and unknown flags exit."""
-        flags: CliSettingsSource[Any] = CliSettingsSource(
-            cls,
-            cli_prog_name=cls.command,
-            cli_parse_args=list(sys.argv[1:] if argv is None else argv),
-            cli_kebab_case=True,
-            cli_implicit_flags=True,
-            cli_hide_none_type=True,
-            cli_avoid_json=True,
-            add_argument_method=_Help(cls.groups),
-        )
+        """Read flags, environment and file. Flags may be written with underscores, as transformers takes its own.
+
+        Raises ConfigError in one line; `--help` exits.
+        """
+        try:
+            flags: CliSettingsSource[Any] = CliSettingsSource(
+                cls,
+                cli_prog_name=cls.command,
+                cli_parse_args=command_line(argv),
+                cli_kebab_case=True,
+                cli_implicit_flags=True,
+                cli_hide_none_type=True,
+                cli_avoid_json=True,
+                cli_exit_on_error=False,
+                add_argument_method=_Help(cls.groups),
+            )
+        except SettingsError as error:
+            raise ConfigError(_misread(cls, str(error).removeprefix("error parsing CLI: "))) from None
         return cls.create(flags())
 
     @classmethod
@@ -107,13 +128,25 @@ class _Help:
         return argparse.ArgumentParser.add_argument(section, *flags, **details)
 
 
+def _misread(cls: type[Settings], problem: str) -> str:
+    """What argparse cannot read, in words, with the flag that may have been meant."""
+    word = problem.removeprefix("unrecognized arguments: ").split()[0]
+    if not problem.startswith("unrecognized"):
+        return problem
+    if not word.startswith("-"):
+        return f"{word}: belongs to no flag" + (f"; a model is --model {word}" if "model" in cls.model_fields else "")
+    wanted = word.partition("=")[0].strip("-").replace("-", "_")
+    near = difflib.get_close_matches(wanted, cls.model_fields, n=1)
+    return f"{word}: no such flag" + (f"; did you mean {flag_of(near[0])}?" if near else "")
+
+
 def _describe(cls: type[Settings], problem: Any) -> str:
     """One validation problem in words: which setting, what it was unless that is a secret, what is allowed."""
     name = str(problem["loc"][0]) if problem["loc"] else "settings"
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {name!r}"
     field = cls.model_fields.get(name)
-    flag = f"--{name.replace('_', '-')}" if field else name
+    flag = flag_of(name) if field else name
     value = f" {problem['input']!r}" if field is None or field.repr else ""
     return f"{flag}{value}: {problem['msg']}"
 

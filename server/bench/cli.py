@@ -62,7 +62,7 @@ def _bench(argv: Sequence[str]) -> None:
 
 
 def read_command_line(argv: Sequence[str]) -> tuple[str, AnySettings]:
-    """Which benchmark, and its settings. Raises ConfigError in one line; `--help` and unknown flags exit."""
+    """Which benchmark, and its settings. Raises ConfigError in one line; `--help` and an unknown benchmark exit."""
     parser = argparse.ArgumentParser(
         COMMAND,
         description=f"Measure decoding or serving. `{COMMAND} BENCHMARK --help` lists the settings of one.",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 from training.directories import JsonLines, lock, require_writable, writing
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
+from trm.settings import flag_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def _is_untouched(place: Place, asked: Mapping[str, Any]) -> bool:
 def _require_same(place: Place, asked: Mapping[str, Any]) -> None:
     stored = checkpoint.read_json(place.settings)
     others = [
-        f"--{name.replace('_', '-')} ({stored.get(name)}, now {value})"
+        f"{flag_of(name)} ({stored.get(name)}, now {value})"
         for name, value in asked.items()
         if stored.get(name) != value
     ]
