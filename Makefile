@@ -15,10 +15,11 @@ install: $(VENV)/installed-train
 serve: $(VENV)/installed
 	exec $(VENV)/bin/trm-serve $(if $(PORT),--port $(PORT))
 
-# A file's tests stay in one process, where they share their servers. Each decodes in one thread: see e2e.
+# A file's tests stay in one process, where they share their servers. Each decodes in one thread: see e2e. In the order
+# of their names those of tests/e2e, the longest, come first; by their number of tests most of them would come last.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # The fast tests in an environment of their own, with the newest or the oldest versions that pyproject.toml allows.
 # FOLDER/requirements.txt then says which versions these are.
