@@ -112,10 +112,10 @@ def assert_empty(engine: Engine) -> None:
     assert not engine.step()
 
 
-def find_ending(kv_source: str, *, seed: int = 0, **params: Any) -> Request:
+def find_ending(kv_source: str, **params: Any) -> Request:
     """A request whose reply reaches the end token, though not at once."""
     for length in range(1, 60):
-        one = request(length, seed, **({"max_tokens": 12} | params))
+        one = request(length, **({"max_tokens": 12} | params))
         reply = solo(kv_source, one.prompt_ids, replace(one.params, ignore_eos=False)).token_ids
         if reply[-1] == END and 3 <= len(reply) < 12:
             return one
