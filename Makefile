@@ -15,10 +15,11 @@ install: $(VENV)/installed-train
 serve: $(VENV)/installed
 	exec $(VENV)/bin/trm-serve $(if $(PORT),--port $(PORT))
 
-# A file's tests stay in one process, where they share their servers. Each decodes in one thread: see e2e.
+# A file's tests stay in one process, where they share their servers. Each decodes in one thread: see e2e. In the order
+# of their names those of tests/e2e, the longest, come first; by their number of tests most of them would come last.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # The fast tests in an environment of their own, with the newest or the oldest versions that pyproject.toml allows.
 # FOLDER/requirements.txt then says which versions these are.
@@ -42,10 +43,12 @@ lock: | $(UV)
 
 # Crowds of clients, other people's tools, failures on purpose; everything else of tests/e2e belongs to `make test`.
 # One decoding thread for each server: beside clients and other servers, two wait for each other most of the time.
+# Other people's tools and clients take no times, so these two run beside each other.
 e2e: export OMP_NUM_THREADS = 1
 e2e: export CLIENTS := $(abspath $(CLIENTS))
 e2e: $(VENV)/installed-tools $(CLIENTS)/installed
-	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/ecosystem tests/e2e/operations tests/e2e/clients
+	$(VENV)/bin/python -m pytest tests/e2e/load tests/e2e/operations
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile tests/e2e/ecosystem tests/e2e/clients
 
 # Everything in deploy/ that can be checked without a cluster.
 deploy-check: $(VENV)/installed-tools

@@ -12,15 +12,15 @@ ADAMW_BETAS = (0.9, 0.95)
 MUON_ADAMW_RATIO = 0.5  # AdamW's rate beside Muon's, for embeddings, norms, biases and heads
 
 
-def learning_rate_scale(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Factor on the peak rate at optimiser step `step` of `total`: linear warm-up, then a cosine down to `floor`.
+def learning_rate_scale(step: int, total: int, warmup: int) -> float:
+    """Factor on the peak rate at optimiser step `step` of `total`: linear warm-up, then a cosine down to 0.
 
     Steps are optimiser steps really taken: with one per supervision step, `total` counts each of them.
     """
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def warmup_steps(wanted: int | None, total: int) -> int:

@@ -35,9 +35,9 @@ def has_fast_bfloat16(device: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def upload(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def upload(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """Numbers of the host on a device. Nobody waits: a GPU copies them when it comes to that."""
-    return send(torch.tensor(numbers, dtype=dtype), device)
+    return send(torch.tensor(numbers), device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -24,8 +24,8 @@ def metric_names(text: str) -> set[str]:
     return set(re.findall(r"\b(?:trm|process)_\w+", text))
 
 
-def debian_tool(name: str, package: str) -> str:
-    """Where a program of Debian's lies; a machine without it fails the test."""
+def prometheus_tool(name: str) -> str:
+    """Where a program of Debian's package lies; a machine without it fails the test."""
     found = shutil.which(name)
-    assert found, f"{name} is missing; install Debian's package {package}"
+    assert found, f"{name} is missing; install Debian's package prometheus"
     return found

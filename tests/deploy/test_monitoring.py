@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.app import create_app
 from server.settings import ServeSettings
 from tests.deploy.dockerfiles import DEPLOY, ROOT
-from tests.deploy.monitoring import ALERTS, DASHBOARD, PANELS, QUERIES, debian_tool, metric_names
+from tests.deploy.monitoring import ALERTS, DASHBOARD, PANELS, QUERIES, metric_names, prometheus_tool
 from tests.server.conftest import FakeEngine
 
 RUNBOOK = (DEPLOY / "runbook.md").read_text()
@@ -24,7 +24,7 @@ RUNBOOK = (DEPLOY / "runbook.md").read_text()
 )
 def test_promtool_finds_nothing(words: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [debian_tool("promtool", "prometheus"), *words], cwd=DEPLOY / "prometheus", capture_output=True, text=True
+        [prometheus_tool("promtool"), *words], cwd=DEPLOY / "prometheus", capture_output=True, text=True
     )
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 COMMANDS = Path(sys.executable).parent
@@ -57,21 +58,26 @@ class ServerProcess:
         """
         if self.process.poll() is None:
             mark = httpx.get(f"{self.url}{MARK}", timeout=START_TIMEOUT_S).headers["x-request-id"]
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while mark not in self.log.read_text():
-                assert time.monotonic() < deadline, "it logs nothing any more"
-                time.sleep(0.02)
+            wait_for(lambda: mark in self.log.read_text())
         lines = map(json.loads, self.log.read_text().splitlines())
         return [line for line in lines if line["logger"] == "server.middleware" and line["path"] != MARK]
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
     def stop(self) -> int:
         self.process.terminate()
         return self.process.wait(timeout=60)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Until something that must come about has."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.02)
 
 
 def clean_environment() -> dict[str, str]:
@@ -80,10 +86,10 @@ def clean_environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1"}
 
 
-def run_command(name: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one of our commands to its end."""
     return subprocess.run(
-        [str(COMMANDS / name), *arguments], capture_output=True, text=True, timeout=timeout, env=clean_environment()
+        [str(COMMANDS / name), *arguments], capture_output=True, text=True, timeout=300, env=clean_environment()
     )
 
 
@@ -108,3 +114,10 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def server(start_server: Callable[..., ServerProcess]) -> ServerProcess:
     """The bundled model, served."""
     return start_server()
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's own."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

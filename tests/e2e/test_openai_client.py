@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -90,14 +90,8 @@ class Completions(Route):
         return str(choice.text)
 
 
-def connect(server: ServerProcess, key: str = "none") -> openai.OpenAI:
+def connect(server: ServerProcess, key: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with connect(server) as client:
-        yield client
 
 
 @pytest.fixture

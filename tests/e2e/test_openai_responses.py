@@ -1,14 +1,11 @@
 """POST /v1/responses through OpenAI's own client, against a real server of the bundled model."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
-
-from tests.e2e.conftest import ServerProcess
 
 pytestmark = pytest.mark.slow
 
@@ -27,12 +24,6 @@ ADD: Any = {
 class Apples(BaseModel):
     sold: bool
     left: bool
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_a_question_is_answered_as_by_chat(client: openai.OpenAI) -> None:

@@ -2,15 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel, Field
-
-from tests.e2e.conftest import ServerProcess
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +26,6 @@ class Solution(BaseModel):
     answer: int = Field(ge=0, le=999)
     unit: Literal["apples", "pens"]
     sure: bool | None
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

@@ -12,7 +12,7 @@ import pytest
 
 from server.draining import LAST_WORDS_S
 from server.ending import GRACE_S
-from tests.e2e.conftest import ServerProcess
+from tests.e2e.conftest import ServerProcess, wait_for
 
 Start = Callable[..., ServerProcess]
 DRAIN_S = 2
@@ -50,13 +50,6 @@ def terminate(server: ServerProcess, limit_s: float) -> tuple[int, float]:
     finally:
         server.process.kill()  # nothing happens to one that has ended
     return status, time.monotonic() - began
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.02)
 
 
 def test_an_idle_server_stops_at_once(start_server: Start) -> None:

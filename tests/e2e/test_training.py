@@ -73,18 +73,8 @@ def test_a_terminated_evaluation_keeps_its_answers(tmp_path: Path) -> None:
 
 def test_a_sampling_that_is_stopped_and_killed_ends_in_the_same_rows(tmp_path: Path) -> None:
     """SIGTERM, Ctrl-C and SIGKILL, each while replies come in; then to the end."""
-    small = (
-        "--dataset",
-        "synthetic",
-        "--limit",
-        "200",
-        "--temperature",
-        "1.5",
-        "--max-tokens",
-        "64",
-        "--num-threads",
-        "1",
-    )
+    small = ("--dataset", "synthetic", "--limit", "200", "--temperature", "1.5", "--max-tokens", "64")
+    small += ("--num-threads", "1")
     whole, rows, replies = (tmp_path / name for name in ("whole.jsonl", "rows.jsonl", "rows.jsonl.replies"))
     straight = run_command("trm-sample", *small, "--output", str(whole))
     assert straight.returncode == 0, straight.stderr
@@ -105,9 +95,6 @@ def test_a_sampling_that_is_stopped_and_killed_ends_in_the_same_rows(tmp_path: P
     assert last.returncode == 0, last.stderr
     assert rows.read_bytes() == whole.read_bytes()
     assert last.stdout.splitlines()[0] == straight.stdout.splitlines()[0]
-    refused = run_command("trm-sample", *small, "--output", str(rows), "--seed", "1")
-    assert refused.returncode == 2
-    assert "begun with another --seed (0, now 1)" in refused.stderr
 
 
 def test_bad_training_input_is_one_line(tmp_path: Path) -> None:
@@ -115,9 +102,6 @@ def test_bad_training_input_is_one_line(tmp_path: Path) -> None:
     empty.write_text("")
     for arguments, message in (
         (("--dataset", str(empty)), "no usable row"),
-        (("--dataset", "gsm9k"), "no such file"),
-        ((), "--dataset is needed"),
-        (("--dataset", "synthetic", "--backbone", str(tmp_path)), "tokenizer.json: missing"),
         (("--dataset", "synthetic", "--lr", "-1"), "--lr"),
     ):
         done = run_command("trm-train", "--output-dir", str(tmp_path / "run"), *arguments)
@@ -155,9 +139,8 @@ def test_a_run_is_stopped_killed_and_resumed_by_its_directory(tmp_path: Path) ->
 def start_command(name: str, *arguments: str) -> subprocess.Popen[str]:
     command = [str(COMMANDS / name), *arguments]
     pipe = subprocess.PIPE
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in the background of a shell; a child would ignore it too
+    # As in the background of a shell; a child would ignore it too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment())
 

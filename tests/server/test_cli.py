@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from server import cli
 from server.settings import ServeSettings
+from trm import bundled_model_path
 from trm.errors import ConfigError
 
 
@@ -58,18 +60,28 @@ def test_no_packet_waits_for_the_acknowledgement_of_the_one_before():
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@pytest.mark.parametrize("model", ["missing", "empty", "corrupt"])
-def test_a_model_that_cannot_be_loaded_is_named(serve, tmp_path, model):
-    path = tmp_path / model
-    if model != "missing":
-        path.mkdir()
-    if model == "corrupt":
-        (path / "config.json").write_text("{")
+def test_a_model_that_is_not_there_is_named(serve, tmp_path):
+    for path, words in ((tmp_path / "missing", "no such directory"), (tmp_path, "config.json: missing")):
+        status, error = serve("--port", "0", "--model", str(path))
 
-    status, error = serve("--port", "0", "--model", str(path))
+        assert status == 1
+        assert str(path) in error
+        assert words in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "backbone/model.safetensors", "config.json", "tokenizer.json"])
+def test_a_corrupt_file_is_named(serve, tmp_path, name):
+    shutil.copytree(bundled_model_path(), tmp_path / "model")
+    broken = tmp_path / "model" / name
+    broken.write_bytes(broken.read_bytes()[:100])
+
+    status, error = serve("--port", "0", "--model", str(tmp_path / "model"))
 
     assert status == 1
-    assert str(path) in error
+    last = error.splitlines()[-1]
+    assert last.startswith("trm-serve: ")
+    assert str(broken) in last or str(broken.parent) in last
     assert "Traceback" not in error
 
 

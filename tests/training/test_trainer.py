@@ -362,6 +362,11 @@ def test_a_foreign_training_state_is_refused(settings: Settings, change: dict[st
         train(TrainSettings(resume=last, max_steps=2))
 
 
+def test_a_run_needs_data(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="--dataset is needed: gsm8k, "):
+        train(settings(dataset=None))
+
+
 def test_a_run_is_not_overwritten_and_a_finished_one_says_so(settings: Settings) -> None:
     last = train(settings(max_steps=1))
     with pytest.raises(ConfigError, match="holds a run already"):

@@ -9,11 +9,12 @@ from typing import Any
 
 from tests.conftest import randomize
 from tests.trm.conftest import END, exact_model, solo, some_prompt
-from trm import TRMForCausalLM, reference
+from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
 from trm.chat import ChatFormat
 from trm.engine import Engine, EngineConfig, Event, Handle, Reply, Request, SamplingParams
 from trm.engine.engine import host
 from trm.engine.request import Grammar
+from trm.loading import prepare_for_decoding
 
 KV_SOURCES = ("context", "state")
 OTHERS: dict[str, dict[str, Any]] = {
@@ -45,6 +46,17 @@ def make_engine(
     engine = Engine(exact_model(kv_source), chat, EngineConfig(**(sizes | config)), beside)
     for place, decoder in enumerate(engine.decoders.values() if draft else ()):
         decoder.drafter.length = lambda rows, num_running, place=place: max(0, draft - place)
+    return engine
+
+
+def bundled_engine(**config: Any) -> Engine:
+    """The bundled model as it is served: weights laid out for decoding, drafts, shared prefixes."""
+    path = bundled_model_path()
+    model = TRMForCausalLM.from_pretrained(path)
+    prepare_for_decoding(model)
+    chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
+    engine = Engine(model, chat, EngineConfig(**config))
+    engine.decoders[None].drafter.length = lambda rows, num_running: 3
     return engine
 
 
@@ -112,10 +124,10 @@ def assert_empty(engine: Engine) -> None:
     assert not engine.step()
 
 
-def find_ending(kv_source: str, *, seed: int = 0, **params: Any) -> Request:
+def find_ending(kv_source: str, **params: Any) -> Request:
     """A request whose reply reaches the end token, though not at once."""
     for length in range(1, 60):
-        one = request(length, seed, **({"max_tokens": 12} | params))
+        one = request(length, **({"max_tokens": 12} | params))
         reply = solo(kv_source, one.prompt_ids, replace(one.params, ignore_eos=False)).token_ids
         if reply[-1] == END and 3 <= len(reply) < 12:
             return one

@@ -16,17 +16,17 @@ from tests.trm.engines import (
     TEXTS,
     Listener,
     assert_empty,
+    bundled_engine,
     expected,
     find_ending,
     make_engine,
     request,
     run,
 )
-from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
+from trm import reference
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.grammar import Form, GrammarCompiler
-from trm.loading import prepare_for_decoding
 
 # P2 and P9: as if alone
 
@@ -198,13 +198,9 @@ def test_float32_replies_equal_the_reference_but_for_near_ties(chat, kv_source):
 
 
 def test_bundled_model_replies_equal_the_reference_but_for_near_ties():
-    """As it is served: weights laid out for decoding, drafts, shared prefixes, every effort."""
-    path = bundled_model_path()
-    model = TRMForCausalLM.from_pretrained(path)
-    prepare_for_decoding(model)
-    chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
-    engine = Engine(model, chat, EngineConfig(max_rows=5, max_model_len=256))
-    engine.decoders[None].drafter.length = lambda rows, num_running: 3
+    """At every effort."""
+    engine = bundled_engine(max_rows=5, max_model_len=256)
+    model, chat = engine.model, engine.chat
     stories = [
         "Tom has 12 apples and buys 7 more.",
         "Each of 4 boxes holds 6 pens.",

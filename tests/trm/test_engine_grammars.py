@@ -15,14 +15,13 @@ import pytest
 from server.token_bytes import TokenBytes
 from tests.conftest import byte_fallback_tokenizer, make_model
 from tests.trm.conftest import END, NEAR_TIE, assert_same_tokens, some_prompt
-from tests.trm.engines import TEXTS, Listener, assert_empty, expected, make_engine, request, run
-from trm import TRMForCausalLM, bundled_model_path, checkpoint, reference
+from tests.trm.engines import TEXTS, Listener, assert_empty, bundled_engine, expected, make_engine, request, run
+from trm import reference
 from trm.chat import ChatFormat, solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
 from trm.engine.grammar import CompiledGrammar, Form, GrammarCompiler, GrammarMatcher
 from trm.engine.request import Follow, Matcher
 from trm.errors import BadRequest, InternalError
-from trm.loading import prepare_for_decoding
 from trm.tools import Function, Tools
 
 SMALL = GrammarCompiler(TEXTS, END)
@@ -291,14 +290,9 @@ def test_matcher_that_raises_fails_its_own_request(ahead, chat, kv_source):
 
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Engine, GrammarCompiler]:
-    """As it is served: weights laid out for decoding, drafts, shared prefixes."""
-    path = bundled_model_path()
-    model = TRMForCausalLM.from_pretrained(path)
-    prepare_for_decoding(model)
-    chat = ChatFormat(checkpoint.read_tokenizer(path), model.config.normalize_text)
-    engine = Engine(model, chat, EngineConfig(max_rows=16, max_model_len=400))
-    engine.decoders[None].drafter.length = lambda rows, num_running: 3
-    return engine, GrammarCompiler(TokenBytes(chat.tokenizer).texts(model.config.vocab_size), chat.end_id)
+    engine = bundled_engine(max_rows=16, max_model_len=400)
+    texts = TokenBytes(engine.chat.tokenizer).texts(engine.model.config.vocab_size)
+    return engine, GrammarCompiler(texts, engine.chat.end_id)
 
 
 def ask(engine: Engine, grammar: CompiledGrammar, index: int, **params: Any) -> Request:

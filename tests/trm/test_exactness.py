@@ -90,8 +90,8 @@ def among(engine: Engine, **config: Any) -> Engine:
     return Engine(engine.model, engine.chat, EngineConfig(**sizes), others)
 
 
-def some_request(rng: random.Random, longest: int = 150) -> Request:
-    prompt = tuple(rng.randrange(3, 300) for _ in range(rng.randint(1, longest)))
+def some_request(rng: random.Random) -> Request:
+    prompt = tuple(rng.randrange(3, 300) for _ in range(rng.randint(1, 150)))
     params = SamplingParams(
         max_tokens=rng.randint(1, 12),
         temperature=rng.choice((0.0, 0.7, 1.5)),

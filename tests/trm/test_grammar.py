@@ -56,10 +56,10 @@ def text_of(tokens: Sequence[int], texts: Sequence[bytes | None] = TEXTS) -> byt
     return b"".join(texts[token] or b"" for token in tokens)
 
 
-def walk(grammar: CompiledGrammar, texts: Sequence[bytes | None], end: int, seed: int, most: int = 300) -> str:
+def walk(grammar: CompiledGrammar, texts: Sequence[bytes | None], end: int, seed: int) -> str:
     """The text of tokens drawn evenly from what may follow, hurrying towards the end."""
     rng, matcher, tokens = random.Random(seed), grammar.matcher(may_end=True), list[int]()
-    for _ in range(most):
+    for _ in range(300):
         follow = matcher.follow()
         assert follow.failure is None, follow.failure
         choices = sorted(allowed(follow, len(texts)))

@@ -97,7 +97,7 @@ def test_leaves_need_only_the_standard_library(path):
 def test_nothing_below_the_engine_imports_it():
     """The reference may: it is the tests' oracle, and shares the sampling on purpose."""
     for path in (ROOT / "trm").glob("*.py"):
-        if path.stem not in ("reference", "bench"):
+        if path.stem != "reference":
             assert not [name for name in imports(path) if name.startswith("trm.engine")], path.name
 
 

@@ -89,7 +89,6 @@ def test_filters_by_hand(params, expected):
 def test_the_neutral_values_of_other_servers_are_ours():
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
     assert SamplingParams(temperature=1.5, top_p=0) == SamplingParams(temperature=0, top_p=1)
-    assert SamplingParams(temperature=1.5, top_p=0).plain_greedy
 
 
 def test_top_p_that_is_met_exactly_needs_no_more_tokens():
@@ -680,25 +679,22 @@ def test_limits_themselves_are_allowed(name, value):
 
 
 @pytest.mark.parametrize(
-    ("params", "edits_logits", "plain_greedy"),
+    ("params", "edits_logits"),
     [
-        ({}, False, True),
-        ({"top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 4, "logprobs": 2}, False, True),
-        ({"temperature": 0.5}, False, False),
-        ({"repetition_penalty": 1.1}, True, False),
-        ({"repetition_penalty": 0.9}, True, False),
-        ({"presence_penalty": -0.1}, True, False),
-        ({"frequency_penalty": 0.1}, True, False),
-        ({"logit_bias": ((0, 1.0),)}, True, False),
-        ({"logit_bias": ((0, 1.0),), "temperature": 1.0}, True, False),
+        ({}, False),
+        ({"top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 4, "logprobs": 2}, False),
+        ({"temperature": 0.5}, False),
+        ({"repetition_penalty": 1.1}, True),
+        ({"repetition_penalty": 0.9}, True),
+        ({"presence_penalty": -0.1}, True),
+        ({"frequency_penalty": 0.1}, True),
+        ({"logit_bias": ((0, 1.0),)}, True),
+        ({"logit_bias": ((0, 1.0),), "temperature": 1.0}, True),
     ],
     ids=str,
 )
-def test_plain_greedy_is_what_argmax_alone_can_serve(params, edits_logits, plain_greedy):
-    params = SamplingParams(**params)
-
-    assert params.edits_logits is edits_logits
-    assert params.plain_greedy is plain_greedy
+def test_penalties_and_biases_edit_logits(params, edits_logits):
+    assert SamplingParams(**params).edits_logits is edits_logits
 
 
 @pytest.mark.parametrize(

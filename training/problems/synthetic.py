@@ -106,8 +106,8 @@ class Draw:
             return text.NUMBER_WORDS[value]
         return str(value)
 
-    def count(self, value: int, noun: str | None = None, plural: str | None = None) -> str:
-        return f"{self.written(value)} {(noun or self.singular) if value == 1 else (plural or self.plural)}"
+    def count(self, value: int) -> str:
+        return f"{self.written(value)} {self.noun(value)}"
 
     def dollars(self, value: int) -> str:
         return f"${value}" if self.rng.random() < 0.6 else f"{value} dollar{'s' * (value != 1)}"

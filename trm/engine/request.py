@@ -119,11 +119,6 @@ class SamplingParams:
         """Whether logits change with what stands in prompt and reply."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
-    @property
-    def plain_greedy(self) -> bool:
-        """Whether the next token is just the likeliest."""
-        return self.temperature == 0 and not self.edits_logits
-
 
 @dataclass(frozen=True)
 class Follow:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -10,12 +9,13 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import ServerProcess
+from tests.e2e.conftest import ServerProcess, wait_for
 
 ROUNDS = 16
 CYCLES = 200  # a round
 TOGETHER = 20
 MAX_TOKENS = 400
+LEFT_S = 10  # sooner than their requests would end by themselves
 WARM_UP = 10  # rounds in which memory grows by 2 %, to where it then stands still (measured over 24)
 GROWTH = 0.005  # of the memory after warm-up, in the other rounds
 MESSAGES = [{"role": "user", "content": "Tom has 12 apples. He buys 7 more. How many apples does he have now?"}]
@@ -113,19 +113,6 @@ async def one_round(host: str, port: int) -> None:
         await asyncio.gather(*map(guarded, range(CYCLES)))
 
 
-def value(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} "))
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come about once everybody has left."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "something of the clients that left is still there"
-        time.sleep(0.02)
-
-
 def votes(url: str) -> object:
     return httpx.post(f"{url}/solve", json=SOLVE | {"seed": 1}, timeout=60).json()["votes"]
 
@@ -145,16 +132,16 @@ def test_3200_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> 
 
     for _ in range(ROUNDS):
         asyncio.run(one_round(address.hostname, address.port))
-        until(lambda: not value(server.url, "trm_num_requests_running"))
-        until(lambda: not value(server.url, "trm_num_requests_waiting"))
-        until(lambda: process.num_fds() <= files)
+        wait_for(lambda: not server.metric("trm_num_requests_running"), LEFT_S)
+        wait_for(lambda: not server.metric("trm_num_requests_waiting"), LEFT_S)
+        wait_for(lambda: process.num_fds() <= files, LEFT_S)
         threads.append(process.num_threads())
         memory.append(process.memory_info().rss)
 
     assert threads[-1] <= threads[1]  # the first round is the warm-up
     assert memory[-1] < memory[WARM_UP - 1] * (1 + GROWTH), [f"{size / 2**20:.1f} MiB" for size in memory]
     accepted = ROUNDS * CYCLES / len(WAYS) * 5
-    assert 0 < value(server.url, "trm_generation_tokens_total") < accepted * MAX_TOKENS / 2
+    assert 0 < server.metric("trm_generation_tokens_total") < accepted * MAX_TOKENS / 2
     assert "Traceback" not in server.log.read_text()
     assert votes(server.url) == before
     assert server.stop() == 0

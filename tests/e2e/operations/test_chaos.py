@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment
+from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment, wait_for
 from tests.e2e.operations.proxy import free_port
-from tests.e2e.operations.traffic import Traffic, wait_for
+from tests.e2e.operations.traffic import Traffic
 from trm import bundled_model_path
 
 Start = Callable[..., ServerProcess]
-STOPPED_S = 10
+STOPPED_S = 6
 ANSWERED = {"answered: reply", "answered: stream"}
 CUT = {"told: ConnectError", "told: ReadError", "told: RemoteProtocolError", "told: WriteError"}  # by the connection
 

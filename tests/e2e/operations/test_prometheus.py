@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.deploy.dockerfiles import DEPLOY, ROOT
-from tests.deploy.monitoring import ALERTS, PANELS, debian_tool, metric_names
+from tests.deploy.monitoring import ALERTS, PANELS, metric_names, prometheus_tool
 from tests.e2e.conftest import ServerProcess
 
 QUESTION = "Tom has 12 apples. He buys 7 more. How many apples does he have now?"
@@ -38,7 +38,7 @@ class Prometheus:
         flags = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder, "web.listen-address": address}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [debian_tool("prometheus", "prometheus"), *(f"--{name}={value}" for name, value in flags.items())],
+                [prometheus_tool("prometheus"), *(f"--{name}={value}" for name, value in flags.items())],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -118,9 +118,7 @@ def test_every_metric_of_the_docs_is_scraped(prometheus: Prometheus) -> None:
 def test_promtool_has_nothing_to_say_about_the_metrics(server: ServerProcess) -> None:
     text = httpx.get(f"{server.url}/metrics").text
 
-    done = subprocess.run(
-        [debian_tool("promtool", "prometheus"), "check", "metrics"], input=text, capture_output=True, text=True
-    )
+    done = subprocess.run([prometheus_tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True)
 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from tests.e2e.conftest import ServerProcess
+from tests.e2e.conftest import ServerProcess, wait_for
 from tests.e2e.operations.proxy import Proxy, free_port
-from tests.e2e.operations.traffic import Traffic, wait_for
+from tests.e2e.operations.traffic import Traffic
 
 Start = Callable[..., ServerProcess]
 LONG = {

@@ -7,10 +7,8 @@ that the client knows. Lost: neither within a minute. What is answered must be w
 import itertools
 import json
 import threading
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
@@ -19,6 +17,7 @@ from typing import Any, Literal, Self
 import httpx
 
 from server.bench.soak.canaries import NEAR_TIE
+from tests.e2e.conftest import wait_for
 from tests.e2e.near_tie import bundled
 from trm import reference
 from trm.chat import solve_messages
@@ -135,10 +134,10 @@ class Traffic:
         with self._lock:
             return sum(outcome.kind == kind for outcome in self.outcomes)
 
-    def until_answered(self, more: int, timeout_s: float = PATIENCE_S) -> None:
+    def until_answered(self, more: int) -> None:
         """Let it flow until so many more are answered."""
         goal = self.count("answered") + more
-        wait_for(lambda: self.count("answered") >= goal, timeout_s)
+        wait_for(lambda: self.count("answered") >= goal)
 
     def account(self) -> Counter[str]:
         """How many of the requests came to which end. Nothing is lost, and all that was answered is right."""
@@ -148,11 +147,3 @@ class Traffic:
         wrong = [o for o in self.outcomes if o.kind == "answered" and o.text != expected(o.question)]
         assert not wrong, wrong[0]
         return table
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
-    """Until something that must come about has."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.02)
