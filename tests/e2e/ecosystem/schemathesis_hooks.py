@@ -1,6 +1,8 @@
 """What schemathesis must know of the server beside the document: conditions that JSON Schema cannot say."""
 
+import ast
 import re
+import threading
 from typing import Any
 
 import schemathesis
@@ -14,6 +16,19 @@ REFUSED = re.compile(
 """A schema inside the body that is none, or that no reply can be held to; a text beyond the context."""
 GOING_ON = "going on with a reply is not implemented"
 
+_parse, _one_at_a_time = ast.parse, threading.RLock()
+
+
+def parse(*args: Any, **kwargs: Any) -> Any:
+    """`ast.parse`, with which hypothesis reads its own source, for several workers.
+
+    CPython 3.11 counts its depth once for all threads: "AST constructor recursion depth mismatch".
+    """
+    with _one_at_a_time:
+        return _parse(*args, **kwargs)
+
+
+ast.parse = parse  # type: ignore[assignment]
 CHECKS.unregister(accepted.__name__)
 
 
