@@ -130,12 +130,12 @@ class _Help:
 
 def _misread(cls: type[Settings], problem: str) -> str:
     """What argparse cannot read, in words, with the flag that may have been meant."""
-    word = problem.removeprefix("unrecognized arguments: ").split()[0]
     if not problem.startswith("unrecognized"):
         return problem
+    word = problem.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]  # a value may be a secret
     if not word.startswith("-"):
         return f"{word}: belongs to no flag" + (f"; a model is --model {word}" if "model" in cls.model_fields else "")
-    wanted = word.partition("=")[0].strip("-").replace("-", "_")
+    wanted = word.strip("-").replace("-", "_")
     near = difflib.get_close_matches(wanted, cls.model_fields, n=1)
     return f"{word}: no such flag" + (f"; did you mean {flag_of(near[0])}?" if near else "")
 

@@ -25,7 +25,7 @@ def metric_names(text: str) -> set[str]:
 
 
 def prometheus_tool(name: str) -> str:
-    """Where a program of Debian's package lies; a machine without it fails the test."""
+    """Where a program of Debian's package prometheus lies; a machine without it fails the test."""
     found = shutil.which(name)
     assert found, f"{name} is missing; install Debian's package prometheus"
     return found

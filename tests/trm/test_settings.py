@@ -201,6 +201,7 @@ def test_a_flag_may_be_written_with_underscores(argv):
     [
         (["--max-row", "3"], r"--max-row: no such flag; did you mean --max-rows\?"),
         (["--nonsense"], "--nonsense: no such flag"),
+        (["--nonsense=secret"], "--nonsense: no such flag"),
         (["--name", "a", "word"], "word: belongs to no flag"),
         (["--max-rows"], "argument --max-rows: expected one argument"),
     ],
