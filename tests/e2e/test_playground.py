@@ -89,6 +89,11 @@ class Page:
     def wait_for_answer(self) -> None:
         self.wait(lambda: not self["stop"].is_displayed() and self["reply"].is_displayed())
 
+    def vote(self) -> None:
+        """To its end: until then every vote draws all bars anew, under whoever reads them."""
+        self["vote"].click()
+        self.wait(lambda: not self["stop"].is_displayed() and self.all("#bars li"))
+
     def press(self, *keys: str) -> None:
         """Keys to whatever has the focus."""
         for key in keys:
@@ -291,8 +296,7 @@ def test_a_vote_is_bars(page: Page, server: ServerProcess) -> None:
     page["samples"].clear()
     page["samples"].send_keys("12")
 
-    page["vote"].click()
-    page.wait(lambda: page.all("#bars li") and not page["stop"].is_displayed())
+    page.vote()
 
     bars = {
         bar.find_element(By.CLASS_NAME, "said").text: int(bar.find_element(By.CLASS_NAME, "count").text.split()[0])
@@ -406,8 +410,7 @@ def test_it_fits_a_phone(page: Page, server: ServerProcess) -> None:
     assert len(page.heat()[0]) == 18, "a wide table, which scrolls by itself"
     assert page.overflow() == 0
     page.picture("phone")
-    page["vote"].click()
-    page.wait(lambda: page.all("#bars li"))
+    page.vote()
     assert page.overflow() == 0
 
 
@@ -576,8 +579,7 @@ def test_how_much_work_to_show_is_chosen_by_keyboard(page: Page) -> None:
         assert page.work("equations").is_selected()
         page["ask"].click()
         page.wait_for_answer()
-        page["vote"].click()
-        page.wait(lambda: page.all("#bars li") and not page["stop"].is_displayed())
+        page.vote()
 
         assert engine.chat.conversations == [solve_messages(TOM, work="equations")] * 2
 
@@ -608,8 +610,7 @@ def test_what_a_model_says_is_text_never_markup(page: Page) -> None:
         page.press(Keys.TAB)
         page.tokens()[-2].click()
         assert page["steps-title"].text == "Token 40: c3"
-        page["vote"].click()
-        page.wait(lambda: page.all("#bars li"))
+        page.vote()
         assert page.all("#bars .said")[0].text == "<img src=x onerror=alert(1)>"
         assert page.all("main img, main b") == []
 
@@ -673,7 +674,7 @@ def test_a_model_is_chosen_where_there_are_several(page: Page) -> None:
         page.picture("models")
         assert page.overflow() == 0
         page.ask("2+3?")
-        page["vote"].click()
-        page.wait(lambda: len(engine.requests) > 2 and not page["stop"].is_displayed())
+        page.vote()
 
+    assert len(engine.requests) > 2
     assert {request.decoder for request in engine.requests} == {"short"}
