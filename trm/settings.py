@@ -27,6 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from trm import __version__
 from trm.errors import ConfigError, TRMError
 
 ENV_PREFIX = "TRM_"
@@ -42,6 +43,12 @@ def command_line(argv: Sequence[str] | None = None) -> list[str]:
     """The words of a command line, by default this process's own, with their flags written as `flag_of` does."""
     words = sys.argv[1:] if argv is None else argv
     return [_FLAG.sub(lambda flag: flag[0].replace("_", "-"), word) for word in words]
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`, beside `--help`."""
+    version = f"%(prog)s {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="show the version and exit")
 
 
 class Settings(BaseSettings):
@@ -125,7 +132,10 @@ class _Help:
             details["help"] = details["help"].removesuffix(f" (default: {empty})")
         if "metavar" in details:
             details["metavar"] = details["metavar"].removeprefix("list[").removesuffix("]")
-        return argparse.ArgumentParser.add_argument(section, *flags, **details)
+        argument = argparse.ArgumentParser.add_argument(section, *flags, **details)
+        if "--help" in flags:
+            add_version(parser)
+        return argument
 
 
 def _misread(cls: type[Settings], problem: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from server.bench.settings import ServeBenchSettings, SoakSettings
 from trm.bench.settings import DecodeSettings, PeersSettings
 from trm.errors import TRMError
-from trm.settings import run_command
+from trm.settings import add_version, run_command
 
 COMMAND = "trm-bench"
 Raw = dict[str, Any]
@@ -67,6 +67,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, AnySettings]:
         COMMAND,
         description=f"Measure decoding or serving. `{COMMAND} BENCHMARK --help` lists the settings of one.",
     )
+    add_version(parser)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, settings in BENCHMARKS.items():
         benchmarks.add_parser(name, help=settings.__doc__)

@@ -1,6 +1,7 @@
 """Settings: flag beats environment beats file beats default, and every mistake is one line that names it."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -233,6 +234,14 @@ def test_help_names_every_setting(capsys):
     assert "(default: 32)" in out
     for noise in ("default: None", "default: []", "list["):
         assert noise not in out
+
+
+def test_every_command_says_its_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read("--version")
+
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"trm-example {metadata.version('qwen-trm')}\n"
 
 
 # Commands

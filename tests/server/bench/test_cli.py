@@ -29,6 +29,7 @@ def test_help_imports_nothing_heavy(benchmark):
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" ".join(["usage: trm-bench", *benchmark, "[-h]"]))
+    assert "--version" in done.stdout
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
