@@ -23,6 +23,7 @@ from server.serving import Serving
 from server.settings import ServeSettings
 from server.token_bytes import TokenBytes
 from server.worker import Worker
+from trm import __version__
 from trm.engine.engine import Engine
 from trm.engine.grammar import GrammarCompiler
 from trm.errors import ConfigError
@@ -37,7 +38,7 @@ def create_app(engine: Engine | None, settings: ServeSettings, one_of_many: bool
     concerns requests. Raises ConfigError for a root path that is one of its own paths.
     """
     metrics = Metrics()
-    app = FastAPI(title="Qwen-TRM", redirect_slashes=False)
+    app = FastAPI(title="Qwen-TRM", version=__version__, redirect_slashes=False)
     app.state.settings = settings
     app.state.one_of_many = one_of_many
     app.state.metrics = metrics

@@ -30,6 +30,10 @@ def test_ids_up_to_the_largest(largest):
     assert not pattern.fullmatch("00")
 
 
+async def test_its_version_is_the_servers(described, client):
+    assert described["info"]["version"] == (await client.get("/version")).json()["version"]
+
+
 @pytest.mark.parametrize(
     ("fields", "valid"),
     [
