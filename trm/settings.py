@@ -158,6 +158,8 @@ def _describe(cls: type[Settings], problem: Any) -> str:
     field = cls.model_fields.get(name)
     flag = flag_of(name) if field else name
     value = f" {problem['input']!r}" if field is None or field.repr else ""
+    if field and problem["type"] == "string_pattern_mismatch":  # says more than the pattern
+        return f"{flag}{value}: has the wrong form; it takes: {field.description}"
     return f"{flag}{value}: {problem['msg']}"
 
 
