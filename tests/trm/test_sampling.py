@@ -630,9 +630,6 @@ def test_penalties_of_a_draft_are_those_of_a_reply():
         ("frequency_penalty", -2.1),
         ("frequency_penalty", 2.1),
         ("frequency_penalty", math.nan),
-        ("logit_bias", ((3, 0.0), (4, 100.5))),
-        ("logit_bias", ((3, -100.5),)),
-        ("logit_bias", ((3, math.nan),)),
         ("logprobs", -1),
         ("logprobs", 21),
         ("halt_threshold", 0.0),
@@ -652,6 +649,15 @@ def test_parameters_out_of_range_are_refused_by_name_and_value(name, value):
         SamplingParams(**{name: value})
     assert caught.value.param == name
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("bias", [100.5, -100.5, math.nan])
+def test_a_bias_out_of_range_is_named_among_many(bias):
+    many = tuple((token, 1.0) for token in range(300))
+
+    with pytest.raises(BadRequest, match=f"^logit_bias of token 300 is {bias}; it must be at least -100") as caught:
+        SamplingParams(logit_bias=(*many, (300, bias)))
+    assert caught.value.param == "logit_bias"
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,9 @@ class SamplingParams:
             object.__setattr__(self, "top_p", 1.0)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        if not all(bias in BIASES for _, bias in self.logit_bias):
-            given = reprlib.repr(self.logit_bias)
-            raise BadRequest(f"logit_bias is {given}; it must be numbers {BIASES}", param="logit_bias")
+        for token, bias in self.logit_bias:
+            if bias not in BIASES:
+                raise BadRequest(f"logit_bias of token {token} is {bias}; it must be {BIASES}", param="logit_bias")
         if not all(self.stop):
             raise BadRequest(f"stop is {reprlib.repr(self.stop)}; it must be strings that are not empty", param="stop")
 
