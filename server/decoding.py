@@ -106,12 +106,8 @@ def num_samples(fields: Decoding, serving: Serving, num_prompts: int = 1, param:
     n = 1 if fields.n is None else fields.n
     at_most(serving.settings.max_n, "--max-n", n, f"n is {n}", "n")
     limit = serving.engine.config.max_rows + serving.engine.config.max_queue
-    if num_prompts * n > limit:
-        raise BadRequest(
-            f"{num_prompts} prompts with {n} samples each are {num_prompts * n} requests; "
-            f"this server takes at most {limit} at once",
-            param="n" if num_prompts == 1 else param,
-        )
+    said = f"{num_prompts} prompts with {n} samples each are {num_prompts * n} requests"
+    at_most(limit, "--max-rows + --max-queue", num_prompts * n, said, "n" if num_prompts == 1 else param)
     return n
 
 

@@ -221,7 +221,7 @@ class Worker:
     def _expire(self, submission: Submission) -> None:
         submission.stop(
             TimedOut(
-                f"the request took longer than {self._timeout_s:g} s, this server's limit; "
+                f"the request took longer than {self._timeout_s:g} s, this server's limit (--request-timeout-seconds); "
                 "ask for fewer tokens or samples, or try again when the server has less to do"
             )
         )

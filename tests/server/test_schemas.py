@@ -287,6 +287,11 @@ async def test_tokenize_and_detokenize_refuse_by_name(client, path, body, param)
     ("settings", "fields", "message"),
     [
         ({"max_n": 2}, {"n": 3}, "n is 3; this server takes at most 2 (--max-n)"),
+        (
+            {},
+            {"n": 13},
+            "1 prompts with 13 samples each are 13 requests; this server takes at most 12 (--max-rows + --max-queue)",
+        ),
         ({"max_stop": 1}, {"stop": ["a", "b"]}, "stop holds 2 strings; this server takes at most 1 (--max-stop)"),
         ({"max_stop": 0}, {"stop": "a"}, "stop holds 1 strings; this server takes at most 0 (--max-stop)"),
         (

@@ -127,6 +127,7 @@ async def test_a_request_whose_tokenising_hangs_is_ended_too(engine, make_app, c
 
     assert hung
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    assert "0.1 s, this server's limit (--request-timeout-seconds)" in response.json()["error"]["message"]
     assert not engine.requests
     assert not engine.reserved
 
