@@ -20,6 +20,7 @@ from server.paths import path_below
 from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMError, UnknownModel
 
 MAX_PATH_CHARS = 200  # of a client's own field name in a message
+NO_OBJECT = {"dict_type", "model_type", "model_attributes_type"}  # of pydantic's, which speaks of dictionaries
 
 
 class Unauthorized(BadRequest):
@@ -204,7 +205,8 @@ def install(app: FastAPI) -> None:
             return error_response(BadRequest(message), route)
         if problem["type"] == "extra_forbidden":
             return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path), route)
-        return error_response(BadRequest(f"{path}: {problem['msg']}", param=path), route)
+        said = "Input should be an object" if problem["type"] in NO_OBJECT else problem["msg"]
+        return error_response(BadRequest(f"{path}: {said}", param=path), route)
 
     @app.exception_handler(HTTPException)
     async def unroutable(request: Request, error: HTTPException) -> JSONResponse:

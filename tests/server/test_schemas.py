@@ -368,6 +368,22 @@ async def test_solve_refuses_by_name(client, engine, body, param):
     assert not engine.requests
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": ["hi"]}, "messages.0"),
+        ({"logit_bias": []}, "logit_bias"),
+        ({"response_format": "a"}, "response_format"),
+    ],
+    ids=str,
+)
+async def test_what_must_be_an_object_is_told_so_in_the_words_of_json(client, chat_body, fields, param):
+    response = await client.post("/v1/chat/completions", json=chat_body() | fields)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == f"{param}: Input should be an object"
+
+
 async def test_an_unknown_field_is_called_so(client, chat_body):
     response = await client.post("/v1/chat/completions", json=chat_body(funktions=[]))
 
