@@ -275,6 +275,7 @@ class NoChoice(Body):
 CHOICES: dict[str, type[BaseModel]] = {"auto": AutoChoice, "any": AnyChoice, "tool": NamedChoice, "none": NoChoice}
 Choice = Annotated[
     AutoChoice | AnyChoice | NamedChoice | NoChoice,
+    Field(discriminator="type"),
     one_of(CHOICES, "type", described=AutoChoice | NoChoice),  # nor can it be said what must be among the tools
     Field(description="where there are tools also any of them, or one (tool)"),
 ]

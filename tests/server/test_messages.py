@@ -338,6 +338,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
         ),
         ({"tools": [ADD, ADD]}, "two of the tools have the same name"),
         ({"tools": [ADD], "tool_choice": {"type": "tool", "name": "sub"}}, "tool_choice names sub"),
+        ({"tools": [ADD], "tool_choice": "auto"}, "tool_choice: Input should be an object"),
+        ({"tools": [ADD], "tool_choice": {"type": "required"}}, "tool_choice.type: should be one of auto, any, tool"),
         ({"tools": [ADD | {"defer_loading": True}]}, "tools.0.defer_loading: the model is shown all tools at once"),
         ({"tools": [ADD | {"input_examples": [{"a": 1}]}]}, "tools.0.input_examples: the model is shown no examples"),
         ({"container": "c"}, "container: there are no containers"),
