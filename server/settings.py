@@ -24,6 +24,26 @@ LISTS = ("api_key", "public_paths", "cors_origins", "decoder", "row_buckets")  #
 REPEATED = ("decoder",)  # those of them that may also be given several times
 
 
+ELSEWHERE = {  # flags of vLLM and uvicorn
+    "max_num_seqs": "it is --max-rows here",
+    "max_num_batched_tokens": "it is --prefill-chunk here",
+    "gpu_memory_utilization": "--kv-cache-bytes limits the cache",
+    "num_speculative_tokens": "it is --max-draft-tokens here",
+    "quantization": "it is --quantize here",
+    "lora_modules": "a decoder on the same backbone is --decoder NAME=DIR",
+    "allowed_origins": "it is --cors-origins here",
+    "download_dir": "the hub's files lie where HF_HOME says",
+    "chat_template": "it belongs to the model: chat_template.jinja in its directory",
+    "seed": "requests have their own seed",
+    **dict.fromkeys(("ssl_keyfile", "ssl_certfile"), "for TLS put a proxy in front (docs/serving.md)"),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "workers"),
+        "a server has one device; several servers share the work (docs/deploying.md)",
+    ),
+    **dict.fromkeys(("enable_auto_tool_choice", "tool_call_parser"), "leave it out: tools are always on"),
+}
+
+
 class ServeSettings(Settings):
     """Serve a model over HTTP: OpenAI's routes, POST /solve and a playground in the browser.
 
@@ -32,6 +52,7 @@ class ServeSettings(Settings):
     """
 
     command: ClassVar[str] = "trm-serve"
+    elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
 
     groups: ClassVar[Mapping[str, Sequence[str]]] = {
         "model": ("model", "served_model_name", "decoder", "decoder_dir", "device", "dtype", "quantize", "num_threads"),

@@ -55,11 +55,13 @@ class Settings(BaseSettings):
     """Base of the commands' settings. Subclasses name their command in `command`.
 
     `groups` puts fields under headings of `--help`; those that it does not name stand under "options".
+    `elsewhere` says what takes the place of settings that similar commands of other projects have.
     The value of a field with `repr=False` is a secret: no message holds it.
     """
 
     command: ClassVar[str]
     groups: ClassVar[Mapping[str, Sequence[str]]] = {}
+    elsewhere: ClassVar[Mapping[str, str]] = {}
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
@@ -146,6 +148,8 @@ def _misread(cls: type[Settings], problem: str) -> str:
     if not word.startswith("-"):
         return f"{word}: belongs to no flag" + (f"; a model is --model {word}" if "model" in cls.model_fields else "")
     wanted = word.strip("-").replace("-", "_")
+    if wanted in cls.elsewhere:
+        return f"{word}: no such flag; {cls.elsewhere[wanted]}"
     near = difflib.get_close_matches(wanted, cls.model_fields, n=1)
     return f"{word}: no such flag" + (f"; did you mean {flag_of(near[0])}?" if near else "")
 

@@ -1,10 +1,14 @@
 """Where settings come from, and that mistakes end the command with status 2."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from server.settings import ServeSettings
+from server.settings import ELSEWHERE, ServeSettings
 from trm.engine.engine import EngineConfig
 from trm.errors import ConfigError
+from trm.settings import flag_of
 
 
 @pytest.fixture(autouse=True)
@@ -202,6 +206,20 @@ def test_an_unknown_key_in_the_file_is_named(yaml):
 def test_an_unknown_flag_is_refused():
     with pytest.raises(ConfigError, match=r"^--max-rowz: no such flag; did you mean --max-rows\?$"):
         ServeSettings.from_command_line(["--max-rowz", "3"])
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_flag_of_another_server_is_told_what_takes_its_place(name):
+    """The likeliest name may do harm: --ssl-keyfile is near --api-key-file, which would take a key's lines for keys."""
+    with pytest.raises(ConfigError, match=f"^{flag_of(name)}: no such flag; {re.escape(ELSEWHERE[name])}$"):
+        ServeSettings.from_command_line([flag_of(name), "4"])
+
+
+def test_what_takes_the_place_of_other_flags_exists():
+    assert not ELSEWHERE.keys() & ServeSettings.model_fields.keys()
+    named = re.findall(r"--[a-z-]+", " ".join(ELSEWHERE.values()))
+    assert set(named) <= {flag_of(name) for name in ServeSettings.model_fields}
+    assert all(Path(page).is_file() for page in re.findall(r"docs/\w+\.md", " ".join(ELSEWHERE.values())))
 
 
 def test_help_describes_every_setting(capsys):
