@@ -78,6 +78,12 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
         device,
         "on" if trainer.autocast else "off",
     )
+    if settings.max_steps is not None and settings.max_steps > trainer.total_steps:
+        logger.warning(
+            "--max-steps %d: the run ends after %d, with the data; raise --epochs to go on",
+            settings.max_steps,
+            trainer.total_steps,
+        )
     if (vocabulary := trainer.feed.vocabulary) is not None:
         logger.info(
             "the training loss is over %d of %d tokens, those of the replies; the validation loss over all",

@@ -371,8 +371,18 @@ def test_a_run_is_not_overwritten_and_a_finished_one_says_so(settings: Settings)
     last = train(settings(max_steps=1))
     with pytest.raises(ConfigError, match="holds a run already"):
         train(settings(max_steps=1))
-    with pytest.raises(ConfigError, match="at step 1 of 1 already"):
+    with pytest.raises(ConfigError, match=r"at step 1 of 1 already; raise --max-steps$"):
         train(TrainSettings(resume=last))
+
+
+def test_more_steps_than_the_epochs_have_are_warned_of(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    last = train(settings(num_problems=4, max_steps=3))
+
+    assert last.name == "checkpoint-1"
+    assert "--max-steps 3: the run ends after 1, with the data; raise --epochs to go on" in caplog.text
+    with pytest.raises(ConfigError, match=r"at step 1 of 1 already; raise --epochs$"):
+        train(TrainSettings(resume=last))
+    assert train(TrainSettings(resume=last, epochs=2)).name == "checkpoint-2"
 
 
 def test_a_resumed_run_stands_on_the_copy_of_its_backbone(
