@@ -205,18 +205,38 @@ def test_solutions_are_read_as_deep_as_was_trained_or_asked_for(
 
 
 def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path) -> None:
-    twins = []
-    for parent in ("a", "b"):
-        (tmp_path / parent).mkdir()
-        (tmp_path / parent / "twin").symlink_to(backbone_dir)
-        twins.append(str(tmp_path / parent / "twin"))
+    twin = tmp_path / "twin"
+    twin.symlink_to(backbone_dir)
 
     with pytest.raises(ConfigError, match="--effort 17: this model takes 0 to 16"):
         evaluate_model(settings(effort=[17]))
     with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
         evaluate_model(settings(max_tokens=1024))
-    with pytest.raises(ConfigError, match="twin is taken"):
-        evaluate_model(settings(control=twins))
+    with pytest.raises(ConfigError, match=f"--control {twin}: is given twice"):
+        evaluate_model(settings(control=[str(twin), f"{twin}/"]))
+
+
+def test_controls_of_one_name_are_told_apart_by_where_they_lie(
+    settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / run / part / "checkpoint-3" for run, part in (("a", "x"), ("b", "x"), ("b", "y"))]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.symlink_to(backbone_dir)
+
+    report = evaluate_model(settings(effort=[0], control=[*map(str, places), str(backbone_dir)]))
+
+    names = [control["name"] for control in report["controls"]]
+    assert names == ["a/x/checkpoint-3", "b/x/checkpoint-3", "y/checkpoint-3", backbone_dir.name]
+
+
+@pytest.mark.parametrize(("work", "warned"), [(None, False), ("none", True)])
+def test_replies_that_the_model_never_learned_are_warned_of(
+    settings: Callable[..., EvalSettings], caplog: pytest.LogCaptureFixture, work: str | None, warned: bool
+) -> None:
+    evaluate_model(settings(effort=[0], limit=1, work=work))
+
+    assert ("replies of --work none are asked for, and this model learned those of full" in caplog.text) == warned
 
 
 def without_timings(value: Any) -> Any:
