@@ -119,7 +119,12 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
             raise ConfigError(f"--{role} {source}: is given twice; name it once")
         name = _name(path, paths)
         place = checkpoint.locate(source)
-        effort = checkpoint.read_config(place).n_supervision if role == "control" and is_recursive(place) else 0
+        checkpoint.read_tokenizer(place)  # what does not load costs nobody the answers before it
+        if is_recursive(place):
+            effort = checkpoint.read_config(place).n_supervision if role == "control" else 0
+        else:
+            checkpoint.read_backbone_config(place)
+            effort = 0
         candidates.append(Candidate(role, name, place, (Run(name, effort),)))
     return candidates
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from training.run import train
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import SYSTEM_PROMPTS
 from trm.engine import Request
-from trm.errors import ConfigError
+from trm.errors import CheckpointError, ConfigError
 
 PICTURES = ("accuracy", "operations", "loss", "calibration", "halting", "votes")
 TIMINGS = ("seconds_per_answer", "elapsed_s")
@@ -214,6 +215,32 @@ def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbon
         evaluate_model(settings(max_tokens=1024))
     with pytest.raises(ConfigError, match=f"--control {twin}: is given twice"):
         evaluate_model(settings(control=[str(twin), f"{twin}/"]))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda place: (place / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+        (lambda place: (place / "config.json").write_text('{"model_type": "gpt2"}'), "'gpt2' is not supported"),
+    ],
+    ids=["tokenizer", "architecture"],
+)
+@pytest.mark.parametrize("role", ["baseline", "control"])
+def test_a_model_that_cannot_be_compared_with_costs_no_answers(
+    settings: Callable[..., EvalSettings],
+    backbone_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+    harm: Callable[[Path], Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("training.evaluation.run.answer_problems", lambda *_, **__: pytest.fail("answered first"))
+    place = Path(shutil.copytree(backbone_dir, tmp_path / "other"))
+    harm(place)
+
+    with pytest.raises(CheckpointError, match=message):
+        evaluate_model(settings(**{role: str(place) if role == "baseline" else [str(place)]}))
 
 
 def test_controls_of_one_name_are_told_apart_by_where_they_lie(
