@@ -514,9 +514,12 @@ def test_validation_rows_that_do_not_fit_are_called_so(
     settings: Settings, jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     held_out = jsonl({"question": "1?", "answer": "#### 1"}).rename(tmp_path / "held_out.jsonl")
+    long = jsonl({"question": "1 + " * 200, "answer": "#### 1"}).rename(tmp_path / "long.jsonl")
     rows = jsonl({"question": "1+1?", "answer": "<<1+1=2>>2 #### 2"})
-    with pytest.raises(ConfigError, match="no validation problem has equations"):
+    with pytest.raises(ConfigError, match=r"no validation problem has equations .*, or --validation-problems 0$"):
         train(settings(dataset=str(rows), validation=str(held_out), replies=["equations"]))
+    with pytest.raises(ConfigError, match=r"every validation row is longer .*; raise it, or --validation-problems 0$"):
+        train(settings(dataset=str(rows), validation=str(long), max_length=200))
 
 
 def test_problems_with_more_results_than_steps_are_counted(

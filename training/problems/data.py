@@ -112,6 +112,7 @@ def encode_problems(
     the equations, or with `step_targets` the results, that this needs are counted. Raises ConfigError where nothing
     is left. `kind` is what the messages call the rows.
     """
+    instead = ", or --validation-problems 0" if kind == "validation" else ""
     asked = [(p, work) for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])]
     encoded = [encode_problem(p, chat, work, step_targets) for p, work in asked if p.shows(work)]
     if lacking := sum(not p.shows(work) for p, work in asked):
@@ -121,7 +122,7 @@ def encode_problems(
     if not encoded:
         raise ConfigError(
             f"--replies {','.join(replies)}: no {kind} problem has equations (GSM8K's <<48/2=24>>, or synthetic "
-            "problems); add worked or answer"
+            f"problems); add worked or answer{instead}"
         )
     if step_targets:
         _warn_of_no_steps([p for p, work in asked if work == "none"], kind)
@@ -137,7 +138,8 @@ def encode_problems(
     if not kept:
         shortest = min(len(example.ids) for example in encoded)
         raise ConfigError(
-            f"every {kind} row is longer than --max-length {max_length}; the shortest has {shortest} tokens"
+            f"every {kind} row is longer than --max-length {max_length}; the shortest has {shortest} tokens; "
+            f"raise it{instead}"
         )
     return kept
 
