@@ -21,7 +21,6 @@ PublicPath = Annotated[str, Field(pattern=r"^/([^*]*|[^*]*/\*)$")]
 RootPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")]
 LISTS = ("api_key", "public_paths", "cors_origins", "decoder", "row_buckets")  # flags that take several values at once
-REPEATED = ("decoder",)  # those of them that may also be given several times
 
 
 ELSEWHERE = {  # flags of vLLM and uvicorn
@@ -199,10 +198,7 @@ class ServeSettings(Settings):
         settings = super().from_command_line(given)
         for name in LISTS:
             flag = flag_of(name)
-            times = sum(arg.partition("=")[0] == flag for arg in given)
-            if times > 1 and name not in REPEATED:
-                raise ConfigError(f"{flag} is given {times} times; give it once, followed by all its values")
-            if times and not getattr(settings, name):
+            if flag in (arg.partition("=")[0] for arg in given) and not getattr(settings, name):
                 raise ConfigError(f"{flag} has no value; give it one, or leave it out")
         settings.keys()  # now, before a model is loaded
         settings.decoder_sources()

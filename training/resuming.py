@@ -33,8 +33,9 @@ def resumed_settings(settings: TrainSettings, resume: Path) -> TrainSettings:
     stored = defaults | checkpoints.read_state(checkpoint_dir)["settings"]  # an older program knew fewer settings
     now = settings.model_dump(mode="json", exclude={"config", "resume"})
     given = {name: value for name, value in now.items() if name in settings.model_fields_set}
+    free = FREE_ON_RESUME if stored["validation"] else FREE_ON_RESUME - {"validation"}  # no file, so none has moved
     for name, value in given.items():
-        if name not in FREE_ON_RESUME and stored.get(name) != value:
+        if name not in free and stored.get(name) != value:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(
                 f"{flag} {value}: the run to resume has {stored.get(name)}; leave {flag} out, or start a new run"

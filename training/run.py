@@ -14,6 +14,7 @@ from training import checkpoints, workers
 from training.building import backbone_source, build_trainer, settings_from
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
+from training.evaluation.candidates import is_recursive
 from training.problems.data import fingerprint
 from training.resuming import resumed_backbone, resumed_settings, with_absolute_paths
 from training.stopping import stop_on_signals
@@ -56,6 +57,8 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     if settings.resume is not None:
         source, revision = resumed_backbone(settings, settings.resume, given, source, revision)
     trainer = build_trainer(settings, source, revision, device)
+    if settings.resume is None and "backbone" in given and Path(source).is_dir() and is_recursive(Path(source)):
+        logger.info("--backbone %s: nothing of its decoder is taken; --init-from would begin with that", source)
     if workers.rank() == 0:
         checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)
     trainer.keep_states(settings.cache_dir or run_dir / "cache")
@@ -78,6 +81,12 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
         device,
         "on" if trainer.autocast else "off",
     )
+    if settings.max_steps is not None and settings.max_steps > trainer.total_steps:
+        logger.warning(
+            "--max-steps %d: the run ends after %d, with the data; raise --epochs to go on",
+            settings.max_steps,
+            trainer.total_steps,
+        )
     if (vocabulary := trainer.feed.vocabulary) is not None:
         logger.info(
             "the training loss is over %d of %d tokens, those of the replies; the validation loss over all",

@@ -63,8 +63,8 @@ class Trainer:
         self.autocast = settings.autocast == "on" or (settings.autocast == "auto" and has_fast_bfloat16(device))
         self.feed = Feed(settings, model, examples, self.pad_id, self.autocast)
         self.validation_states = States(model, validation, self.autocast)
-        steps = settings.epochs * self.feed.groups_per_epoch * self.feed.steps_per_group
-        self.total_steps = min(steps, settings.max_steps or steps)
+        self.steps_of_epochs = settings.epochs * self.feed.groups_per_epoch * self.feed.steps_per_group
+        self.total_steps = min(self.steps_of_epochs, settings.max_steps or self.steps_of_epochs)
         self.weights = Weights(
             {name: p for name, p in model.named_parameters() if p.requires_grad}, settings, self.total_steps
         )
@@ -105,9 +105,9 @@ class Trainer:
         CheckpointError where a checkpoint cannot be written.
         """
         if self.step >= self.total_steps:
-            raise ConfigError(
-                f"the run is at step {self.step} of {self.total_steps} already; raise --max-steps or --epochs"
-            )
+            limits = {"--epochs": self.steps_of_epochs, "--max-steps": self.settings.max_steps or math.inf}
+            reached = " and ".join(flag for flag, steps in limits.items() if steps <= self.step)
+            raise ConfigError(f"the run is at step {self.step} of {self.total_steps} already; raise {reached}")
         started = time.monotonic() - self.wall_s
         deepest = self.settings.n_supervision + self.settings.skip_supervision
         log = RunLog(run_dir, self.step, self.total_steps, deepest) if workers.rank() == 0 else None

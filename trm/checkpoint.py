@@ -73,6 +73,7 @@ def locate(model: str | Path, revision: str | None = None, hub: Hub | None = Non
     """The local directory of a path or hub id. Raises CheckpointError where there is none."""
     path = Path(model).expanduser()
     if path.is_dir():
+        _refuse_run(path)
         return path
     if path.suffix == ".gguf" and not path.exists():
         raise CheckpointError(f"{model}: no such file")
@@ -94,6 +95,16 @@ def locate(model: str | Path, revision: str | None = None, hub: Hub | None = Non
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such directory, and it could not be read from the hub: {reason}") from error
+
+
+def _refuse_run(directory: Path) -> None:
+    """Raise CheckpointError for what holds the checkpoints of a run and is none."""
+    if (directory / CONFIG_FILE).exists():
+        return
+    checkpoints = [path.parent for path in directory.glob(f"checkpoint-*/{CONFIG_FILE}")]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda path: (len(path.name), path.name))
+        raise CheckpointError(f"{directory}: is the directory of a run; give a checkpoint of it: {newest}")
 
 
 def read(

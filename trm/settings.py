@@ -134,10 +134,23 @@ class _Help:
             details["help"] = details["help"].removesuffix(f" (default: {empty})")
         if "metavar" in details:
             details["metavar"] = details["metavar"].removeprefix("list[").removesuffix("]")
+        if details.get("nargs") == "*":
+            details["action"] = _Once
         argument = argparse.ArgumentParser.add_argument(section, *flags, **details)
         if "--help" in flags:
             add_version(parser)
         return argument
+
+
+class _Once(argparse.Action):
+    """A flag that takes several values at once. Given twice it is refused: argparse would forget the first ones."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "is given twice; give it once, followed by all its values")
+        setattr(namespace, self.dest, values)
 
 
 def _misread(cls: type[Settings], problem: str) -> str:

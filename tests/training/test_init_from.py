@@ -1,5 +1,6 @@
 """A run that begins with the decoder of an earlier one."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,15 @@ def test_it_begins_with_that_decoder_on_its_backbone(first: Path) -> None:
     assert trainer.step == 0
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(begun(ids).logits, old(ids).logits)
+
+
+def test_a_decoder_as_the_backbone_is_said_to_begin_anew(
+    first: Path, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        train(settings(backbone=str(first), output_dir=tmp_path / "second", max_steps=1))
+
+    assert f"--backbone {first.resolve()}: nothing of its decoder is taken; --init-from would begin" in caplog.text
 
 
 def test_depth_may_change(first: Path) -> None:

@@ -371,8 +371,18 @@ def test_a_run_is_not_overwritten_and_a_finished_one_says_so(settings: Settings)
     last = train(settings(max_steps=1))
     with pytest.raises(ConfigError, match="holds a run already"):
         train(settings(max_steps=1))
-    with pytest.raises(ConfigError, match="at step 1 of 1 already"):
+    with pytest.raises(ConfigError, match=r"at step 1 of 1 already; raise --max-steps$"):
         train(TrainSettings(resume=last))
+
+
+def test_more_steps_than_the_epochs_have_are_warned_of(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    last = train(settings(num_problems=4, max_steps=3))
+
+    assert last.name == "checkpoint-1"
+    assert "--max-steps 3: the run ends after 1, with the data; raise --epochs to go on" in caplog.text
+    with pytest.raises(ConfigError, match=r"at step 1 of 1 already; raise --epochs$"):
+        train(TrainSettings(resume=last))
+    assert train(TrainSettings(resume=last, epochs=2)).name == "checkpoint-2"
 
 
 def test_a_resumed_run_stands_on_the_copy_of_its_backbone(
@@ -504,9 +514,12 @@ def test_validation_rows_that_do_not_fit_are_called_so(
     settings: Settings, jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     held_out = jsonl({"question": "1?", "answer": "#### 1"}).rename(tmp_path / "held_out.jsonl")
+    long = jsonl({"question": "1 + " * 200, "answer": "#### 1"}).rename(tmp_path / "long.jsonl")
     rows = jsonl({"question": "1+1?", "answer": "<<1+1=2>>2 #### 2"})
-    with pytest.raises(ConfigError, match="no validation problem has equations"):
+    with pytest.raises(ConfigError, match=r"no validation problem has equations .*, or --validation-problems 0$"):
         train(settings(dataset=str(rows), validation=str(held_out), replies=["equations"]))
+    with pytest.raises(ConfigError, match=r"every validation row is longer .*; raise it, or --validation-problems 0$"):
+        train(settings(dataset=str(rows), validation=str(long), max_length=200))
 
 
 def test_problems_with_more_results_than_steps_are_counted(

@@ -13,7 +13,7 @@ from training.problems.problem import Problem
 from training.run import train
 from training.states import States
 from training.validation import averaged, hold_out, split_problems
-from trm.errors import CheckpointError
+from trm.errors import CheckpointError, ConfigError
 
 Settings = Callable[..., TrainSettings]
 PROBLEMS = [Problem(f"question {n % 90}", rf"\boxed{{{n}}}", f"rows:{n}") for n in range(100)]  # ten questions twice
@@ -90,3 +90,11 @@ def test_other_validation_problems_are_refused(settings: Settings, jsonl: Callab
 
     with pytest.raises(CheckpointError, match="validated on other problems"):
         train(TrainSettings(resume=run, max_steps=2))
+
+
+def test_a_run_without_a_validation_file_is_given_none_later(settings: Settings, jsonl: Callable[..., Path]) -> None:
+    path = jsonl(*({"question": f"Q{n}", "answer": f"#### {n}"} for n in range(20)))
+    run = train(settings(dataset=str(path), max_steps=1)).parent
+
+    with pytest.raises(ConfigError, match=f"--validation {path}: the run to resume has None; leave --validation out"):
+        train(TrainSettings(resume=run, max_steps=2, validation=str(path)))

@@ -596,6 +596,17 @@ def test_what_is_no_checkpoint_is_named(make, message, tmp_path):
         load(tmp_path / "nowhere")
 
 
+def test_of_a_run_directory_the_newest_checkpoint_is_named(make_checkpoint, tmp_path):
+    directory, _ = make_checkpoint()
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-notes"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("checkpoint-9", "checkpoint-10"):
+        shutil.copy(directory / CONFIG_FILE, tmp_path / "run" / name)
+
+    with pytest.raises(CheckpointError, match=r"run: is the directory of a run; give a checkpoint of it: .*-10$"):
+        load(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "no/such/thing", "~/no-such-model-of-mine"])
 def test_a_path_that_is_no_hub_id_never_asks_the_hub(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))

@@ -205,6 +205,7 @@ def test_a_flag_may_be_written_with_underscores(argv):
         (["--nonsense=secret"], "--nonsense: no such flag"),
         (["--name", "a", "word"], "word: belongs to no flag"),
         (["--max-rows"], "argument --max-rows: expected one argument"),
+        (["--paths", "a", "--paths=b"], "argument --paths: is given twice; give it once, followed by all its values"),
     ],
     ids=str,
 )

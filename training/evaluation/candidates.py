@@ -29,7 +29,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model directory and the runs to make with it. The model goes by MODEL_NAME, others by their directory's."""
+    """A model directory and the runs to make with it. The model goes by MODEL_NAME, others by the end of their path."""
 
     role: Role
     name: str

@@ -48,6 +48,13 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
         logger.info(
             "%s has only %d problems; --limit %d takes all of them", settings.dataset, len(problems), settings.limit
         )
+    learned = config.work or ()
+    if unknown := {problem.work or "full" for problem in problems}.difference(learned):
+        logger.warning(
+            "replies of --work %s are asked for, and this model learned those of %s",
+            ", ".join(sorted(unknown)),
+            ", ".join(learned),
+        )
     dtype = choose_dtype(settings.dtype, None, device, lambda: config.backbone_config)
     candidates = choose_candidates(settings, directory, config)
     wanted = [key for candidate in candidates for run in candidate.runs for key in keys(run, len(problems))]
@@ -106,16 +113,29 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
     others: list[tuple[Role, str]] = [("control", control) for control in settings.control]
     if settings.baseline not in (None, BACKBONE):
         others.insert(0, ("baseline", settings.baseline))
-    for role, source in others:
-        name = os.path.basename(os.path.abspath(source))
-        if name in {candidate.name for candidate in candidates}:
-            raise ConfigError(
-                f"--{role} {source}: is called by its directory's name, and {name} is taken; rename the directory"
-            )
+    paths = [Path(os.path.abspath(source)) for _, source in others]
+    for (role, source), path in zip(others, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ConfigError(f"--{role} {source}: is given twice; name it once")
+        name = _name(path, paths)
         place = checkpoint.locate(source)
-        effort = checkpoint.read_config(place).n_supervision if role == "control" and is_recursive(place) else 0
+        checkpoint.read_tokenizer(place)  # what does not load costs nobody the answers before it
+        if is_recursive(place):
+            effort = checkpoint.read_config(place).n_supervision if role == "control" else 0
+        else:
+            checkpoint.read_backbone_config(place)
+            effort = 0
         candidates.append(Candidate(role, name, place, (Run(name, effort),)))
     return candidates
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """As many of its last parts as tell a path from the others, and from the model."""
+    for parts in range(1, len(path.parts)):
+        name = "/".join(path.parts[-parts:])
+        if name != MODEL_NAME and [other.parts[-parts:] for other in paths].count(path.parts[-parts:]) == 1:
+            return name
+    return str(path)
 
 
 def _place(settings: EvalSettings) -> Place | None:

@@ -68,7 +68,10 @@ def load_problems(
     if bad:
         logger.warning("%s: %d of %d rows left out", dataset, bad, bad + len(good))
     if not good:
-        raise ConfigError(f"{flag} {dataset}: no usable row; expected question and answer, or problem and solution")
+        raise ConfigError(
+            f"{flag} {dataset}: no usable row; expected lines of JSON, each with question and answer, or with problem "
+            "and solution"
+        )
     return good
 
 
@@ -109,6 +112,7 @@ def encode_problems(
     the equations, or with `step_targets` the results, that this needs are counted. Raises ConfigError where nothing
     is left. `kind` is what the messages call the rows.
     """
+    instead = ", or --validation-problems 0" if kind == "validation" else ""
     asked = [(p, work) for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])]
     encoded = [encode_problem(p, chat, work, step_targets) for p, work in asked if p.shows(work)]
     if lacking := sum(not p.shows(work) for p, work in asked):
@@ -118,7 +122,7 @@ def encode_problems(
     if not encoded:
         raise ConfigError(
             f"--replies {','.join(replies)}: no {kind} problem has equations (GSM8K's <<48/2=24>>, or synthetic "
-            "problems); add worked or answer"
+            f"problems); add worked or answer{instead}"
         )
     if step_targets:
         _warn_of_no_steps([p for p, work in asked if work == "none"], kind)
@@ -134,7 +138,8 @@ def encode_problems(
     if not kept:
         shortest = min(len(example.ids) for example in encoded)
         raise ConfigError(
-            f"every {kind} row is longer than --max-length {max_length}; the shortest has {shortest} tokens"
+            f"every {kind} row is longer than --max-length {max_length}; the shortest has {shortest} tokens; "
+            f"raise it{instead}"
         )
     return kept
 
@@ -168,13 +173,15 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 def _file_rows(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
     if not os.path.isfile(path):  # False, not an error, for a name that no file can have
+        if os.path.exists(path):
+            raise ConfigError(f"{flag} {path}: is no file; give a file with lines of JSON")
         known = ", ".join((*HUB_DATASETS, "synthetic"))
         raise ConfigError(f"{flag} {path}: no such file, and not one of {known}")
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", line
+                    yield f"{path}:{number}", line.strip()
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot be read: {error.strerror}") from error
 
@@ -195,11 +202,16 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
     """One row as a problem. Raises ValueError that says what is wrong with it."""
     if isinstance(row, str):
         try:
+            row.encode()
             row = json.loads(row)
+        except UnicodeEncodeError:
+            raise ValueError("not text in UTF-8") from None
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, Mapping):
         raise ValueError(f"not an object but {type(row).__name__}")
+    if "question" not in row and "problem" not in row:
+        raise ValueError(f"neither question nor problem is among its columns {list(row)}")
     names = ("question", "answer") if "question" in row else ("problem", "solution")
     for name in names:
         value = row.get(name)
@@ -210,7 +222,7 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
     equations: tuple[str, ...] = ()
     if extract_boxed(solution) is None:  # else a #### is a heading
         if "####" not in solution:
-            raise ValueError(r"the solution has neither #### nor a \boxed{} answer")
+            raise ValueError(rf"{names[1]} gives its result neither as #### 72 nor as \boxed{{72}}")
         equations = gsm8k_equations(solution)
         solution = convert_gsm8k(solution, keep_annotations)
     work = row.get("work")

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from training.run import train
 from trm import TRMForCausalLM, checkpoint
 from trm.chat import SYSTEM_PROMPTS
 from trm.engine import Request
-from trm.errors import ConfigError
+from trm.errors import CheckpointError, ConfigError
 
 PICTURES = ("accuracy", "operations", "loss", "calibration", "halting", "votes")
 TIMINGS = ("seconds_per_answer", "elapsed_s")
@@ -205,18 +206,64 @@ def test_solutions_are_read_as_deep_as_was_trained_or_asked_for(
 
 
 def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path) -> None:
-    twins = []
-    for parent in ("a", "b"):
-        (tmp_path / parent).mkdir()
-        (tmp_path / parent / "twin").symlink_to(backbone_dir)
-        twins.append(str(tmp_path / parent / "twin"))
+    twin = tmp_path / "twin"
+    twin.symlink_to(backbone_dir)
 
     with pytest.raises(ConfigError, match="--effort 17: this model takes 0 to 16"):
         evaluate_model(settings(effort=[17]))
     with pytest.raises(ConfigError, match=r"need .* positions; the model has 1024"):
         evaluate_model(settings(max_tokens=1024))
-    with pytest.raises(ConfigError, match="twin is taken"):
-        evaluate_model(settings(control=twins))
+    with pytest.raises(ConfigError, match=f"--control {twin}: is given twice"):
+        evaluate_model(settings(control=[str(twin), f"{twin}/"]))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda place: (place / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+        (lambda place: (place / "config.json").write_text('{"model_type": "gpt2"}'), "'gpt2' is not supported"),
+    ],
+    ids=["tokenizer", "architecture"],
+)
+@pytest.mark.parametrize("role", ["baseline", "control"])
+def test_a_model_that_cannot_be_compared_with_costs_no_answers(
+    settings: Callable[..., EvalSettings],
+    backbone_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+    harm: Callable[[Path], Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("training.evaluation.run.answer_problems", lambda *_, **__: pytest.fail("answered first"))
+    place = Path(shutil.copytree(backbone_dir, tmp_path / "other"))
+    harm(place)
+
+    with pytest.raises(CheckpointError, match=message):
+        evaluate_model(settings(**{role: str(place) if role == "baseline" else [str(place)]}))
+
+
+def test_controls_of_one_name_are_told_apart_by_where_they_lie(
+    settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path
+) -> None:
+    places = [tmp_path / run / part / "checkpoint-3" for run, part in (("a", "x"), ("b", "x"), ("b", "y"))]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.symlink_to(backbone_dir)
+
+    report = evaluate_model(settings(effort=[0], control=[*map(str, places), str(backbone_dir)]))
+
+    names = [control["name"] for control in report["controls"]]
+    assert names == ["a/x/checkpoint-3", "b/x/checkpoint-3", "y/checkpoint-3", backbone_dir.name]
+
+
+@pytest.mark.parametrize(("work", "warned"), [(None, False), ("none", True)])
+def test_replies_that_the_model_never_learned_are_warned_of(
+    settings: Callable[..., EvalSettings], caplog: pytest.LogCaptureFixture, work: str | None, warned: bool
+) -> None:
+    evaluate_model(settings(effort=[0], limit=1, work=work))
+
+    assert ("replies of --work none are asked for, and this model learned those of full" in caplog.text) == warned
 
 
 def without_timings(value: Any) -> Any:

@@ -77,6 +77,35 @@ def test_bad_rows_are_named_with_their_line_counted_and_left_out(
     assert "7 of 9 rows left out" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [], "id": 1}, "neither question nor problem is among its columns ['messages', 'id']"),
+        ({"question": "Q", "answer": "5", "solution": r"\boxed{5}"}, "answer gives its result neither as #### 72"),
+        ({"problem": "Q", "solution": "5", "answer": "5"}, "solution gives its result neither as #### 72"),
+        ('{"question": "Q", "answer": "9-4', "Unterminated string"),
+    ],
+    ids=["columns of a chat", "a bare answer", "no box", "cut short"],
+)
+def test_a_bad_row_is_told_what_is_wrong_with_it(
+    jsonl: Jsonl, caplog: pytest.LogCaptureFixture, row: Any, message: str
+) -> None:
+    load(jsonl({"question": "Q", "answer": "#### 1"}, row))
+
+    assert message in caplog.text
+
+
+def test_a_byte_order_mark_costs_no_row_and_other_encodings_are_named(
+    jsonl: Jsonl, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = jsonl({"question": "Q", "answer": "#### 1"})
+    good = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + good + good.replace(b"Q", b"Ren\xe9"))
+
+    assert [p.source for p in load(path)] == [f"{path}:1"]
+    assert f"{path}:2: not text in UTF-8" in caplog.text
+
+
 @pytest.mark.parametrize("rows", [(), ("{}",)], ids=["empty", "all bad"])
 def test_a_file_without_a_good_row_is_an_error(jsonl: Jsonl, rows: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="no usable row"):
@@ -87,6 +116,11 @@ def test_a_file_without_a_good_row_is_an_error(jsonl: Jsonl, rows: tuple[str, ..
 def test_a_missing_file_names_what_there_is(name: str) -> None:
     with pytest.raises(ConfigError, match="no such file, and not one of gsm8k, numina, math, synthetic"):
         load(name)
+
+
+def test_a_directory_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no file; give a file with lines of JSON"):
+        load(tmp_path)
 
 
 def test_an_unknown_family_names_what_there_is() -> None:
