@@ -185,7 +185,7 @@ def require_space(run_dir: Path, checkpoint_bytes: int, keep_last: int) -> None:
         raise ConfigError(
             f"--output-dir {run_dir}: {free / 1e6:,.1f} MB are free, but {missing} checkpoints of about "
             f"{checkpoint_bytes / 1e6:,.1f} MB need {missing * checkpoint_bytes / 1e6:,.1f} MB; "
-            "make room, or lower --keep-last"
+            f"make room{', or lower --keep-last' if keep_last > 1 else ''}"
         )
 
 

@@ -144,7 +144,7 @@ class Trainer:
         if not torch.isfinite(norm) or not torch.isfinite(parts).all():
             raise DeviceError(
                 f"step {self.step + 1}: loss {losses.tolist()} or gradient norm {float(norm)} is not finite "
-                f"({feed.rows()}); go on with a lower --lr, or look at these rows"
+                f"({feed.rows()}); go on with a lower --lr, if need be from an older checkpoint, or look at these rows"
             )
         scale = self.weights.update(self.step)
         feed.advance(self.step, carry, halt)
