@@ -1,8 +1,9 @@
-"""3,200 clients that connect and leave: nothing of them stays behind."""
+"""Thousands of clients that connect and leave: nothing of them stays behind."""
 
 import asyncio
 import json
 from collections.abc import Callable
+from statistics import median
 from urllib.parse import urlsplit
 
 import httpx
@@ -11,13 +12,13 @@ import pytest
 
 from tests.e2e.conftest import ServerProcess, wait_for
 
-ROUNDS = 16
+ROUNDS = 32
 CYCLES = 200  # a round
 TOGETHER = 20
 MAX_TOKENS = 400
 LEFT_S = 10  # sooner than their requests would end by themselves
-WARM_UP = 10  # rounds in which memory grows by 2 %, to where it then stands still (measured over 24)
-GROWTH = 0.005  # of the memory after warm-up, in the other rounds
+WARM_UP = 16  # rounds; memory grows by 1 to 2 % in the first ten to fifteen, then it stands still (measured over 40)
+GROWTH = 0.005  # of the memory after warm-up, in the other rounds: .8 KiB a client
 MESSAGES = [{"role": "user", "content": "Tom has 12 apples. He buys 7 more. How many apples does he have now?"}]
 LONG = {"messages": MESSAGES, "max_tokens": MAX_TOKENS, "ignore_eos": True, "supervision_steps": 1}
 SOLVE = {"question": "Ann has 9 eggs and eats 4. How many are left?", "n": 2, "max_tokens": MAX_TOKENS}
@@ -122,7 +123,7 @@ def server(start_server: Callable[..., ServerProcess]) -> ServerProcess:
     return start_server("--max-model-len", "512", "--max-queue", "256")
 
 
-def test_3200_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> None:
+def test_6400_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> None:
     address = urlsplit(server.url)
     assert address.hostname is not None
     assert address.port is not None
@@ -139,7 +140,8 @@ def test_3200_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> 
         memory.append(process.memory_info().rss)
 
     assert threads[-1] <= threads[1]  # the first round is the warm-up
-    assert memory[-1] < memory[WARM_UP - 1] * (1 + GROWTH), [f"{size / 2**20:.1f} MiB" for size in memory]
+    warm, last = median(memory[WARM_UP - 4 : WARM_UP]), median(memory[-4:])
+    assert last < warm * (1 + GROWTH), " ".join(f"{size / 2**20:.1f}" for size in memory)
     accepted = ROUNDS * CYCLES / len(WAYS) * 5
     assert 0 < server.metric("trm_generation_tokens_total") < accepted * MAX_TOKENS / 2
     assert "Traceback" not in server.log.read_text()
