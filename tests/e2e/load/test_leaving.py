@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Callable
-from statistics import median
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,8 +16,10 @@ CYCLES = 200  # a round
 TOGETHER = 20
 MAX_TOKENS = 400
 LEFT_S = 10  # sooner than their requests would end by themselves
-WARM_UP = 16  # rounds; memory grows by 1 to 2 % in the first ten to fifteen, then it stands still (measured over 40)
-GROWTH = 0.005  # of the memory after warm-up, in the other rounds: .8 KiB a client
+WARM_UP = 8  # rounds, before two halves of twelve that are compared; in each all garbage is collected
+# By how much the least of one half may exceed the other's: .2 KiB and 4 small objects for each client in between.
+# A third to a half of that lies about after a round, as garbage that is not collected yet.
+GROWTH = {"trm_malloc_in_use_bytes": 2**19, "trm_python_blocks": 10_000}
 MESSAGES = [{"role": "user", "content": "Tom has 12 apples. He buys 7 more. How many apples does he have now?"}]
 LONG = {"messages": MESSAGES, "max_tokens": MAX_TOKENS, "ignore_eos": True, "supervision_steps": 1}
 SOLVE = {"question": "Ann has 9 eggs and eats 4. How many are left?", "n": 2, "max_tokens": MAX_TOKENS}
@@ -129,7 +130,8 @@ def test_6400_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> 
     assert address.port is not None
     process = psutil.Process(server.process.pid)
     before = votes(server.url)
-    files, threads, memory = process.num_fds(), [], []
+    files, threads = process.num_fds(), []
+    memory: dict[str, list[float]] = {name: [] for name in GROWTH}
 
     for _ in range(ROUNDS):
         asyncio.run(one_round(address.hostname, address.port))
@@ -137,11 +139,13 @@ def test_6400_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> 
         wait_for(lambda: not server.metric("trm_num_requests_waiting"), LEFT_S)
         wait_for(lambda: process.num_fds() <= files, LEFT_S)
         threads.append(process.num_threads())
-        memory.append(process.memory_info().rss)
+        for name, values in memory.items():
+            values.append(server.metric(name))
 
     assert threads[-1] <= threads[1]  # the first round is the warm-up
-    warm, last = median(memory[WARM_UP - 4 : WARM_UP]), median(memory[-4:])
-    assert last < warm * (1 + GROWTH), " ".join(f"{size / 2**20:.1f}" for size in memory)
+    middle = (WARM_UP + ROUNDS) // 2
+    for name, values in memory.items():
+        assert min(values[middle:]) < min(values[WARM_UP:middle]) + GROWTH[name], (name, values)
     accepted = ROUNDS * CYCLES / len(WAYS) * 5
     assert 0 < server.metric("trm_generation_tokens_total") < accepted * MAX_TOKENS / 2
     assert "Traceback" not in server.log.read_text()
