@@ -88,7 +88,7 @@ def test_schemathesis_finds_nothing_to_complain_about(
         "schemathesis",
         *("run", f"{server.url}/openapi.json", "--header", "Authorization: Bearer sesame"),
         *("--mode", "all", "--checks", "all", "--max-examples", "20", "--seed", "7", "--workers", "8"),
-        *("--request-timeout", "120", "--continue-on-failure", "--no-color"),
+        *("--request-timeout", "120", "--max-response-time", "120", "--continue-on-failure", "--no-color"),
         cwd=tmp_path,
         timeout=900,
         SCHEMATHESIS_HOOKS="schemathesis_hooks",
