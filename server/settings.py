@@ -21,8 +21,6 @@ PublicPath = Annotated[str, Field(pattern=r"^/([^*]*|[^*]*/\*)$")]
 RootPath = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s*]+)$")]
 LISTS = ("api_key", "public_paths", "cors_origins", "decoder", "row_buckets")  # flags that take several values at once
-
-
 ELSEWHERE = {  # flags of vLLM and uvicorn
     "max_num_seqs": "it is --max-rows here",
     "max_num_batched_tokens": "it is --prefill-chunk here",

@@ -14,7 +14,6 @@ from training import checkpoints, workers
 from training.building import backbone_source, build_trainer, settings_from
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
-from training.evaluation.candidates import is_recursive
 from training.problems.data import fingerprint
 from training.resuming import resumed_backbone, resumed_settings, with_absolute_paths
 from training.stopping import stop_on_signals
@@ -57,7 +56,8 @@ def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path
     if settings.resume is not None:
         source, revision = resumed_backbone(settings, settings.resume, given, source, revision)
     trainer = build_trainer(settings, source, revision, device)
-    if settings.resume is None and "backbone" in given and Path(source).is_dir() and is_recursive(Path(source)):
+    place = Path(source)
+    if settings.resume is None and "backbone" in given and place.is_dir() and checkpoint.is_recursive(place):
         logger.info("--backbone %s: nothing of its decoder is taken; --init-from would begin with that", source)
     if workers.rank() == 0:
         checkpoints.require_space(run_dir, trainer.checkpoint_bytes(), settings.keep_last)

@@ -181,6 +181,11 @@ def _read_recorded(config: TRMConfig, hub: Hub | None) -> Backbone:
     return read_backbone(source, revision, torch.bfloat16 if exact else recorded, hub)
 
 
+def is_recursive(directory: Path) -> bool:
+    """Whether a model directory is a checkpoint of ours, and no plain causal model."""
+    return bool(read_json(directory / CONFIG_FILE).get("model_type") == TRMConfig.model_type)
+
+
 def read_config(directory: Path) -> TRMConfig:
     """The configuration of a checkpoint directory."""
     path = directory / CONFIG_FILE
@@ -377,7 +382,7 @@ def _may_be_replaced(path: Path) -> bool:
         return False
     try:
         names = {file.name for file in path.iterdir()}
-        return names <= TOKENIZER_FILES or read_json(path / CONFIG_FILE).get("model_type") == TRMConfig.model_type
+        return names <= TOKENIZER_FILES or is_recursive(path)
     except CheckpointError:
         return False
 

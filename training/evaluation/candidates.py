@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trm import TRMConfig, TRMForCausalLM, checkpoint
+from trm import TRMForCausalLM, checkpoint
 from trm.chat import ChatFormat
 from trm.loading import DTYPES, load_for_decoding, prepare_for_decoding
 from trm.voting import VOTING_TEMPERATURE
@@ -43,18 +43,12 @@ class Candidate:
         return checkpoint.read_json(path).get("compute") if path.is_file() else None
 
 
-def is_recursive(directory: Path) -> bool:
-    """Whether a model directory is a checkpoint of ours, and no plain causal model."""
-    content = checkpoint.read_json(directory / checkpoint.CONFIG_FILE)
-    return content.get("model_type") == TRMConfig.model_type
-
-
 def load(
     directory: Path, device: str, dtype: str = "float32", quantize: str | None = None
 ) -> tuple[TRMForCausalLM, ChatFormat]:
     """A checkpoint of ours, or a plain causal model, which at effort 0 answers as itself; `dtype` is one of DTYPES."""
     tokenizer = checkpoint.read_tokenizer(directory)
-    if is_recursive(directory):
+    if checkpoint.is_recursive(directory):
         model = load_for_decoding(directory, device=device, dtype=dtype, quantize=quantize)
     else:
         small = {"n_latent": 1, "n_cycles": 1, "n_supervision": 1}

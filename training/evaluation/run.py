@@ -12,7 +12,7 @@ from tqdm import tqdm
 from training.config import EvalSettings
 from training.evaluation.algebra import Judge
 from training.evaluation.answers import Answers, Place
-from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, is_recursive, load
+from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
 from training.evaluation.decoding import answer_problems, fingerprint_problems, keys
 from training.evaluation.report import REPORT_FILE, build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
@@ -120,7 +120,7 @@ def choose_candidates(settings: EvalSettings, directory: Path, config: TRMConfig
         name = _name(path, paths)
         place = checkpoint.locate(source)
         checkpoint.read_tokenizer(place)  # what does not load costs nobody the answers before it
-        if is_recursive(place):
+        if checkpoint.is_recursive(place):
             effort = checkpoint.read_config(place).n_supervision if role == "control" else 0
         else:
             checkpoint.read_backbone_config(place)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import trm
 from training.config import SampleSettings
 from training.evaluation.answers import Answers, Place
-from training.evaluation.candidates import MODEL_NAME, Candidate, Run, fingerprint, is_recursive, load
+from training.evaluation.candidates import MODEL_NAME, Candidate, Run, fingerprint, load
 from training.evaluation.decoding import decoding, fingerprint_problems, keys
 from training.problems.data import load_problems
 from training.sampling.solutions import Solutions, Tally
@@ -68,7 +68,7 @@ def sample(settings: SampleSettings) -> str:
 
 def _describe(directory: Path) -> tuple[int, Any]:
     """The trained effort of a model, 0 for a plain one, and its backbone's configuration."""
-    if not is_recursive(directory):
+    if not checkpoint.is_recursive(directory):
         return 0, checkpoint.read_backbone_config(directory)
     config = checkpoint.read_config(directory)
     return config.n_supervision, config.backbone_config
