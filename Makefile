@@ -2,11 +2,13 @@
 
 PYTHON ?= python3
 GSM8K ?= ../shared/gsm8k
+PROCESSES ?= 2
 VENV := .venv
 CLIENTS := $(VENV)-clients
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 LOCKED := --constraint requirements.lock
 UV := $(VENV)/bin/uv
+BUNDLE = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m training.research.bundle
 
 .PHONY: install serve test newest oldest lock e2e deploy-check lint audit model controls clean
 
@@ -64,13 +66,15 @@ audit: $(VENV)/installed-tools
 	$(PIP) freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
-# Rebuilds trm/bundled from nothing: three to four hours on two cores. Stages that are finished stay in runs/bundled.
+# Rebuilds trm/bundled from nothing: two to three hours on two cores. Stages that are finished stay in runs/bundled.
+# PROCESSES of one thread each share the training.
 model: $(VENV)/installed-train
-	$(VENV)/bin/python -m training.research.bundle $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
+	$(BUNDLE) $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 
 # Trains what the bundled model's card compares it with, and enters what that reaches there. Finished ones stay, too.
+# Four to five hours.
 controls: $(VENV)/installed-train
-	$(VENV)/bin/python -m training.research.bundle --controls
+	$(BUNDLE) --controls
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) $(VENV)-newest $(VENV)-oldest build *.egg-info

@@ -33,7 +33,7 @@ def _train() -> None:
     from training import workers
     from training.run import train as run
 
-    configure_logging("INFO" if workers.rank() == 0 else "WARNING")
+    configure_logging(workers.log_level())
     last = run(settings)
     if workers.rank() == 0:
         print(last)  # noqa: T201 - the command's result
@@ -66,7 +66,9 @@ def _exit_on_sigterm() -> None:
 
 def _pretrain() -> None:
     settings = PretrainSettings.from_command_line()
-    configure_logging()
+    from training import workers
     from training.pretrain import pretrain as run
 
+    configure_logging(workers.log_level())
     run(settings)
+    workers.leave()

@@ -7,7 +7,7 @@ N supervision steps, T different targets of them: the last is the answer, which 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,13 +227,3 @@ def step_weights(kind: StepWeights, num_steps: int) -> Tensor:
     steps = torch.arange(1, num_steps + 1)
     raw = {"uniform": torch.ones(num_steps), "linear": steps, "last": steps == num_steps}[kind].float()
     return raw / raw.sum()
-
-
-def reply_loss(model: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy of an ordinary causal language model over reply tokens; the head runs at those only."""
-    # Padding stands on the right, where no real token can see it: causal attention needs no mask.
-    hidden = model.model(input_ids=batch.input_ids, use_cache=False)
-    labels = batch.labels[-1]
-    labelled = labels != IGNORE_INDEX
-    logits = model.lm_head(hidden.last_hidden_state[labelled])
-    return F.cross_entropy(logits.float(), labels[labelled])

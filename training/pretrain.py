@@ -18,10 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from training.batches import collate
+from training import ordinary, workers
 from training.config import PretrainSettings
 from training.directories import require_writable
-from training.loss import reply_loss
 from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
 from training.problems.data import encode_problem, load_problems
 from training.problems.problem import Problem
@@ -29,7 +28,7 @@ from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families
 from training.tokenizer import train_tokenizer
 from trm.answers import is_correct
 from trm.chat import SYSTEM_PROMPT, ChatFormat, Example, solve_messages
-from trm.device import has_fast_bfloat16, use_device
+from trm.device import use_device
 from trm.errors import DeviceError
 
 logger = logging.getLogger(__name__)
@@ -118,11 +117,12 @@ class Curriculum:
 def greedy_accuracy(
     model: Any, chat: ChatFormat, tests: Sequence[Problem], batch_size: int = 128, max_tokens: int = 64
 ) -> float:
-    """Share of problems whose greedy reply is right; prompts padded on the left."""
+    """Share of problems whose greedy reply is right; prompts padded on the left. Processes take turns."""
     model.eval()
     correct = 0
-    for start in range(0, len(tests), batch_size):
-        chunk = tests[start : start + batch_size]
+    own = tests[workers.rank() :: workers.count()]
+    for start in range(0, len(own), batch_size):
+        chunk = own[start : start + batch_size]
         prompts = [chat.encode(solve_messages(p.question, work=p.work or "full")) for p in chunk]
         width = max(map(len, prompts))
         pad = chat.tokenizer.pad_token_id
@@ -140,13 +140,18 @@ def greedy_accuracy(
         for problem, row in zip(chunk, out[:, width:].tolist(), strict=True):
             correct += is_correct(chat.decode(row), problem.answer)
     model.train()
-    return correct / len(tests)
+    return int(workers.add(torch.tensor(correct, device=model.device))) / len(tests)
 
 
 def pretrain(settings: PretrainSettings) -> None:
-    """Train tokenizer and backbone; write them with a record of the run to `output_dir`."""
+    """Train tokenizer and backbone; write them with a record of the run to `output_dir`.
+
+    Processes share each batch, and the first one writes.
+    """
     device = use_device(settings.device, settings.num_threads)
-    require_writable(settings.output_dir)
+    workers.start(device)
+    if workers.rank() == 0:
+        require_writable(settings.output_dir)
     text = load_problems(str(settings.text_file), seed=settings.seed, split="train") if settings.text_file else []
     sample = list(problems(parse_families("all"), "train", settings.seed, TOKENIZER_PROBLEMS))
     corpus = [part for p in sample + list(text) for part in (p.question, p.solution)]
@@ -165,22 +170,22 @@ def pretrain(settings: PretrainSettings) -> None:
 
     curriculum = Curriculum(settings, chat, text)
     progress = tqdm(
-        islice(curriculum.batches(), settings.max_steps), total=settings.max_steps, unit="step", mininterval=5
+        islice(curriculum.batches(), settings.max_steps),
+        total=settings.max_steps,
+        unit="step",
+        mininterval=5,
+        disable=workers.rank() > 0,
     )
     for step, examples in enumerate(progress, start=1):
-        batch = collate(examples, tokenizer.pad_token_id)
-        batch = batch.to(device)
         set_learning_rate(optimizers, learning_rate_scale(step - 1, settings.max_steps, WARMUP_STEPS))
-        with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            loss = reply_loss(model, batch)
-        loss.backward()
+        loss = float(ordinary.add_gradients(model, examples, tokenizer.pad_token_id))
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
             raise DeviceError(f"loss is not finite at step {step}; try a lower --lr")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        tokens += int(batch.attention_mask.sum())
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        tokens += sum(len(example.ids) for example in examples)
+        running = loss if step == 1 else 0.98 * running + 0.02 * loss
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
         if step % max(1, settings.max_steps // NUM_EVALUATIONS) == 0 or step == settings.max_steps:
             point = {
@@ -191,7 +196,9 @@ def pretrain(settings: PretrainSettings) -> None:
             } | {group: greedy_accuracy(model, chat, rows) for group, rows in tests.items()}
             record.append(point)
             logger.info("%s", json.dumps(point))
-            save(model, tokenizer, settings, record)
+            if workers.rank() == 0:
+                save(model, tokenizer, settings, record)
+    workers.wait()
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, record: list[dict[str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ def train(settings: TrainSettings) -> Path:
         )
     device = use_device(settings.device, settings.num_threads)
     workers.start(device)
-    if workers.rank() > 0:
-        return _train(settings, given, device)
-    with checkpoints.claim(run_dir):
-        return _train(settings, given, device)
+    with checkpoints.claim(run_dir) if workers.rank() == 0 else nullcontext():
+        last = _train(settings, given, device)
+    workers.wait()
+    return last
 
 
 def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path:

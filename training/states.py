@@ -147,11 +147,13 @@ def choose(wanted: CacheStates, needed: int, file: Path, epochs: float) -> Cache
 
 
 def keep(states: States, wanted: CacheStates, directory: Path, epochs: float) -> tuple[CacheStates, States]:
-    """The place that `choose` says, and states that will be kept there unless it is "off".
+    """The place that `choose` says, and states that will be kept there unless it is "off", as where there are none.
 
     Files go to `directory`, one for the same data, backbone, type and autocast.
     """
     model, examples, autocast = states.model, states.examples, states.autocast
+    if not examples:
+        return "off", states
     needed = size_bytes(model, examples) + 4 * len(examples)
     data, backbone = fingerprint(examples), checkpoint.fingerprint(model.backbone)
     key = f"{FORMAT}/{data}/{backbone}/{model.config.state_layers}/{model.backbone.dtype}/{autocast}"

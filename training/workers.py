@@ -16,18 +16,32 @@ T = TypeVar("T")
 
 
 def start(device: str) -> None:
-    """Join the others, where the launcher says that there are any; gloo on CPUs, nccl with one GPU for each."""
-    if count() == 1:
+    """Join the others, where the launcher says that there are any; gloo on CPUs, nccl with one GPU for each.
+
+    The second stage of a build finds them together.
+    """
+    if count() == 1 or dist.is_initialized():
         return
     if device == "cuda":
         torch.cuda.set_device(_local_rank())
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
+def wait() -> None:
+    """Until all are here: what the first one has written is there for the others."""
+    if count() > 1:
+        dist.barrier()
+
+
 def leave() -> None:
     """Take leave of the others, at the end."""
-    if count() > 1:
+    if count() > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def log_level() -> str:
+    """The first one tells what happens, the others only what is wrong."""
+    return "INFO" if rank() == 0 else "WARNING"
 
 
 def rank() -> int:

@@ -1,15 +1,9 @@
 """The objective: which tokens may halt."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
-from tests.conftest import make_backbone
-from training.batches import collate
-from training.loss import TokenLosses, halting_targets, objective, reply_loss
-from trm.chat import Example
+from training.loss import TokenLosses, halting_targets, objective
 
 
 def test_a_token_may_halt_where_it_is_right_or_no_deeper_step_helps() -> None:
@@ -36,12 +30,3 @@ def test_a_token_that_is_not_settled_may_not_halt_however_right_it_is(
     halting = objective(steps, torch.ones(2), halt_delta).parts[1]
 
     assert halting.tolist() == pytest.approx([sure * row.count(0) for row in expected], abs=1e-6)
-
-
-def test_an_ordinary_model_learns_the_answer_whatever_the_steps_before_it(tokenizer: Any) -> None:
-    model = make_backbone(vocab_size=len(tokenizer))
-    example = Example(tuple(range(3, 12)), 5, step_replies=((20, 21), (22, 23, 24, 25)))
-
-    losses = [reply_loss(model, collate([one], 0)) for one in (example, replace(example, step_replies=()))]
-
-    assert losses[0] == losses[1] > 0

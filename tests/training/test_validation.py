@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.training.test_trainer import make_trainer
+from training.checkpoints import read_state
 from training.config import TrainSettings
 from training.problems.problem import Problem
 from training.run import train
@@ -81,6 +82,12 @@ def test_the_best_is_the_lowest_loss_at_the_trained_depth(settings: Settings) ->
     best = min(measured, key=lambda step: measured[step])
     assert sorted(measured) == [2, 4, 6]
     assert json.loads((run / "run.json").read_text())["best"] == {"step": best, "loss": measured[best]}
+
+
+def test_a_run_may_do_without_any_however_often_it_saves(settings: Settings) -> None:
+    last = train(settings(validation_problems=0, epochs=2, save_steps=1))
+
+    assert read_state(last)["validation"] is None
 
 
 def test_other_validation_problems_are_refused(settings: Settings, jsonl: Callable[..., Path]) -> None:

@@ -1,17 +1,14 @@
 """Two processes over gloo against one: the same losses and weights, and either goes on where the other stopped."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from tests.training.together import assert_same_weights, in_two_processes
 from training.checkpoints import STATE_TENSORS
 from training.config import TrainSettings
 from training.run import train
@@ -19,41 +16,10 @@ from training.run import train
 pytestmark = pytest.mark.slow
 
 Settings = Callable[..., TrainSettings]
-TIMEOUT_S = 240
 
 
-def train_in_two_processes(*flags: str) -> None:
-    """`trm-train` as torchrun would start it twice on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "training", *flags],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=TIMEOUT_S)
-            assert worker.returncode == 0, errors
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
-def assert_same_weights(ours: Path, theirs: Path) -> None:
-    a, b = load_file(ours / STATE_TENSORS), load_file(theirs / STATE_TENSORS)
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
+def read(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / STATE_TENSORS)
 
 
 def logged_losses(run_dir: Path) -> list[float]:
@@ -74,17 +40,19 @@ def test_two_processes_give_the_run_of_one(settings: Settings, tmp_path: Path, p
     values = small.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     values["output_dir"] = str(tmp_path / "two")
     (tmp_path / "two.yaml").write_text(json.dumps(values))  # which is YAML too
-    train_in_two_processes("--config", str(tmp_path / "two.yaml"))
+    in_two_processes("training", "--config", str(tmp_path / "two.yaml"))
 
     losses = logged_losses(alone.parent)
     assert len(losses) == 2
     assert logged_losses(tmp_path / "two") == pytest.approx(losses, rel=1e-4)
-    assert_same_weights(tmp_path / "two" / alone.name, alone)
+    assert_same_weights(read(tmp_path / "two" / alone.name), read(alone))
 
 
 def test_two_processes_go_on_in_the_middle_of_a_batch_of_one(settings: Settings, tmp_path: Path) -> None:
     straight = train(settings(gradient="paper", autocast="off", max_steps=8, save_steps=4, batch_size=5, lr=1e-3))
 
-    train_in_two_processes("--resume", str(straight.parent / "checkpoint-4"), "--output-dir", str(tmp_path / "two"))
+    in_two_processes(
+        "training", "--resume", str(straight.parent / "checkpoint-4"), "--output-dir", str(tmp_path / "two")
+    )
 
-    assert_same_weights(tmp_path / "two" / straight.name, straight)
+    assert_same_weights(read(tmp_path / "two" / straight.name), read(straight))

@@ -2,6 +2,7 @@
 
 `make model` runs this, and `make controls` what follows it. The recipe is the code below; what it measured stands in
 the card and in `report.json` beside the weights. A stage that an interrupted build has finished is not done again.
+The processes that torchrun starts train together; the first one does the rest.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from training import checkpoints
+from training import checkpoints, workers
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.evaluation.run import evaluate_model
 from training.pretrain import pretrain
@@ -35,6 +36,7 @@ DECODER: dict[str, Any] = {
     "step_targets": True,
     "optimizer": "muon",
     "lr": 6e-3,
+    "device": "cpu",
     "num_threads": 1,
 }
 DEEPER: dict[str, Any] = DECODER | {  # what is right must stay right at any depth
@@ -74,7 +76,7 @@ step. It does **not** solve GSM8K, and it knows nothing but such problems.
 | decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from a mix of backbone layers {context_layers}, gradient through the whole recursion, a target for each supervision step |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
 | data | generated word problems (`training/problems/synthetic.py`), new ones in every batch; for the backbone{text} |
-| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes, then {deeper_steps} on {deeper_problems} more, half of them behind 1 to {skipped} steps without gradient, {deeper_minutes:.0f} minutes; CPU, two threads and one |
+| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes, then {deeper_steps} on {deeper_problems} more, half of them behind 1 to {skipped} steps without gradient, {deeper_minutes:.0f} minutes; on two cores |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
@@ -123,10 +125,12 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
         extra.require(library, "the bundled model's recipe")
 
     backbone = work / "backbone"
-    pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, num_threads=2)
+    pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, device="cpu", num_threads=1)
     if not _is_finished(backbone, pretraining.max_steps):
         pretrain(pretraining)
     last = train_decoder(backbone, work)
+    if workers.rank() > 0:
+        return
 
     aside = checkpoint.make_aside(target)
     export(last, aside)
@@ -149,6 +153,8 @@ def compare(work: Path, target: Path) -> None:
         if not (work / kind / CONTROL_JSON).exists():
             train_control(kind, runs, work / kind)
     last = train_decoder(target, work, step_targets=False)
+    if workers.rank() > 0:
+        return
     recursive = work / NO_STEP_TARGETS
     if not recursive.exists():
         aside = checkpoint.make_aside(recursive)
@@ -330,11 +336,12 @@ def main() -> None:
         "--controls", action="store_true", help="train the bundled model's controls, and enter them in its card"
     )
     arguments = parser.parse_args()
-    configure_logging()
+    configure_logging(workers.log_level())
     if arguments.controls:
         compare(arguments.work_dir / "controls", bundled_model_path())
     else:
         build(arguments.work_dir, arguments.text_file, arguments.gsm8k_validation, bundled_model_path())
+    workers.leave()
 
 
 if __name__ == "__main__":

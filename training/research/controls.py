@@ -22,16 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training.batches import Batch, collate, epoch_order
+from training import ordinary, workers
+from training.batches import epoch_order
 from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
 from training.config import TrainSettings
-from training.loss import reply_loss
 from training.trainer import Trainer
 from training.weights import Weights
 from trm import checkpoint
 from trm.backbone import Backbone
-from trm.device import has_fast_bfloat16, use_device
+from trm.chat import Example
+from trm.device import use_device
 from trm.errors import DeviceError
 from trm.logs import configure_logging
 from trm.settings import Settings, run_command
@@ -85,7 +86,8 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     Raises DeviceError where its gradient is not finite.
     """
     run = runs[0]
-    device = use_device("auto", run.num_threads)
+    device = use_device(run.device, run.num_threads)
+    workers.start(device)
     trainers = [
         build_trainer(each.model_copy(update={"cache_states": "off", "init_from": None}), *backbone_source(run), device)
         for each in runs
@@ -93,13 +95,14 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     decoder_weights = sum(p.numel() for p in trainers[0].weights.parameters.values())
     decoder_flops = 0.0
     for trainer in trainers:
+        trainer.weights.optimizers = []  # an update is no part of what is compared, and each process makes it anew
         with FlopCounterMode(display=False) as counted:
             for _ in range(min(COUNTED_STEPS, trainer.total_steps)):
                 trainer.train_step()
         depths = [_passes(trainer.supervision_steps(step)) for step in range(trainer.total_steps)]
         # Other depths are drawn later; where those are deeper, all that was counted is taken to grow with them.
         deeper = max(1.0, fmean(depths) / fmean(depths[: trainer.step]))
-        decoder_flops += counted.get_total_flops() / trainer.step * trainer.total_steps * deeper
+        decoder_flops += _of_all(counted, device) / trainer.step * trainer.total_steps * deeper
     torch.manual_seed(run.seed)
     trainer = trainers[0]
     model = trainer.model.backbone.to_transformers().to(device)
@@ -108,10 +111,10 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
 
     batches = _batches(trainers)
     with FlopCounterMode(display=False) as counted:
-        for batch in itertools.islice(_batches(trainers), COUNTED_STEPS):
-            reply_loss(model, batch).backward()
+        for examples in itertools.islice(_batches(trainers), COUNTED_STEPS):
+            ordinary.add_gradients(model, examples, trainer.pad_id)
     model.zero_grad()
-    flops_per_step = counted.get_total_flops() / COUNTED_STEPS
+    flops_per_step = _of_all(counted, device) / COUNTED_STEPS
     steps = math.ceil(decoder_flops / flops_per_step)
     logger.info("%s: %d steps, the decoder took %d", NAMES[kind], steps, sum(each.total_steps for each in trainers))
 
@@ -120,15 +123,16 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     begun = _restore(weights, state) if state.exists() else 0
     model.train()
     left = itertools.islice(batches, begun, steps)
-    for step, batch in enumerate(tqdm(left, initial=begun, total=steps, desc=kind, unit="step"), start=begun):
-        with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)):
-            loss = reply_loss(model, batch)
-        loss.backward()
+    progress = tqdm(left, initial=begun, total=steps, desc=kind, unit="step", disable=workers.rank() > 0)
+    for step, examples in enumerate(progress, start=begun):
+        ordinary.add_gradients(model, examples, trainer.pad_id)
         if not torch.isfinite(weights.clip_gradients()):
             raise DeviceError(f"step {step + 1}: the gradient is not finite; try a lower --lr")
         weights.update(step)
-        if (step + 1) % SAVE_STEPS == 0:
+        if (step + 1) % SAVE_STEPS == 0 and workers.rank() == 0:
             _save(weights, step + 1, state)
+    if workers.rank() > 0:
+        return output_dir
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights.ema.average[name])
@@ -171,13 +175,18 @@ def add_weights(model: PreTrainedModel, kind: Kind, decoder_weights: int) -> dic
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _batches(trainers: Sequence[Trainer]) -> Iterator[Batch]:
+def _batches(trainers: Sequence[Trainer]) -> Iterator[list[Example]]:
     """The decoder's batches in its order, an epoch of each run, and so on from the beginning."""
     for epoch in itertools.count():
         for trainer in trainers:
             run, examples = trainer.settings, trainer.feed.examples
             for indices in epoch_order(trainer.feed.lengths, run.batch_size, run.seed, epoch):
-                yield collate([examples[i] for i in indices], trainer.pad_id).to(trainer.device)
+                yield [examples[i] for i in indices]
+
+
+def _of_all(counted: FlopCounterMode, device: str) -> float:
+    """Floating-point operations of all processes."""
+    return float(workers.add(torch.tensor(counted.get_total_flops(), dtype=torch.float64, device=device)))
 
 
 def _passes(steps: range) -> int:
@@ -219,14 +228,17 @@ def main() -> None:
 
     def command() -> None:
         settings = ControlSettings.from_command_line()
-        configure_logging()
+        configure_logging(workers.log_level())
         runs: list[TrainSettings] = []
         directory: Path | None = settings.run
         while directory is not None:  # back to the run that began with a random decoder
             stored = checkpoint.read_json(directory / RUN_JSON)["settings"]
             runs.insert(0, TrainSettings(**(stored | {"num_threads": settings.num_threads})))
             directory = runs[0].init_from and runs[0].init_from.parent
-        print(train_control(settings.kind, runs, settings.output_dir, settings.lr))  # noqa: T201 - the command's result
+        directory = train_control(settings.kind, runs, settings.output_dir, settings.lr)
+        if workers.rank() == 0:
+            print(directory)  # noqa: T201 - the command's result
+        workers.leave()
 
     run_command(command, ControlSettings.command)
 

@@ -4,42 +4,35 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.training.miniature import shrink
+from tests.training.together import in_two_processes
 from training.checkpoints import RUN_JSON, step_of
-from training.config import PretrainSettings
+from training.config import TrainSettings
 from training.research import bundle
+from training.research.controls import CONTROL_JSON
 from trm import TRMForCausalLM, bundled_model_path
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"max_steps": 6, "batch_size": 4, "hidden_size": 64, "num_layers": 1, "vocab_size": 400}
-    monkeypatch.setattr(bundle, "PretrainSettings", partial(PretrainSettings, **small))
-    monkeypatch.setattr("training.pretrain.TOKENIZER_PROBLEMS", 200)
-    monkeypatch.setattr("training.pretrain.NUM_TEST_PROBLEMS", 2)
-    monkeypatch.setattr("training.pretrain.NUM_EVALUATIONS", 1)
-    monkeypatch.setattr("training.research.controls.COUNTED_STEPS", 2)
-    tiny = {"num_problems": 16, "batch_size": 4, "context_layers": [0, 1], "lr": 1e-3}
-    monkeypatch.setattr(bundle, "RUNS", {name: run | tiny for name, run in bundle.RUNS.items()})
-    evaluations = {"at once": ("synthetic:mental", 12, [0, 2, 6]), "worked": ("synthetic", 3, [0, 6])}
-    monkeypatch.setattr(bundle, "EVALUATIONS", evaluations)
-    monkeypatch.setattr(bundle, "MAX_TOKENS", 6)
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch.setattr)
 
 
 def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
-    miniature: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gsm8k = tmp_path / "validation.jsonl"
     gsm8k.write_text(json.dumps({"question": "One and one?", "answer": "1+1=2\n#### 2"}) + "\n")
     work, target = tmp_path / "work", tmp_path / "bundled"
+    command = "tests.training.miniature", str(target), "--work-dir", str(work)
 
-    bundle.build(work, None, gsm8k, target)
+    in_two_processes(*command, "--gsm8k-validation", str(gsm8k))
 
     assert TRMForCausalLM.from_pretrained(target).config.n_supervision == 6
     reports = json.loads((target / "report.json").read_text())
@@ -53,7 +46,7 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     for name in ("backbone/model.safetensors", "pretrain.json", "training.json", *bundle.PICTURES):
         assert (target / name).is_file()
 
-    bundle.compare(work / "controls", target)
+    in_two_processes(*command, "--controls")
 
     compared = json.loads((target / "report.json").read_text())
     for name in bundle.COMPARED:
@@ -66,6 +59,16 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     assert all(card_with_controls.count(f"| {name} (control) |") == 3 for name in bundle.CONTROLS.values())
     written = card_with_controls + (target / "report.json").read_text() + (target / "config.json").read_text()
     assert str(tmp_path) not in written
+
+    alone = bundle.PretrainSettings(output_dir=tmp_path / "alone", device="cpu", num_threads=1)
+    bundle.pretrain(alone)  # in one process
+    curves = [json.loads((d / "pretrain.json").read_text())["curve"] for d in (work / "backbone", tmp_path / "alone")]
+    assert [point["tokens"] for point in curves[0]] == [point["tokens"] for point in curves[1]]
+    assert curves[0][-1]["loss"] == pytest.approx(curves[1][-1]["loss"], rel=1e-3)
+    costs = json.loads((work / "controls" / "layer" / CONTROL_JSON).read_text())
+    runs = [TrainSettings(**run, backbone=str(target)) for run in bundle.RUNS.values()]
+    layer = json.loads((bundle.train_control("layer", runs, tmp_path / "layer") / CONTROL_JSON).read_text())
+    assert costs == layer  # the operations of both processes were counted, and each once
 
     for stage in ("pretrain", "train", "train_control"):
         monkeypatch.setattr(bundle, stage, None)  # what is finished is not done again
@@ -82,8 +85,8 @@ def test_nothing_is_built_on_a_run_that_was_stopped(tmp_path: Path, monkeypatch:
         event.set()
         yield event
 
-    tiny = {"num_problems": 16, "batch_size": 4, "lr": 1e-3}
-    monkeypatch.setattr(bundle, "RUNS", {name: run | tiny for name, run in bundle.RUNS.items()})
+    on_bundled = {name: run | {"context_layers": [0, 2, 4]} for name, run in bundle.RUNS.items()}
+    monkeypatch.setattr(bundle, "RUNS", on_bundled)
     with monkeypatch.context() as signalled:
         signalled.setattr("training.run.stop_on_signals", stopped)
         for _ in range(2):  # begun, then carried on

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from training import ordinary
 from training.building import backbone_source
 from training.config import TrainSettings
 from training.research import controls
@@ -78,17 +79,17 @@ def test_an_interrupted_control_goes_on_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr(controls, "SAVE_STEPS", 3)
     straight = train_control("lora", [run], tmp_path / "straight")
-    original, calls = controls.reply_loss, itertools.count(1)
+    original, calls = ordinary.add_gradients, itertools.count(1)
 
-    def interrupted(model: Any, batch: Any) -> torch.Tensor:
+    def interrupted(*batch: Any) -> torch.Tensor:
         if next(calls) == controls.COUNTED_STEPS + 5:  # the operations are counted first
             raise KeyboardInterrupt
-        return original(model, batch)
+        return original(*batch)
 
-    monkeypatch.setattr(controls, "reply_loss", interrupted)
+    monkeypatch.setattr(ordinary, "add_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_control("lora", [run], tmp_path / "again")
-    monkeypatch.setattr(controls, "reply_loss", original)
+    monkeypatch.setattr(ordinary, "add_gradients", original)
     assert list(tmp_path.glob(".again*"))
     again = train_control("lora", [run], tmp_path / "again")
 
@@ -104,7 +105,7 @@ def test_the_command_takes_the_settings_of_a_run(
     train(TrainSettings(dataset=run.dataset, num_problems=8, init_from=first, lr=1e-3, output_dir=tmp_path / "run"))
     asked = ["--run", str(tmp_path / "run"), "--kind", "layer", "--output-dir", str(tmp_path / "more")]
     monkeypatch.setattr("sys.argv", ["controls", *asked, "--num-threads", "1"])
-    monkeypatch.setattr(controls, "configure_logging", lambda: None)
+    monkeypatch.setattr(controls, "configure_logging", lambda level: None)
 
     controls.main()
 
