@@ -15,12 +15,27 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from server.paths import path_below
 from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMError, UnknownModel
 
 MAX_PATH_CHARS = 200  # of a client's own field name in a message
 NO_OBJECT = {"dict_type", "model_type", "model_attributes_type"}  # of pydantic's, which speaks of dictionaries
+INSTEAD = {  # of fields of other servers, vLLM's above all
+    **dict.fromkeys(
+        ("guided_json", "guided_choice", "guided_regex", "guided_grammar", "structured_outputs"),
+        "response_format takes a JSON schema",
+    ),
+    **dict.fromkeys(
+        ("chat_template_kwargs", "enable_thinking", "thinking_token_budget"),
+        "reasoning_effort or supervision_steps says how deep to think",
+    ),
+    "stop_token_ids": "stop takes strings",
+    "allowed_token_ids": "logit_bias favours some",
+    "truncate_prompt_tokens": "/tokenize counts a prompt's tokens",
+    "prompt_logprobs": "only replies have logprobs",
+}
 
 
 class Unauthorized(BadRequest):
@@ -204,7 +219,9 @@ def install(app: FastAPI) -> None:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
             return error_response(BadRequest(message), route)
         if problem["type"] == "extra_forbidden":
-            return error_response(BadRequest(f"{path}: unknown or unsupported field; remove it", param=path), route)
+            hint = f": {INSTEAD[path]}" if path in INSTEAD else ""
+            message = f"{path}: unknown or unsupported field; remove it{hint}"
+            return error_response(BadRequest(message, param=path), route)
         said = "Input should be an object" if problem["type"] in NO_OBJECT else problem["msg"]
         return error_response(BadRequest(f"{path}: {said}", param=path), route)
 
@@ -212,11 +229,22 @@ def install(app: FastAPI) -> None:
     async def unroutable(request: Request, error: HTTPException) -> JSONResponse:
         """What the framework itself refuses: unknown paths, wrong methods."""
         place = f"{request.method} {request.url.path}"[:MAX_PATH_CHARS]
+        meant = _meant(app, path_below(request.scope)) if error.status_code == 404 else None
+        advice = f"a base URL that makes it {meant} is right" if meant else "/openapi.json lists them all"
         known = {
-            404: (f"{place}: no such route; /openapi.json lists them all", "unknown_url"),
+            404: (f"{place}: no such route; {advice}", "unknown_url"),
             405: (f"{place}: wrong method; the header Allow names the right ones", "method_not_allowed"),
         }
         message, code = known.get(error.status_code, (error.detail, None))
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         body = shape(path_below(request.scope))(Problem(error.status_code, message, kind, code=code))
         return JSONResponse(body, error.status_code, error.headers)
+
+
+def _meant(app: FastAPI, path: str) -> str | None:
+    """The route that a client means whose base URL has a /v1 too few or too many."""
+    for other in (f"/v1{path}", path.removeprefix("/v1")):
+        scope = {"type": "http", "method": "POST", "path": other, "root_path": "", "headers": []}
+        if other != path and any(route.matches(scope)[0] != Match.NONE for route in app.routes):
+            return other
+    return None

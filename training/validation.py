@@ -1,5 +1,6 @@
 """Problems that a run never trains on, and what its averaged weights lose on them."""
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from training.problems.data import load_problems
 from training.problems.problem import Problem
 from training.states import States
 from trm.model import TRMForCausalLM
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARE = 10  # at most one row in this many is taken out of the training data
 SEED_OFFSET = 2**32  # synthetic problems unlike those that trm-eval draws with the same seed
@@ -44,7 +47,15 @@ def split_problems(settings: TrainSettings, problems: Sequence[Problem]) -> tupl
         keep_annotations=settings.keep_annotations,
         flag="--validation",
     )
-    return list(problems), _sample(rows, count, settings.seed)
+    chosen = _sample(rows, count, settings.seed)
+    questions = {problem.question for problem in problems}
+    if trained_on := sum(problem.question in questions for problem in chosen):
+        logger.warning(
+            "--validation: %d of %d problems are training problems, too; their loss says nothing of unseen ones",
+            trained_on,
+            len(chosen),
+        )
+    return list(problems), chosen
 
 
 def hold_out(problems: Sequence[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:

@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 
+from server.errors import INSTEAD
 from server.schemas.chat import ChatRequest
 from server.schemas.common import Effort
 from server.schemas.completions import CompletionRequest
@@ -388,6 +389,14 @@ async def test_an_unknown_field_is_called_so(client, chat_body):
     response = await client.post("/v1/chat/completions", json=chat_body(funktions=[]))
 
     assert response.json()["error"]["message"] == "funktions: unknown or unsupported field; remove it"
+
+
+@pytest.mark.parametrize("field", INSTEAD)
+async def test_a_field_of_another_server_is_told_what_takes_its_place(client, chat_body, field):
+    response = await client.post("/v1/chat/completions", json=chat_body(**{field: {"type": "object"}}))
+
+    message = response.json()["error"]["message"]
+    assert message == f"{field}: unknown or unsupported field; remove it: {INSTEAD[field]}"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,18 @@ def test_where_the_problems_come_from(settings: Settings, jsonl: Callable[..., P
     assert [problem.question[0] for problem in out] == ["Q"] * 4
 
 
+def test_validation_problems_that_are_trained_on_are_counted(
+    settings: Settings, jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(jsonl(*({"question": f"question {n}", "answer": f"#### {n}"} for n in (3, 88, 90, 91))))
+
+    split_problems(settings(validation=path), PROBLEMS)
+    split_problems(settings(), PROBLEMS)  # synthetic ones, held out
+
+    [record] = caplog.records
+    assert "2 of 4 problems are training problems, too" in record.message
+
+
 @pytest.mark.parametrize("step_targets", [False, True])
 def test_the_loss_is_that_of_the_averaged_weights_at_every_depth(settings: Settings, step_targets: bool) -> None:
     at_once = {"dataset": "synthetic:mental", "step_targets": True} if step_targets else {}
