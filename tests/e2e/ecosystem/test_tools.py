@@ -81,7 +81,7 @@ def test_schemathesis_finds_nothing_to_complain_about(
     start_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
     """Valid and invalid requests to all routes, all checks; few samples each, and no replies without end, for time."""
-    limits = ("--max-n", "2", "--max-messages", "64", "--max-model-len", "400")
+    limits = ("--max-n", "2", "--max-messages", "64", "--max-model-len", "200")
     server = start_server(*limits, "--api-key", "sesame")
 
     done = run_tool(
