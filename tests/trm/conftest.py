@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from trm.engine.request import Grammar
 
 NEAR_TIE = 1e-3  # DESIGN section 3: scores closer than this may come out either way in float32
 END = 2
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "scale", "tolerance"),
+    [(torch.float32, 0.4, 2e-4), (torch.float64, 1.0, 1e-9)],
+    ids=["float32", "float64"],
+)
 
 
 def some_prompt(length: int, seed: int = 0, vocab_size: int = 400) -> list[int]:
@@ -54,6 +59,19 @@ def assert_same_tokens(tokens: Sequence[int], solo: reference.ReferenceReply, ne
     assert solo.gaps[first] < near_tie, (
         f"token {first} is {tokens[first]}, alone {solo.token_ids[first]}, which won by {solo.gaps[first]:.2g}"
     )
+
+
+def generate(model: TRMForCausalLM, ids: Tensor, mask: Tensor | None, **options: Any) -> list[list[int]]:
+    """New tokens of every row."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=mask, **(settings | options))
+    rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return rows
+
+
+def alone(model: TRMForCausalLM, prompt: Sequence[int], max_tokens: int, end: int | None = None, **params: Any) -> Any:
+    """The reference's reply."""
+    return reference.decode(model, prompt, SamplingParams(max_tokens=max_tokens, **params), end)
 
 
 def vary_norms(backbone: Any) -> Any:
@@ -133,3 +151,10 @@ def chat_with(tokenizer: Any, end_id: int) -> ChatFormat:
     chat = ChatFormat(tokenizer)
     chat.end_id = end_id
     return chat
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """Without the graph that nobody asks for."""
+    with torch.no_grad():
+        yield

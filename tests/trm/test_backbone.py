@@ -60,14 +60,10 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 each_variety = pytest.mark.parametrize("variety", VARIETIES)
 exactly = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def make(family: str, **sizes: Any) -> Any:

@@ -32,11 +32,7 @@ TEXTS = (
 )
 BLANK = "\u2581"
 
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def assert_same_ids(ours: Any, theirs: Any, texts: Sequence[str] = TEXTS) -> None:
