@@ -22,19 +22,18 @@ from trm.errors import BadRequest, DeviceError, InternalError, Overloaded, TRMEr
 
 MAX_PATH_CHARS = 200  # of a client's own field name in a message
 NO_OBJECT = {"dict_type", "model_type", "model_attributes_type"}  # of pydantic's, which speaks of dictionaries
-INSTEAD = {  # of fields of other servers, vLLM's above all
-    **dict.fromkeys(
-        ("guided_json", "guided_choice", "guided_regex", "guided_grammar", "structured_outputs"),
-        "response_format takes a JSON schema",
-    ),
+INSTEAD = {  # of vLLM's fields of chats and completions
+    "guided_json": "response_format of type json_schema takes it",
+    "guided_regex": "response_format of type regex takes it",
+    "guided_choice": "response_format of type choice takes it",
+    "structured_outputs": "response_format takes a JSON schema, a regex or a choice",
     **dict.fromkeys(
         ("chat_template_kwargs", "enable_thinking", "thinking_token_budget"),
-        "reasoning_effort or supervision_steps says how deep to think",
+        "reasoning_effort says how deep to think",
     ),
     "stop_token_ids": "stop takes strings",
     "allowed_token_ids": "logit_bias favours some",
-    "truncate_prompt_tokens": "/tokenize counts a prompt's tokens",
-    "prompt_logprobs": "only replies have logprobs",
+    "prompt_logprobs": "logprobs are those of replies",
 }
 
 
@@ -219,7 +218,7 @@ def install(app: FastAPI) -> None:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
             return error_response(BadRequest(message), route)
         if problem["type"] == "extra_forbidden":
-            hint = f": {INSTEAD[path]}" if path in INSTEAD else ""
+            hint = f": {INSTEAD[path]}" if path in INSTEAD and route.endswith("/completions") else ""
             message = f"{path}: unknown or unsupported field; remove it{hint}"
             return error_response(BadRequest(message, param=path), route)
         said = "Input should be an object" if problem["type"] in NO_OBJECT else problem["msg"]
@@ -229,7 +228,7 @@ def install(app: FastAPI) -> None:
     async def unroutable(request: Request, error: HTTPException) -> JSONResponse:
         """What the framework itself refuses: unknown paths, wrong methods."""
         place = f"{request.method} {request.url.path}"[:MAX_PATH_CHARS]
-        meant = _meant(app, path_below(request.scope)) if error.status_code == 404 else None
+        meant = _meant(app, request) if error.status_code == 404 else None
         advice = f"a base URL that makes it {meant} is right" if meant else "/openapi.json lists them all"
         known = {
             404: (f"{place}: no such route; {advice}", "unknown_url"),
@@ -241,10 +240,11 @@ def install(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
 
-def _meant(app: FastAPI, path: str) -> str | None:
-    """The route that a client means whose base URL has a /v1 too few or too many."""
+def _meant(app: FastAPI, request: Request) -> str | None:
+    """The path that a client means whose base URL has a /v1 too few or too many."""
+    path = path_below(request.scope)
     for other in (f"/v1{path}", path.removeprefix("/v1")):
         scope = {"type": "http", "method": "POST", "path": other, "root_path": "", "headers": []}
-        if other != path and any(route.matches(scope)[0] != Match.NONE for route in app.routes):
-            return other
+        if other not in (path, "/") and any(route.matches(scope)[0] != Match.NONE for route in app.routes):
+            return f"{request.scope.get('root_path', '')}{other}"[:MAX_PATH_CHARS]
     return None

@@ -45,9 +45,7 @@ def train(settings: TrainSettings) -> Path:
     device = use_device(settings.device, settings.num_threads)
     workers.start(device)
     with checkpoints.claim(run_dir) if workers.rank() == 0 else nullcontext():
-        last = _train(settings, given, device)
-    workers.wait()
-    return last
+        return _train(settings, given, device)
 
 
 def _train(settings: TrainSettings, given: Collection[str], device: str) -> Path:

@@ -16,11 +16,14 @@ T = TypeVar("T")
 
 
 def start(device: str) -> None:
-    """Join the others, where the launcher says that there are any; gloo on CPUs, nccl with one GPU for each.
+    """Meet the others, where the launcher says that there are any; gloo on CPUs, nccl with one GPU for each.
 
-    The second stage of a build finds them together.
+    A later stage of the same build only waits for them.
     """
-    if count() == 1 or dist.is_initialized():
+    if count() == 1:
+        return
+    if dist.is_initialized():
+        wait()
         return
     if device == "cuda":
         torch.cuda.set_device(_local_rank())
@@ -40,8 +43,8 @@ def leave() -> None:
 
 
 def log_level() -> str:
-    """The first one tells what happens, the others only what is wrong."""
-    return "INFO" if rank() == 0 else "WARNING"
+    """The first one tells what happens, the others only what it cannot know."""
+    return "INFO" if rank() == 0 else "ERROR"
 
 
 def rank() -> int:

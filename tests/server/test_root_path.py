@@ -35,6 +35,13 @@ async def test_every_route_answers(make_prefixed, connect, arrives, chat_body):
         assert (await client.post(f"{arrives}/solve", json={"question": "1+1?"})).status_code == 200
 
 
+async def test_a_base_url_without_v1_is_told_the_whole_path(make_prefixed, connect, arrives, chat_body):
+    async with connect(make_prefixed()) as client:
+        response = await client.post(f"{arrives}/chat/completions", json=chat_body())
+
+    assert f"makes it {PREFIX}/v1/chat/completions is right" in response.json()["error"]["message"]
+
+
 async def test_a_prefix_of_whoever_runs_the_app_counts_too(make_app):
     """Ray Serve's, say."""
     transport = httpx.ASGITransport(make_app(api_key=["secret"], public_paths=["/"]), root_path=PREFIX)

@@ -391,12 +391,36 @@ async def test_an_unknown_field_is_called_so(client, chat_body):
     assert response.json()["error"]["message"] == "funktions: unknown or unsupported field; remove it"
 
 
-@pytest.mark.parametrize("field", INSTEAD)
-async def test_a_field_of_another_server_is_told_what_takes_its_place(client, chat_body, field):
-    response = await client.post("/v1/chat/completions", json=chat_body(**{field: {"type": "object"}}))
+HERE = {  # for each of vLLM's fields, what the hint says to give
+    "guided_json": {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+    "guided_regex": {"response_format": {"type": "regex", "regex": "a+"}},
+    "guided_choice": {"response_format": {"type": "choice", "choice": ["a", "b"]}},
+    "structured_outputs": {"response_format": {"type": "choice", "choice": ["a", "b"]}},
+    "chat_template_kwargs": {"reasoning_effort": "low"},
+    "enable_thinking": {"reasoning_effort": "none"},
+    "thinking_token_budget": {"reasoning_effort": "high"},
+    "stop_token_ids": {"stop": ["."]},
+    "allowed_token_ids": {"logit_bias": {"5": 10}},
+    "prompt_logprobs": {"logprobs": True},
+}
 
-    message = response.json()["error"]["message"]
-    assert message == f"{field}: unknown or unsupported field; remove it: {INSTEAD[field]}"
+
+@pytest.mark.parametrize("field", INSTEAD)
+async def test_a_field_of_vllm_is_told_what_takes_its_place(client, chat_body, field):
+    refused = await client.post("/v1/chat/completions", json=chat_body(**{field: [1]}))
+    [name] = HERE[field]
+    taken = await client.post("/v1/chat/completions", json=chat_body(**HERE[field]))
+
+    hint = INSTEAD[field]
+    assert refused.json()["error"]["message"] == f"{field}: unknown or unsupported field; remove it: {hint}"
+    assert hint.startswith(name)
+    assert taken.status_code == 200, taken.text
+
+
+async def test_where_another_api_has_its_own_names_nothing_is_said_in_its_place(client):
+    response = await client.post("/solve", json={"question": "1+1?", "guided_json": {}})
+
+    assert response.json()["error"]["message"] == "guided_json: unknown or unsupported field; remove it"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
-"""An ordinary model in training: what it learns, and by which gradients; and the same in two processes."""
+"""An ordinary model in training: what it learns, and by which gradients, in one process and in two."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.conftest import make_backbone
+from tests.training.shares import RIGHT, TESTS, make_shares
+from tests.training.together import in_two_processes
 from training import ordinary
 from training.batches import IGNORE_INDEX
 from trm.chat import Example
@@ -42,3 +47,14 @@ def test_the_answer_is_learned_whatever_the_steps_before_it() -> None:
     losses = [ordinary.add_gradients(model, [one], 0) for one in (example, replace(example, step_replies=()))]
 
     assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_has_the_gradients_of_one(tmp_path: Path, chat: Any) -> None:
+    alone = make_shares(chat)
+    assert alone["accuracy"] == len(RIGHT) / len(TESTS)
+
+    in_two_processes("tests.training.shares", str(tmp_path))
+
+    for rank in range(2):
+        torch.testing.assert_close(load_file(tmp_path / f"{rank}.safetensors"), alone, rtol=1e-4, atol=1e-6)

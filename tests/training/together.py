@@ -28,9 +28,8 @@ def in_two_processes(module: str, *arguments: str) -> None:
         for rank in range(2)
     ]
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, errors
+        said = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     finally:
         for process in processes:
             process.kill()

@@ -184,12 +184,12 @@ def finish(settings: TrainSettings) -> Path:
     Raises SystemExit where a signal has stopped the run: nothing may be built on half of one.
     """
     run_dir = settings.output_dir
-    if not checkpoints.checkpoints(run_dir):
+    last = workers.agree(checkpoints.find(run_dir) if checkpoints.checkpoints(run_dir) else None)
+    if last is None:
         last = train(settings)
-    else:
-        last = checkpoints.find(run_dir)
-        if not _is_last(last):
-            last = train(TrainSettings(resume=run_dir))
+    elif not _is_last(last):
+        last = train(TrainSettings(resume=run_dir))
+    workers.wait()  # the first process writes
     if not _is_last(last):
         sys.exit(f"{run_dir} was stopped; the same command goes on")
     return last
@@ -337,6 +337,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     configure_logging(workers.log_level())
+    workers.start("cpu")
     if arguments.controls:
         compare(arguments.work_dir / "controls", bundled_model_path())
     else:

@@ -26,7 +26,7 @@ from training import ordinary, workers
 from training.batches import epoch_order
 from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
-from training.config import TrainSettings
+from training.config import Device, TrainSettings
 from training.trainer import Trainer
 from training.weights import Weights
 from trm import checkpoint
@@ -40,7 +40,7 @@ from trm.settings import Settings, run_command
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
-AVERAGE, STEP = "average.", "step"  # names of tensors in what is put down
+AVERAGE, STEPS = "average.", "steps"  # names of tensors in what is put down
 SAVE_STEPS = 500  # after so many, what is trained is put down, to go on from
 COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
@@ -63,6 +63,7 @@ class ControlSettings(Settings):
     )
     output_dir: Path = Field(Path("runs/control"), description="where the model goes")
     lr: float | None = Field(None, gt=0, description="peak learning rate; default the decoder's")
+    device: Device = Field("auto", description="where to train")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; by default torch chooses")
 
 
@@ -99,6 +100,7 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
         with FlopCounterMode(display=False) as counted:
             for _ in range(min(COUNTED_STEPS, trainer.total_steps)):
                 trainer.train_step()
+                trainer.model.zero_grad()
         depths = [_passes(trainer.supervision_steps(step)) for step in range(trainer.total_steps)]
         # Other depths are drawn later; where those are deeper, all that was counted is taken to grow with them.
         deeper = max(1.0, fmean(depths) / fmean(depths[: trainer.step]))
@@ -121,6 +123,7 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
     weights = Weights(trained, run.model_copy(update={"lr": lr or run.lr}), steps)
     state = output_dir.with_name(f".{output_dir.name}.safetensors")
     begun = _restore(weights, state) if state.exists() else 0
+    workers.wait()  # until all have read it
     model.train()
     left = itertools.islice(batches, begun, steps)
     progress = tqdm(left, initial=begun, total=steps, desc=kind, unit="step", disable=workers.rank() > 0)
@@ -199,17 +202,20 @@ def _save(weights: Weights, step: int, path: Path) -> None:
     averages = {f"{AVERAGE}{name}": tensor for name, tensor in weights.ema.average.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.partial")
-    checkpoint.write_tensors(aside, weights.tensors() | averages | {STEP: torch.tensor(step)})
+    checkpoint.write_tensors(aside, weights.tensors() | averages | {STEPS: torch.tensor([step, weights.total_steps])})
     aside.replace(path)
 
 
 def _restore(weights: Weights, path: Path) -> int:
-    """Take up what `_save` put down; returns the steps that are done."""
+    """Take up what `_save` put down; returns the steps that are done: none where it was on its way to another end."""
     tensors = checkpoint.read_tensors(path)
+    step, total = tensors.pop(STEPS).tolist()
+    if total != weights.total_steps:
+        logger.warning("%s: is of a run of %d steps, this one has %d; begun anew", path, total, weights.total_steps)
+        return 0
     averages = {n.removeprefix(AVERAGE): tensor for n, tensor in tensors.items() if n.startswith(AVERAGE)}
-    step = int(tensors.pop(STEP))
     weights.restore({n: tensor for n, tensor in tensors.items() if not n.startswith(AVERAGE)}, averages, str(path))
-    return step
+    return int(step)
 
 
 def _write(directory: Path, model: Any, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -233,7 +239,7 @@ def main() -> None:
         directory: Path | None = settings.run
         while directory is not None:  # back to the run that began with a random decoder
             stored = checkpoint.read_json(directory / RUN_JSON)["settings"]
-            runs.insert(0, TrainSettings(**(stored | {"num_threads": settings.num_threads})))
+            runs.insert(0, TrainSettings(**(stored | settings.model_dump(include={"device", "num_threads"}))))
             directory = runs[0].init_from and runs[0].init_from.parent
         directory = train_control(settings.kind, runs, settings.output_dir, settings.lr)
         if workers.rank() == 0:
