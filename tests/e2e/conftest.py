@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +70,7 @@ class ServerProcess:
 
     def stop(self) -> int:
         self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)  # for one that a failed test has left frozen
         return self.process.wait(timeout=60)
 
 
