@@ -82,11 +82,13 @@ step. It does **not** solve GSM8K, and it knows nothing but such problems.
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
 with 95 % intervals; effort 0 is the frozen backbone alone, {n_supervision} is the trained effort, more is extrapolation.
 Gained and lost are problems that only the effort, or only the backbone, got right; p is the exact McNemar test, corrected
-for the number of efforts (Holm).{about_controls}
+for the number of comparisons (Holm).{about_controls}
 
 ## Answers at once
 
 {at_once}
+
+![Accuracy by effort, with the frozen backbone and the controls](accuracy.png)
 
 ![Accuracy by operations and effort](operations.png)
 
@@ -112,11 +114,12 @@ nothing; `{command}` repeats the first
 table.
 """
 
-ABOUT_CONTROLS = """ The controls (`make controls`) were trained on the decoder's problems in the decoder's order, with the
-answers at once as their target, for at least its floating-point operations: all weights of the backbone; one ordinary
-layer more; LoRA with as many weights as the decoder; and the same recursion without a target for each step, for the
-same number of steps. There, gained and lost are the problems that only effort {n_supervision}, or only the control, got
-right."""
+ABOUT_CONTROLS = """
+
+The controls (`make controls`) were trained on the decoder's problems in the decoder's order, with the answers at once
+as their target, for at least its floating-point operations: all weights of the backbone; one ordinary layer more; LoRA
+with as many weights as the decoder; and the same recursion without a target for each step, for the same number of
+steps. There, gained and lost are the problems that only effort {n_supervision}, or only the control, got right."""
 
 
 def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) -> None:
