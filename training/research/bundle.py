@@ -88,7 +88,7 @@ for the number of comparisons (Holm).{about_controls}
 
 {at_once}
 
-![Accuracy by effort, with the frozen backbone and the controls](accuracy.png)
+![Accuracy by effort, beside what it is compared with](accuracy.png)
 
 ![Accuracy by operations and effort](operations.png)
 
