@@ -117,7 +117,7 @@ class Curriculum:
 def greedy_accuracy(
     model: Any, chat: ChatFormat, tests: Sequence[Problem], batch_size: int = 128, max_tokens: int = 64
 ) -> float:
-    """Share of problems whose greedy reply is right; prompts padded on the left. Processes take turns."""
+    """Share of problems whose greedy reply is right; prompts padded on the left. Processes share the problems."""
     model.eval()
     correct = 0
     own = tests[workers.rank() :: workers.count()]

@@ -15,6 +15,7 @@ from training.config import TrainSettings
 from training.research import controls
 from training.research.controls import CONTROL_JSON, Kind, add_weights, train_control
 from training.run import train
+from training.weights import Weights
 from trm import bundled_model_path, checkpoint
 
 pytestmark = pytest.mark.slow
@@ -96,6 +97,18 @@ def test_an_interrupted_control_goes_on_to_the_same_bits(
     weights = [AutoModelForCausalLM.from_pretrained(directory).state_dict() for directory in (straight, again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert not list(tmp_path.glob(".again*"))
+
+
+def test_what_was_put_down_on_the_way_to_another_end_is_not_taken_up(run: TrainSettings, tmp_path: Path) -> None:
+    def weights(value: float, steps: int) -> Weights:
+        return Weights({"a": torch.nn.Parameter(torch.full((2, 2), value))}, run, steps)
+
+    controls._save(weights(1.0, 10), 3, tmp_path / "state")
+    same, longer = weights(0.0, 10), weights(0.0, 12)
+
+    assert controls._restore(same, tmp_path / "state") == 3
+    assert controls._restore(longer, tmp_path / "state") == 0
+    assert (same.parameters["a"].unique().tolist(), longer.parameters["a"].unique().tolist()) == ([1.0], [0.0])
 
 
 def test_the_command_takes_the_settings_of_a_run(
