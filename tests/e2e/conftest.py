@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,13 @@ class ServerProcess:
         return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
     def stop(self) -> int:
+        """SIGTERM, as a supervisor sends it; what outlives that for a minute is killed, and the test fails."""
         self.process.terminate()
         self.process.send_signal(signal.SIGCONT)  # for one that a failed test has left frozen
-        return self.process.wait(timeout=60)
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
@@ -97,19 +102,17 @@ def run_command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
-    started: list[ServerProcess] = []
+    with ExitStack() as stopping:  # each of them, whatever becomes of another
 
-    def start(*arguments: str, before: str = "", ready: bool = True, port: int = 0) -> ServerProcess:
-        log = tmp_path_factory.mktemp("server") / "log.txt"
-        started.append(ServerProcess(list(arguments), log, before, port))
-        if ready:
-            assert started[-1].url
-        return started[-1]
+        def start(*arguments: str, before: str = "", ready: bool = True, port: int = 0) -> ServerProcess:
+            log = tmp_path_factory.mktemp("server") / "log.txt"
+            server = ServerProcess(list(arguments), log, before, port)
+            stopping.callback(server.stop)
+            if ready:
+                assert server.url
+            return server
 
-    yield start
-    for server in started:
-        if server.process.poll() is None:
-            server.stop()
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -23,15 +24,14 @@ LONG = {
 
 @pytest.fixture
 def stand_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Proxy]]:
-    started: list[Proxy] = []
+    with ExitStack() as stopping:
 
-    def start(*urls: str) -> Proxy:
-        started.append(Proxy(list(urls), tmp_path_factory.mktemp("nginx")))
-        return started[-1]
+        def start(*urls: str) -> Proxy:
+            proxy = Proxy(list(urls), tmp_path_factory.mktemp("nginx"))
+            stopping.callback(proxy.stop)
+            return proxy
 
-    yield start
-    for proxy in started:
-        proxy.stop()
+        yield start
 
 
 def test_nobody_notices_that_one_server_after_the_other_is_restarted(
