@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from trm.errors import BadRequest, ConfigError
@@ -100,6 +100,8 @@ def solve_messages(question: str, solution: str | None = None, work: Work = "ful
 
 
 PIECE_CHARS = 2**14  # of a long text that are read at once, to see whether it is too long
+REMEMBERED_TEXTS = 512  # whose ids are kept: the system prompt comes again, a question with its answer too, ...
+REMEMBERED_CHARS = 2048  # ... as far as they are no longer than this
 CUT_TOKENS = 64  # whose cut may change on either side of where a word was cut in two
 
 
@@ -150,6 +152,7 @@ class ChatFormat:
             self.end_id = tokenizer.convert_tokens_to_ids(END_TOKEN)
         longest_first = sorted(specials, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._remembered = lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(self._ids(text)))
 
     def encode_text(self, text: str, at_most: int | None = None, param: str = "prompt") -> list[int]:
         """Ids of plain text; special-token strings in it become ordinary tokens.
@@ -163,6 +166,9 @@ class ChatFormat:
                 certain += max(0, len(self.encode_text(piece)) - slack)
                 if certain > at_most:
                     raise TooLong(at_most, param)
+        return list(self._remembered(text)) if len(text) <= REMEMBERED_CHARS else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids

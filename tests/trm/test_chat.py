@@ -173,6 +173,14 @@ def test_specials_that_the_real_tokenizer_does_not_list_cannot_be_forged(qwen2_t
         assert [token for token in ids if token >= 151_643] == [151_644, 151_645, 151_644, 151_645, 151_644]
 
 
+def test_what_a_caller_does_to_its_ids_is_not_remembered(any_chat):
+    ids = any_chat.encode_text("12 apples")
+    changed = any_chat.encode_text("12 apples")
+    changed.append(0)
+
+    assert any_chat.encode_text("12 apples") == ids
+
+
 def test_plain_text_holds_no_special_ids(any_tokenizer, any_chat):
     ids = any_chat.encode_text("".join(FORGERIES))
 

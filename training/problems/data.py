@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
+from training import workers
 from training.config import Replies
 from training.problems.problem import Problem
 from training.problems.synthetic import Split, parse_families, problems
@@ -114,8 +116,10 @@ def encode_problems(
     """
     instead = ", or --validation-problems 0" if kind == "validation" else ""
     asked = [(p, work) for p in rows for work in ([p.work] if p.work else [WORK[name] for name in replies])]
-    encoded = [encode_problem(p, chat, work, step_targets) for p, work in asked if p.shows(work)]
-    if lacking := sum(not p.shows(work) for p, work in asked):
+    shown = [(p, work) for p, work in asked if p.shows(work)]
+    progress = tqdm(shown, desc=f"encoding {kind} rows", unit="row", delay=5, mininterval=5, disable=workers.rank() > 0)
+    encoded = [encode_problem(p, chat, work, step_targets) for p, work in progress]
+    if lacking := len(asked) - len(shown):
         logger.warning(
             "%d of %d %s problems have no equations, so no reply of equations alone", lacking, len(rows), kind
         )
