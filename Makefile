@@ -66,7 +66,7 @@ audit: $(VENV)/installed-tools
 	$(PIP) freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
-# Rebuilds trm/bundled from nothing: two to three hours on two cores. Stages that are finished stay in runs/bundled.
+# Rebuilds trm/bundled from nothing: three hours on two cores. Stages that are finished stay in runs/bundled.
 # PROCESSES of one thread each share the training.
 model: $(VENV)/installed-train
 	$(BUNDLE) $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
