@@ -66,12 +66,12 @@ audit: $(VENV)/installed-tools
 	$(PIP) freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audited.txt $(AUDIT_FLAGS)
 
-# Rebuilds trm/bundled from nothing: three hours on two cores. Stages that are finished stay in runs/bundled.
+# Rebuilds trm/bundled from nothing: three hours on two cores. Interrupted, it goes on from what lies in runs/bundled.
 # PROCESSES of one thread each share the training.
 model: $(VENV)/installed-train
 	$(BUNDLE) $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
 
-# Trains what the bundled model's card compares it with, and enters what that reaches there. Finished ones stay, too.
+# Trains what the bundled model's card compares it with, and enters what that reaches there. It goes on, too.
 # Four to five hours.
 controls: $(VENV)/installed-train
 	$(BUNDLE) --controls

@@ -353,7 +353,9 @@ class PretrainSettings(Settings):
 
     command: ClassVar[str] = "trm-pretrain"
 
-    output_dir: Path = Field(Path("runs/backbone"), description="where tokenizer and backbone go")
+    output_dir: Path = Field(
+        Path("runs/backbone"), description="where tokenizer and backbone go; an unfinished run there goes on"
+    )
     text_file: Path | None = Field(
         None, description="JSON-lines file with more problems, for their wording (GSM8K's training set)"
     )

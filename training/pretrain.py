@@ -4,6 +4,9 @@ One script from nothing to a directory that transformers loads. Problems are dra
 fresh for every batch, so nothing is seen twice; numbers grow with the run, because a
 model this small learns wording first, then copying, then arithmetic. GSM8K's wording,
 where it is at hand, joins late. Labels are replies only.
+
+At each point of its curve a run can be taken up again: the same command goes on from there, to the bit on one CPU with
+the same number of threads.
 """
 
 import json
@@ -12,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +23,21 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from training import ordinary, workers
+from training.checkpoints import STATE_TENSORS
 from training.config import PretrainSettings
 from training.directories import require_writable
-from training.optim import learning_rate_scale, make_optimizers, set_learning_rate
+from training.optim import (
+    learning_rate_scale,
+    load_optimizer_tensors,
+    make_optimizers,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from training.problems.data import encode_problem, load_problems
 from training.problems.problem import Problem
 from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
+from trm import checkpoint
 from trm.answers import is_correct
 from trm.chat import SYSTEM_PROMPT, ChatFormat, Example, solve_messages
 from trm.device import use_device
@@ -49,6 +61,8 @@ NUM_EVALUATIONS = 20  # points on the curve in the record
 NUM_TEST_PROBLEMS = 300
 TURNS = ("system", "developer", "user", "assistant")  # whose names the tokenizer must know well
 TOKENIZER_PROBLEMS = 20_000
+PRETRAIN_JSON = "pretrain.json"
+FREE_ON_RESUME = {"output_dir", "device", "num_threads"}  # may differ between the parts of one run
 
 
 def make_backbone(settings: PretrainSettings, pad_id: int, end_id: int) -> Qwen2ForCausalLM:
@@ -100,17 +114,15 @@ class Curriculum:
             examples.append(encode_problem(problem, self.chat, problem.work or "full"))
         return examples
 
-    def batches(
-        self,
-    ) -> Iterator[list[Example]]:
-        """Batches of similar lengths, drawn from pools of a few steps."""
+    def batches(self, start: int = 0) -> Iterator[list[Example]]:
+        """Batches of similar lengths, drawn from pools of a few steps; from step `start` on."""
         size = self.settings.batch_size
-        for first in range(0, self.settings.max_steps, POOL_STEPS):
+        for first in range(start // POOL_STEPS * POOL_STEPS, self.settings.max_steps, POOL_STEPS):
             pool = self.examples(first, size * POOL_STEPS)
             pool.sort(key=lambda example: len(example.ids))
             order = list(range(POOL_STEPS))
             random.Random(f"{self.settings.seed}/pool/{first}").shuffle(order)
-            yield from (pool[i * size : (i + 1) * size] for i in order)
+            yield from (pool[i * size : (i + 1) * size] for i in order[max(0, start - first) :])
 
 
 @torch.inference_mode()
@@ -146,7 +158,7 @@ def greedy_accuracy(
 def pretrain(settings: PretrainSettings) -> None:
     """Train tokenizer and backbone; write them with a record of the run to `output_dir`.
 
-    Processes share each batch, and the first one writes.
+    An unfinished run of the same settings there goes on. Processes share each batch, and the first one writes.
     """
     device = use_device(settings.device, settings.num_threads)
     workers.start(device)
@@ -165,18 +177,20 @@ def pretrain(settings: PretrainSettings) -> None:
         group: list(problems(parse_families(group), "heldout", settings.seed + 1 + number, NUM_TEST_PROBLEMS))
         for number, group in enumerate(settings.families)
     }
-    record: list[dict[str, float]] = []
-    started, tokens, running = time.monotonic(), 0, 0.0
+    curve, running = load_state(model, optimizers, settings)
+    done, tokens, seconds = (int(curve[-1][name]) if curve else 0 for name in ("step", "tokens", "seconds"))
+    started = time.monotonic() - seconds
 
     curriculum = Curriculum(settings, chat, text)
     progress = tqdm(
-        islice(curriculum.batches(), settings.max_steps),
+        islice(curriculum.batches(done), settings.max_steps - done),
+        initial=done,
         total=settings.max_steps,
         unit="step",
         mininterval=5,
         disable=workers.rank() > 0,
     )
-    for step, examples in enumerate(progress, start=1):
+    for step, examples in enumerate(progress, start=done + 1):
         set_learning_rate(optimizers, learning_rate_scale(step - 1, settings.max_steps, WARMUP_STEPS))
         loss = float(ordinary.add_gradients(model, examples, tokenizer.pad_token_id))
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
@@ -194,14 +208,17 @@ def pretrain(settings: PretrainSettings) -> None:
                 "seconds": round(time.monotonic() - started),
                 "loss": round(running, 4),
             } | {group: greedy_accuracy(model, chat, rows) for group, rows in tests.items()}
-            record.append(point)
+            curve.append(point)
             logger.info("%s", json.dumps(point))
             if workers.rank() == 0:
-                save(model, tokenizer, settings, record)
+                save(model, tokenizer, settings, curve)
+                save_state(model, optimizers, settings.output_dir, step, running)
+    if workers.rank() == 0:
+        (settings.output_dir / STATE_TENSORS).unlink(missing_ok=True)
     workers.wait()
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, record: list[dict[str, float]]) -> None:
+def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, curve: list[dict[str, float]]) -> None:
     """Write the backbone in bfloat16 with its tokenizer and `pretrain.json`; the live weights stay float32."""
     output_dir = settings.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -210,6 +227,40 @@ def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, re
     stored.load_state_dict(weights)
     stored.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    (output_dir / "pretrain.json").write_text(
-        json.dumps({"settings": settings.model_dump(mode="json"), "curve": record}, indent=2) + "\n"
-    )
+    checkpoint.write_json(output_dir / PRETRAIN_JSON, {"settings": settings.model_dump(mode="json"), "curve": curve})
+
+
+def save_state(
+    model: Qwen2ForCausalLM, optimizers: Sequence[torch.optim.Optimizer], directory: Path, step: int, running: float
+) -> None:
+    """Write what `load_state` needs beside the record: weights and moments, in float32."""
+    tensors = dict(model.named_parameters()) | optimizer_tensors(optimizers)
+    tensors |= {"step": torch.tensor(step), "loss": torch.tensor(running, dtype=torch.float64)}
+    checkpoint.write_tensors(directory / STATE_TENSORS, tensors)
+
+
+def load_state(
+    model: Qwen2ForCausalLM, optimizers: Sequence[torch.optim.Optimizer], settings: PretrainSettings
+) -> tuple[list[dict[str, float]], float]:
+    """Put back an unfinished run of these settings from `output_dir`; its curve and running loss, empty for a new run.
+
+    Raises CheckpointError where its files are damaged.
+    """
+    state, record = settings.output_dir / STATE_TENSORS, settings.output_dir / PRETRAIN_JSON
+    if not workers.agree(state.is_file() and record.is_file()):
+        return [], 0.0
+    stored, wanted = checkpoint.read_json(record), settings.model_dump(mode="json")
+    differing = [name for name in wanted if wanted[name] != stored["settings"].get(name)]
+    if others := [name for name in differing if name not in FREE_ON_RESUME]:
+        logger.warning("%s: its unfinished run had another %s; begun anew", settings.output_dir, ", ".join(others))
+        workers.wait()
+        state.unlink(missing_ok=True)  # it would not go with the new record
+        return [], 0.0
+    tensors = checkpoint.read_tensors(state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    load_optimizer_tensors(optimizers, tensors)
+    step = int(tensors["step"])
+    logger.info("%s: goes on after step %d", settings.output_dir, step)
+    return [point for point in stored["curve"] if point["step"] <= step], float(tensors["loss"])

@@ -1,7 +1,7 @@
 """Rebuild the bundled model from nothing: tokenizer, backbone, decoder, evaluation, model card. Then its controls.
 
 `make model` runs this, and `make controls` what follows it. The recipe is the code below; what it measured stands in
-the card and in `report.json` beside the weights. A stage that an interrupted build has finished is not done again.
+the card and in `report.json` beside the weights. An interrupted build goes on where its last checkpoint was written.
 The processes that torchrun starts train together; the first one does the rest.
 """
 
@@ -17,7 +17,7 @@ import torch
 from training import checkpoints, workers
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.evaluation.run import evaluate_model
-from training.pretrain import pretrain
+from training.pretrain import PRETRAIN_JSON, pretrain
 from training.research.controls import CONTROL_JSON, NAMES, Kind, train_control
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, extra
@@ -137,7 +137,7 @@ def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) 
 
     aside = checkpoint.make_aside(target)
     export(last, aside)
-    shutil.copy(backbone / "pretrain.json", aside)
+    shutil.copy(backbone / PRETRAIN_JSON, aside)
     runs = {name: checkpoint.read_json(work / name / checkpoints.RUN_JSON) for name in RUNS}
     counted = {"steps": "total_steps", "problems": "num_examples", "seconds": "wall_s"}
     record = {name: {key: run[field] for key, field in counted.items()} for name, run in runs.items()}
@@ -244,7 +244,7 @@ def render_card(directory: Path, reports: dict[str, Any]) -> str:
     """The model card, filled in from the model, its reports and the records of its training."""
     model = TRMForCausalLM.from_pretrained(directory)
     config = model.config
-    grown, runs = checkpoint.read_json(directory / "pretrain.json"), checkpoint.read_json(directory / RECORD)
+    grown, runs = checkpoint.read_json(directory / PRETRAIN_JSON), checkpoint.read_json(directory / RECORD)
     trained, deeper = (runs[name] for name in RUNS)
     at_once = reports[AT_ONCE]
     efforts = " ".join(str(row["effort"]) for row in at_once["efforts"])
@@ -323,7 +323,7 @@ def _curve(points: list[dict[str, Any]]) -> str:
 
 def _is_finished(backbone: Path, steps: int) -> bool:
     """Whether an earlier build got as far as the whole backbone."""
-    record = backbone / "pretrain.json"
+    record = backbone / PRETRAIN_JSON
     return record.is_file() and checkpoint.read_json(record)["curve"][-1]["step"] == steps
 
 

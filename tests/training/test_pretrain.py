@@ -1,0 +1,85 @@
+"""A backbone's run that was interrupted goes on, unless it was another one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import ordinary, pretrain
+from training.checkpoints import STATE_TENSORS
+from training.config import PretrainSettings
+from trm import checkpoint
+
+SMALL: dict[str, Any] = {
+    "max_steps": 10,
+    "batch_size": 2,
+    "families": ["easy"],
+    "hidden_size": 64,
+    "num_layers": 1,
+    "vocab_size": 400,
+    "device": "cpu",
+    "num_threads": 1,
+}
+INTERRUPTED = 8  # in the middle of the first pool of batches; a point of the curve lies two steps back
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the batches trained on, counted over all runs; the 8th of the first run is not reached."""
+    monkeypatch.setattr(pretrain, "TOKENIZER_PROBLEMS", 100)
+    monkeypatch.setattr(pretrain, "NUM_TEST_PROBLEMS", 2)
+    monkeypatch.setattr(pretrain, "NUM_EVALUATIONS", 5)
+    taken: list[int] = []
+    add_gradients = ordinary.add_gradients
+
+    def interrupted(*arguments: Any) -> Any:
+        taken.append(len(taken) + 1)
+        if len(taken) == INTERRUPTED:
+            raise KeyboardInterrupt
+        return add_gradients(*arguments)
+
+    monkeypatch.setattr(ordinary, "add_gradients", interrupted)
+    return taken
+
+
+def settings(directory: Path, **changes: Any) -> PretrainSettings:
+    return PretrainSettings(output_dir=directory, **SMALL | changes)
+
+
+def written(directory: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The weights, and the curve without its times."""
+    curve = json.loads((directory / pretrain.PRETRAIN_JSON).read_text())["curve"]
+    return checkpoint.read_tensors(directory / "model.safetensors"), [point | {"seconds": 0} for point in curve]
+
+
+def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, steps: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(settings(tmp_path / "parts"))
+    first_part = json.loads((tmp_path / "parts" / pretrain.PRETRAIN_JSON).read_text())["curve"]
+    assert [point["step"] for point in first_part] == [2, 4, 6]
+
+    pretrain.pretrain(settings(tmp_path / "parts"))
+
+    assert len(steps) == INTERRUPTED + 4  # 7 to 10
+    assert not (tmp_path / "parts" / STATE_TENSORS).exists()
+    pretrain.pretrain(settings(tmp_path / "whole"))
+    (weights, curve), (expected, points) = written(tmp_path / "parts"), written(tmp_path / "whole")
+    assert curve == points
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_run_of_other_settings_is_begun_anew(
+    tmp_path: Path, steps: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(settings(tmp_path))
+
+    pretrain.pretrain(settings(tmp_path, max_steps=3, lr=1e-3))
+
+    assert len(steps) == INTERRUPTED + 3
+    assert "its unfinished run had another max_steps, lr; begun anew" in caplog.text
+    assert not (tmp_path / STATE_TENSORS).exists()
+    assert [point["step"] for point in written(tmp_path)[1]] == [1, 2, 3]
