@@ -13,7 +13,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,12 @@ def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, cu
     checkpoint.write_json(output_dir / PRETRAIN_JSON, {"settings": settings.model_dump(mode="json"), "curve": curve})
 
 
+def differing(settings: PretrainSettings, recorded: Mapping[str, Any]) -> list[str]:
+    """The settings that make another run of it than that of the record."""
+    wanted = settings.model_dump(mode="json", exclude=FREE_ON_RESUME)
+    return [name for name, value in wanted.items() if recorded.get(name) != value]
+
+
 def save_state(
     model: Qwen2ForCausalLM, optimizers: Sequence[torch.optim.Optimizer], directory: Path, step: int, running: float
 ) -> None:
@@ -249,9 +255,8 @@ def load_state(
     state, record = settings.output_dir / STATE_TENSORS, settings.output_dir / PRETRAIN_JSON
     if not workers.agree(state.is_file() and record.is_file()):
         return [], 0.0
-    stored, wanted = checkpoint.read_json(record), settings.model_dump(mode="json")
-    differing = [name for name in wanted if wanted[name] != stored["settings"].get(name)]
-    if others := [name for name in differing if name not in FREE_ON_RESUME]:
+    stored = checkpoint.read_json(record)
+    if others := differing(settings, stored["settings"]):
         logger.warning("%s: its unfinished run had another %s; begun anew", settings.output_dir, ", ".join(others))
         workers.wait()
         state.unlink(missing_ok=True)  # it would not go with the new record

@@ -8,7 +8,7 @@ The processes that torchrun starts train together; the first one does the rest.
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +17,13 @@ import torch
 from training import checkpoints, workers
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.evaluation.run import evaluate_model
-from training.pretrain import PRETRAIN_JSON, pretrain
+from training.pretrain import PRETRAIN_JSON, differing, pretrain
 from training.research.controls import CONTROL_JSON, NAMES, Kind, train_control
 from training.run import train
 from trm import TRMForCausalLM, bundled_model_path, checkpoint, extra
+from trm.errors import ConfigError
 from trm.logs import configure_logging
+from trm.settings import run_command
 
 DECODER: dict[str, Any] = {
     "dataset": "synthetic:easy,all,mental*171",  # nine in ten are asked for the answer alone
@@ -47,6 +49,7 @@ DEEPER: dict[str, Any] = DECODER | {  # what is right must stay right at any dep
     "lr": 1e-3,
 }
 RUNS = {"decoder": DECODER, "deeper": DEEPER}  # the second begins with what the first reached
+FREE = {"output_dir", "backbone", "init_from", "device", "num_threads"}  # of one run; backbones have fingerprints
 AT_ONCE = "at once"
 EVALUATIONS = {
     AT_ONCE: ("synthetic:mental", 3000, [0, 1, 2, 3, 4, 6, 8, 12]),
@@ -122,15 +125,23 @@ with as many weights as the decoder; and the same recursion without a target for
 steps. There, gained and lost are the problems that only effort {n_supervision}, or only the control, got right."""
 
 
-def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path) -> None:
-    """Train everything under `work`, then put the model, its reports and its card into `target`."""
+def build(work: Path, text_file: Path | None, gsm8k: Path | None, target: Path, backbone: Path | None = None) -> None:
+    """Train everything under `work`, then put the model, its reports and its card into `target`.
+
+    `backbone` is one that `trm-pretrain` made, or a bundled model with one, in the place of a new one.
+    """
     for library in ("matplotlib", "tensorboard"):
         extra.require(library, "the bundled model's recipe")
 
-    backbone = work / "backbone"
-    pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, device="cpu", num_threads=1)
-    if not _is_finished(backbone, pretraining.max_steps):
-        pretrain(pretraining)
+    if backbone is None:
+        backbone = work / "backbone"
+        pretraining = PretrainSettings(output_dir=backbone, text_file=text_file, device="cpu", num_threads=1)
+        if not _is_finished(pretraining):
+            pretrain(pretraining)
+    elif not (backbone / PRETRAIN_JSON).is_file():
+        raise ConfigError(
+            f"--backbone {backbone}: has no {PRETRAIN_JSON} for the card; give one that trm-pretrain made"
+        )
     last = train_decoder(backbone, work)
     if workers.rank() > 0:
         return
@@ -184,10 +195,13 @@ def train_decoder(backbone: Path, work: Path, **changes: Any) -> Path:
 def finish(settings: TrainSettings) -> Path:
     """The last checkpoint of a run: begun now, carried on, or there already.
 
-    Raises SystemExit where a signal has stopped the run: nothing may be built on half of one.
+    Raises SystemExit where a signal has stopped the run: nothing may be built on half of one. Raises ConfigError where
+    the one that is there was begun with other settings, or on another backbone.
     """
     run_dir = settings.output_dir
     last = workers.agree(checkpoints.find(run_dir) if checkpoints.checkpoints(run_dir) else None)
+    if last is not None:
+        _refuse(run_dir, _changed(settings, checkpoint.read_json(run_dir / checkpoints.RUN_JSON)))
     if last is None:
         last = train(settings)
     elif not _is_last(last):
@@ -196,6 +210,21 @@ def finish(settings: TrainSettings) -> Path:
     if not _is_last(last):
         sys.exit(f"{run_dir} was stopped; the same command goes on")
     return last
+
+
+def _changed(settings: TrainSettings, run: Mapping[str, Any]) -> list[str]:
+    """Which of the settings that were given make another run than the one recorded."""
+    given = settings.model_dump(mode="json", include=settings.model_fields_set - FREE)
+    changed = [name for name, value in given.items() if run["settings"].get(name) != value]
+    backbone = checkpoint.read_backbone(str(settings.backbone or settings.init_from))
+    return changed + ["backbone"] * (checkpoint.fingerprint(backbone) != run["backbone_fingerprint"])
+
+
+def _refuse(directory: Path, changed: Sequence[str]) -> None:
+    if changed:
+        raise ConfigError(
+            f"{directory}: was begun with another {', '.join(changed)}; remove it, or give another --work-dir"
+        )
 
 
 def _is_last(path: Path) -> bool:
@@ -321,17 +350,29 @@ def _curve(points: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _is_finished(backbone: Path, steps: int) -> bool:
-    """Whether an earlier build got as far as the whole backbone."""
-    record = backbone / PRETRAIN_JSON
-    return record.is_file() and checkpoint.read_json(record)["curve"][-1]["step"] == steps
+def _is_finished(settings: PretrainSettings) -> bool:
+    """Whether an earlier build got as far as the whole backbone. Raises ConfigError where it is another one."""
+    file = settings.output_dir / PRETRAIN_JSON
+    if not file.is_file():
+        return False
+    record = checkpoint.read_json(file)
+    _refuse(settings.output_dir, differing(settings, record["settings"]))
+    return bool(record["curve"][-1]["step"] == settings.max_steps)
 
 
 def main() -> None:
     """Entry point of `make model` and `make controls`."""
-    parser = argparse.ArgumentParser(description="Rebuild the bundled model from nothing, or the controls of its card.")
+    parser = argparse.ArgumentParser(
+        "python -m training.research.bundle",
+        description="Rebuild the bundled model from nothing, or the controls of its card.",
+    )
     parser.add_argument(
         "--work-dir", type=Path, default=Path("runs/bundled"), help="where all steps are kept; a second run goes on"
+    )
+    parser.add_argument(
+        "--backbone",
+        type=Path,
+        help="stand on this one, as trm-pretrain makes them, and grow none; trm/bundled has one",
     )
     parser.add_argument("--text-file", type=Path, help="GSM8K's training set, if you have it")
     parser.add_argument("--gsm8k-validation", type=Path, help="GSM8K rows to evaluate on, if you have them")
@@ -339,13 +380,18 @@ def main() -> None:
         "--controls", action="store_true", help="train the bundled model's controls, and enter them in its card"
     )
     arguments = parser.parse_args()
-    configure_logging(workers.log_level())
-    workers.start("cpu")
-    if arguments.controls:
-        compare(arguments.work_dir / "controls", bundled_model_path())
-    else:
-        build(arguments.work_dir, arguments.text_file, arguments.gsm8k_validation, bundled_model_path())
-    workers.leave()
+
+    def command() -> None:
+        configure_logging(workers.log_level())
+        workers.start("cpu")
+        if arguments.controls:
+            compare(arguments.work_dir / "controls", bundled_model_path())
+        else:
+            gsm8k, target = arguments.gsm8k_validation, bundled_model_path()
+            build(arguments.work_dir, arguments.text_file, gsm8k, target, arguments.backbone)
+        workers.leave()
+
+    run_command(command, parser.prog)
 
 
 if __name__ == "__main__":

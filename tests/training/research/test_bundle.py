@@ -4,17 +4,21 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.training.miniature import shrink
+from tests.training.miniature import SMALL, shrink
 from tests.training.together import in_two_processes
+from training import pretrain
 from training.checkpoints import RUN_JSON, step_of
-from training.config import TrainSettings
+from training.config import PretrainSettings, TrainSettings
 from training.research import bundle
 from training.research.controls import CONTROL_JSON
-from trm import TRMForCausalLM, bundled_model_path
+from trm import TRMForCausalLM, bundled_model_path, checkpoint
+from trm.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +26,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch.setattr)
+
+
+def on_bundled(**changes: Any) -> dict[str, dict[str, Any]]:
+    """The recipe's runs, in miniature, for the backbone of the model that ships."""
+    return {name: run | {"context_layers": [0, 2, 4]} | changes for name, run in bundle.RUNS.items()}
 
 
 def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
@@ -85,8 +94,7 @@ def test_nothing_is_built_on_a_run_that_was_stopped(tmp_path: Path, monkeypatch:
         event.set()
         yield event
 
-    on_bundled = {name: run | {"context_layers": [0, 2, 4]} for name, run in bundle.RUNS.items()}
-    monkeypatch.setattr(bundle, "RUNS", on_bundled)
+    monkeypatch.setattr(bundle, "RUNS", on_bundled())
     with monkeypatch.context() as signalled:
         signalled.setattr("training.run.stop_on_signals", stopped)
         for _ in range(2):  # begun, then carried on
@@ -99,3 +107,29 @@ def test_nothing_is_built_on_a_run_that_was_stopped(tmp_path: Path, monkeypatch:
     assert (last.parent.name, step_of(last)) == ("deeper", 4)
     begun = json.loads((last.parent / RUN_JSON).read_text())["settings"]["init_from"]
     assert step_of(Path(begun)) == 4
+
+
+def test_a_build_may_stand_on_a_backbone_that_is_there_and_mixes_no_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled, work, target = bundled_model_path(), tmp_path / "work", tmp_path / "target"
+    monkeypatch.setattr(bundle, "RUNS", on_bundled())
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle, "pretrain", None)  # none is grown
+        bundle.build(work, None, None, target, backbone=bundled)
+
+    kept, own = (checkpoint.read_backbone(path) for path in (bundled, target))
+    assert checkpoint.fingerprint(own) == checkpoint.fingerprint(kept)
+    assert (target / pretrain.PRETRAIN_JSON).read_bytes() == (bundled / pretrain.PRETRAIN_JSON).read_bytes()
+
+    with pytest.raises(ConfigError, match=r"--backbone .*deeper: has no pretrain.json"):
+        bundle.build(work, None, None, target, backbone=work / "deeper")
+    for _ in range(2):  # grown, then finished
+        with pytest.raises(ConfigError, match="decoder: was begun with another backbone; remove it, or give another"):
+            bundle.build(work, None, None, target)
+    monkeypatch.setattr(bundle, "RUNS", on_bundled(lr=2e-3))
+    with pytest.raises(ConfigError, match="decoder: was begun with another lr;"):
+        bundle.build(work, None, None, target, backbone=bundled)
+    monkeypatch.setattr(bundle, "PretrainSettings", partial(PretrainSettings, **SMALL | {"seed": 1}))
+    with pytest.raises(ConfigError, match="backbone: was begun with another seed;"):
+        bundle.build(work, None, None, target)
