@@ -69,7 +69,8 @@ audit: $(VENV)/installed-tools
 # Rebuilds trm/bundled from nothing: three hours on two cores. Interrupted, it goes on from what lies in runs/bundled.
 # PROCESSES of one thread each share the training. With BACKBONE=trm/bundled only the decoder is new: two hours.
 model: $(VENV)/installed-train
-	$(BUNDLE) $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl --gsm8k-validation $(GSM8K)/validation.jsonl)
+	$(BUNDLE) $(if $(BACKBONE),--backbone $(BACKBONE),$(if $(wildcard $(GSM8K)),--text-file $(GSM8K)/train.jsonl)) \
+		$(if $(wildcard $(GSM8K)),--gsm8k-validation $(GSM8K)/validation.jsonl)
 
 # Trains what the bundled model's card compares it with, and enters what that reaches there. It goes on, too.
 # Four to five hours.

@@ -6,16 +6,16 @@ model this small learns wording first, then copying, then arithmetic. GSM8K's wo
 where it is at hand, joins late. Labels are replies only.
 
 At each point of its curve a run can be taken up again: the same command goes on from there, to the bit on one CPU with
-the same number of threads.
+as many processes and threads.
 """
 
 import json
 import logging
 import random
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
-from training.problems.data import encode_problem, load_problems
+from training.problems.data import encode_problem, fingerprint, load_problems
 from training.problems.problem import Problem
 from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
@@ -41,7 +41,7 @@ from trm import checkpoint
 from trm.answers import is_correct
 from trm.chat import SYSTEM_PROMPT, ChatFormat, Example, solve_messages
 from trm.device import use_device
-from trm.errors import DeviceError
+from trm.errors import CheckpointError, ConfigError, DeviceError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ NUM_TEST_PROBLEMS = 300
 TURNS = ("system", "developer", "user", "assistant")  # whose names the tokenizer must know well
 TOKENIZER_PROBLEMS = 20_000
 PRETRAIN_JSON = "pretrain.json"
-FREE_ON_RESUME = {"output_dir", "device", "num_threads"}  # may differ between the parts of one run
+WEIGHT = "weight."  # before a parameter's name in the file of an unfinished run
+# What may differ between the parts of one run. The text may have moved: what was read from it may not change.
+FREE_ON_RESUME = {"output_dir", "device", "num_threads", "config", "text_file"}
 
 
 def make_backbone(settings: PretrainSettings, pad_id: int, end_id: int) -> Qwen2ForCausalLM:
@@ -177,11 +179,12 @@ def pretrain(settings: PretrainSettings) -> None:
         group: list(problems(parse_families(group), "heldout", settings.seed + 1 + number, NUM_TEST_PROBLEMS))
         for number, group in enumerate(settings.families)
     }
-    curve, running = load_state(model, optimizers, settings)
+    curriculum = Curriculum(settings, chat, text)
+    unfinished = Unfinished(settings, fingerprint([*curriculum.examples(0, settings.batch_size), *curriculum.text]))
+    curve, running = unfinished.load(model, optimizers)
     done, tokens, seconds = (int(curve[-1][name]) if curve else 0 for name in ("step", "tokens", "seconds"))
     started = time.monotonic() - seconds
 
-    curriculum = Curriculum(settings, chat, text)
     progress = tqdm(
         islice(curriculum.batches(done), settings.max_steps - done),
         initial=done,
@@ -212,10 +215,8 @@ def pretrain(settings: PretrainSettings) -> None:
             logger.info("%s", json.dumps(point))
             if workers.rank() == 0:
                 save(model, tokenizer, settings, curve)
-                save_state(model, optimizers, settings.output_dir, step, running)
-    if workers.rank() == 0:
-        (settings.output_dir / STATE_TENSORS).unlink(missing_ok=True)
-    workers.wait()
+                unfinished.save(model, optimizers, curve, running)
+    unfinished.remove()
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, curve: list[dict[str, float]]) -> None:
@@ -230,42 +231,58 @@ def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, cu
     checkpoint.write_json(output_dir / PRETRAIN_JSON, {"settings": settings.model_dump(mode="json"), "curve": curve})
 
 
-def differing(settings: PretrainSettings, recorded: Mapping[str, Any]) -> list[str]:
-    """The settings that make another run of it than that of the record."""
-    wanted = settings.model_dump(mode="json", exclude=FREE_ON_RESUME)
-    return [name for name, value in wanted.items() if recorded.get(name) != value]
+class Unfinished:
+    """An unfinished run in a directory of `output_dir`, whole in one file: it is there until the last step is saved."""
 
+    def __init__(self, settings: PretrainSettings, data: str) -> None:
+        self.directory = settings.output_dir / "unfinished"
+        self.file = self.directory / STATE_TENSORS
+        self.identity = {"data": data} | settings.model_dump(mode="json", exclude=FREE_ON_RESUME)
 
-def save_state(
-    model: Qwen2ForCausalLM, optimizers: Sequence[torch.optim.Optimizer], directory: Path, step: int, running: float
-) -> None:
-    """Write what `load_state` needs beside the record: weights and moments, in float32."""
-    tensors = dict(model.named_parameters()) | optimizer_tensors(optimizers)
-    tensors |= {"step": torch.tensor(step), "loss": torch.tensor(running, dtype=torch.float64)}
-    checkpoint.write_tensors(directory / STATE_TENSORS, tensors)
+    def save(
+        self,
+        model: Qwen2ForCausalLM,
+        optimizers: Sequence[torch.optim.Optimizer],
+        curve: list[dict[str, float]],
+        running: float,
+    ) -> None:
+        """Write weights and moments in float32, the curve so far and the running loss."""
+        record = json.dumps({"identity": self.identity, "curve": curve, "running": running})
+        tensors = {f"{WEIGHT}{name}": p for name, p in model.named_parameters()} | optimizer_tensors(optimizers)
+        tensors["record"] = torch.tensor(list(record.encode()), dtype=torch.uint8)
+        self.directory.mkdir(exist_ok=True)
+        checkpoint.write_tensors(self.file, tensors)
 
+    def load(
+        self, model: Qwen2ForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> tuple[list[dict[str, float]], float]:
+        """Put weights and moments back; returns the curve and the running loss, empty for a new run.
 
-def load_state(
-    model: Qwen2ForCausalLM, optimizers: Sequence[torch.optim.Optimizer], settings: PretrainSettings
-) -> tuple[list[dict[str, float]], float]:
-    """Put back an unfinished run of these settings from `output_dir`; its curve and running loss, empty for a new run.
+        Raises ConfigError where it is another run, CheckpointError where the file is damaged.
+        """
+        if not workers.agree(self.file.is_file()):
+            return [], 0.0
+        tensors = checkpoint.read_tensors(self.file)
+        try:
+            record = json.loads(bytes(tensors["record"].tolist()))
+            others = [name for name, value in self.identity.items() if record["identity"].get(name) != value]
+            if others:
+                raise ConfigError(
+                    f"{self.directory}: that run has another {', '.join(others)}; give what it was begun with, "
+                    "or another --output-dir, or remove it to begin anew"
+                )
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(tensors[f"{WEIGHT}{name}"])
+            load_optimizer_tensors(optimizers, tensors)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.file}: does not fit: {error}; remove it to begin anew") from error
+        curve: list[dict[str, float]] = record["curve"]
+        logger.info("%s: goes on after step %d", self.directory, curve[-1]["step"])
+        return curve, record["running"]
 
-    Raises CheckpointError where its files are damaged.
-    """
-    state, record = settings.output_dir / STATE_TENSORS, settings.output_dir / PRETRAIN_JSON
-    if not workers.agree(state.is_file() and record.is_file()):
-        return [], 0.0
-    stored = checkpoint.read_json(record)
-    if others := differing(settings, stored["settings"]):
-        logger.warning("%s: its unfinished run had another %s; begun anew", settings.output_dir, ", ".join(others))
+    def remove(self) -> None:
+        """All that the run needed is in place. Every process calls this, and the first one removes."""
         workers.wait()
-        state.unlink(missing_ok=True)  # it would not go with the new record
-        return [], 0.0
-    tensors = checkpoint.read_tensors(state)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
-    load_optimizer_tensors(optimizers, tensors)
-    step = int(tensors["step"])
-    logger.info("%s: goes on after step %d", settings.output_dir, step)
-    return [point for point in stored["curve"] if point["step"] <= step], float(tensors["loss"])
+        if workers.rank() == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)

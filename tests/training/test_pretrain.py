@@ -11,6 +11,7 @@ from training import ordinary, pretrain
 from training.checkpoints import STATE_TENSORS
 from training.config import PretrainSettings
 from trm import checkpoint
+from trm.errors import CheckpointError, ConfigError
 
 SMALL: dict[str, Any] = {
     "max_steps": 10,
@@ -63,7 +64,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, steps: list[int])
     pretrain.pretrain(settings(tmp_path / "parts"))
 
     assert len(steps) == INTERRUPTED + 4  # 7 to 10
-    assert not (tmp_path / "parts" / STATE_TENSORS).exists()
+    assert not (tmp_path / "parts" / "unfinished").exists()
     pretrain.pretrain(settings(tmp_path / "whole"))
     (weights, curve), (expected, points) = written(tmp_path / "parts"), written(tmp_path / "whole")
     assert curve == points
@@ -71,15 +72,23 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, steps: list[int])
         assert torch.equal(weights[name], tensor), name
 
 
-def test_a_run_of_other_settings_is_begun_anew(
-    tmp_path: Path, steps: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_run_does_not_go_on(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(settings(tmp_path))
+    file = tmp_path / "unfinished" / STATE_TENSORS
+    kept = file.read_bytes()
 
-    pretrain.pretrain(settings(tmp_path, max_steps=3, lr=1e-3))
+    with pytest.raises(
+        ConfigError, match="unfinished: that run has another max_steps, lr; give what it was begun with"
+    ):
+        pretrain.pretrain(settings(tmp_path, max_steps=3, lr=1e-3))
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "FIRST_NUMBERS", 50)
+        with pytest.raises(ConfigError, match="that run has another data;"):
+            pretrain.pretrain(settings(tmp_path))
+    assert file.read_bytes() == kept
+    file.write_bytes(kept.replace(b"weight.model.norm", b"weight.model.corm"))
+    with pytest.raises(CheckpointError, match=r"does not fit: 'weight.model.norm.weight'; remove it to begin anew"):
+        pretrain.pretrain(settings(tmp_path))
 
-    assert len(steps) == INTERRUPTED + 3
-    assert "its unfinished run had another max_steps, lr; begun anew" in caplog.text
-    assert not (tmp_path / STATE_TENSORS).exists()
-    assert [point["step"] for point in written(tmp_path)[1]] == [1, 2, 3]
+    assert len(steps) == INTERRUPTED

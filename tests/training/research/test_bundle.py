@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,10 +72,11 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
 
     alone = bundle.PretrainSettings(output_dir=tmp_path / "alone", device="cpu", num_threads=1)
     bundle.pretrain(alone)  # in one process
-    curves = [json.loads((d / "pretrain.json").read_text())["curve"] for d in (work / "backbone", tmp_path / "alone")]
+    backbones = next(work.glob("backbone-*")), tmp_path / "alone"
+    curves = [json.loads((d / "pretrain.json").read_text())["curve"] for d in backbones]
     assert [point["tokens"] for point in curves[0]] == [point["tokens"] for point in curves[1]]
     assert curves[0][-1]["loss"] == pytest.approx(curves[1][-1]["loss"], rel=1e-3)
-    costs = json.loads((work / "controls" / "layer" / CONTROL_JSON).read_text())
+    costs = json.loads(next(work.glob("controls-*/layer")).joinpath(CONTROL_JSON).read_text())
     runs = [TrainSettings(**run, backbone=str(target)) for run in bundle.RUNS.values()]
     layer = json.loads((bundle.train_control("layer", runs, tmp_path / "layer") / CONTROL_JSON).read_text())
     assert costs == layer  # the operations of both processes were counted, and each once
@@ -83,7 +85,7 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
         monkeypatch.setattr(bundle, stage, None)  # what is finished is not done again
     bundle.build(work, None, gsm8k, target)
     assert (target / "README.md").read_text() == card
-    bundle.compare(work / "controls", target)
+    bundle.compare(work, target)
     assert (target / "README.md").read_text() == card_with_controls
 
 
@@ -122,14 +124,25 @@ def test_a_build_may_stand_on_a_backbone_that_is_there_and_mixes_no_runs(
     assert checkpoint.fingerprint(own) == checkpoint.fingerprint(kept)
     assert (target / pretrain.PRETRAIN_JSON).read_bytes() == (bundled / pretrain.PRETRAIN_JSON).read_bytes()
 
-    with pytest.raises(ConfigError, match=r"--backbone .*deeper: has no pretrain.json"):
-        bundle.build(work, None, None, target, backbone=work / "deeper")
-    for _ in range(2):  # grown, then finished
-        with pytest.raises(ConfigError, match="decoder: was begun with another backbone; remove it, or give another"):
-            bundle.build(work, None, None, target)
+    with pytest.raises(ConfigError, match=r"--backbone .*: no finished run's pretrain.json there"):
+        bundle.build(work, None, None, target, backbone=next(work.glob("model-*/decoder")))
     monkeypatch.setattr(bundle, "RUNS", on_bundled(lr=2e-3))
-    with pytest.raises(ConfigError, match="decoder: was begun with another lr;"):
+    monkeypatch.setattr(bundle, "train", Mock(side_effect=RuntimeError("trained anew")))
+    with pytest.raises(RuntimeError, match="trained anew"):  # nothing of another recipe is taken
         bundle.build(work, None, None, target, backbone=bundled)
+
+
+def test_a_backbone_of_another_recipe_or_text_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grown: list[Path] = []
+    monkeypatch.setattr(bundle, "pretrain", lambda settings: grown.append(settings.output_dir))
+    text, moved, other = (tmp_path / name for name in ("text.jsonl", "moved.jsonl", "other.jsonl"))
+    for file, content in ((text, "one"), (moved, "one"), (other, "two")):
+        file.write_text(content)
+
+    places = [bundle._grown(tmp_path, file) for file in (text, moved, other, None)]
     monkeypatch.setattr(bundle, "PretrainSettings", partial(PretrainSettings, **SMALL | {"seed": 1}))
-    with pytest.raises(ConfigError, match="backbone: was begun with another seed;"):
-        bundle.build(work, None, None, target)
+    places.append(bundle._grown(tmp_path, None))
+
+    assert places == grown
+    assert places[0] == places[1]
+    assert len(set(places)) == 4
