@@ -113,10 +113,11 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 {curve}
 
 Limits: whole numbers up to about a hundred in the question, one to four operations, wording close to the templates of
-the generator. Unknown names and nouns are fine; unknown verbs are guesses. `{command}` repeats the first table.
-`make model` rebuilds everything from nothing, `make model BACKBONE=trm/bundled` the decoder alone. On one backbone
-decoders come out the same within the intervals. On another they need not: of two backbones, equal in worked problems,
-one carries a decoder that is 3 points better at once.
+the generator. Unknown names and nouns are fine; unknown verbs are guesses.
+`{command}` repeats the first
+table. `make model` rebuilds everything from nothing, `make model BACKBONE=trm/bundled` the decoder alone. On one
+backbone decoders come out the same within the intervals. On another they need not: of two backbones, equal in worked
+problems, one carries a decoder that is 3 points better at once.
 """
 
 ABOUT_CONTROLS = """
