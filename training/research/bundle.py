@@ -335,7 +335,10 @@ def _curve(points: list[dict[str, Any]]) -> str:
 def _grown(work: Path, text_file: Path | None) -> Path:
     """The backbone of the recipe: grown now, carried on, or there already."""
     settings = PretrainSettings(text_file=text_file, device="cpu", num_threads=1)
-    text = text_file and hashlib.sha256(text_file.read_bytes()).hexdigest()
+    try:
+        text = text_file and hashlib.sha256(text_file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--text-file {text_file}: cannot be read: {error.strerror}") from error
     directory = _place(work, "backbone", settings.model_dump(mode="json", exclude=FREE_ON_RESUME), text)
     if not _is_whole(directory):
         pretrain(settings.model_copy(update={"output_dir": directory}))

@@ -146,3 +146,5 @@ def test_a_backbone_of_another_recipe_or_text_is_another_one(tmp_path: Path, mon
     assert places == grown
     assert places[0] == places[1]
     assert len(set(places)) == 4
+    with pytest.raises(ConfigError, match=r"--text-file .*missing: cannot be read: No such file or directory"):
+        bundle._grown(tmp_path, tmp_path / "missing")
