@@ -37,6 +37,7 @@ from training.problems.data import encode_problem, fingerprint, load_problems
 from training.problems.problem import Problem
 from training.problems.synthetic import MAX_NUMBER, make_problem, parse_families, problems
 from training.tokenizer import train_tokenizer
+from training.weights import MASTER
 from trm import checkpoint
 from trm.answers import is_correct
 from trm.chat import SYSTEM_PROMPT, ChatFormat, Example, solve_messages
@@ -62,7 +63,6 @@ NUM_TEST_PROBLEMS = 300
 TURNS = ("system", "developer", "user", "assistant")  # whose names the tokenizer must know well
 TOKENIZER_PROBLEMS = 20_000
 PRETRAIN_JSON = "pretrain.json"
-WEIGHT = "weight."  # before a parameter's name in the file of an unfinished run
 # What may differ between the parts of one run. The text may have moved: what was read from it may not change.
 FREE_ON_RESUME = {"output_dir", "device", "num_threads", "config", "text_file"}
 
@@ -248,7 +248,7 @@ class Unfinished:
     ) -> None:
         """Write weights and moments in float32, the curve so far and the running loss."""
         record = json.dumps({"identity": self.identity, "curve": curve, "running": running})
-        tensors = {f"{WEIGHT}{name}": p for name, p in model.named_parameters()} | optimizer_tensors(optimizers)
+        tensors = {f"{MASTER}{name}": p for name, p in model.named_parameters()} | optimizer_tensors(optimizers)
         tensors["record"] = torch.tensor(list(record.encode()), dtype=torch.uint8)
         self.directory.mkdir(exist_ok=True)
         checkpoint.write_tensors(self.file, tensors)
@@ -273,7 +273,7 @@ class Unfinished:
                 )
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    parameter.copy_(tensors[f"{WEIGHT}{name}"])
+                    parameter.copy_(tensors[f"{MASTER}{name}"])
             load_optimizer_tensors(optimizers, tensors)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{self.file}: does not fit: {error}; remove it to begin anew") from error

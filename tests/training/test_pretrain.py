@@ -87,8 +87,8 @@ def test_another_run_does_not_go_on(tmp_path: Path, steps: list[int], monkeypatc
         with pytest.raises(ConfigError, match="that run has another data;"):
             pretrain.pretrain(settings(tmp_path))
     assert file.read_bytes() == kept
-    file.write_bytes(kept.replace(b"weight.model.norm", b"weight.model.corm"))
-    with pytest.raises(CheckpointError, match=r"does not fit: 'weight.model.norm.weight'; remove it to begin anew"):
+    file.write_bytes(kept.replace(b"master.model.norm", b"master.model.corm"))
+    with pytest.raises(CheckpointError, match=r"does not fit: 'master.model.norm.weight'; remove it to begin anew"):
         pretrain.pretrain(settings(tmp_path))
 
     assert len(steps) == INTERRUPTED
