@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from trm.errors import CheckpointError, ConfigError
@@ -21,11 +22,9 @@ logger = logging.getLogger(__name__)
 
 def require_writable(directory: Path, flag: str = "--output-dir") -> None:
     """Make the directory that `flag` names. Raises ConfigError where no file can be made in it."""
-    probe = directory / ".writable"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        TemporaryFile(dir=directory).close()  # a name of its own: another command may be trying, too
     except OSError as error:
         raise ConfigError(f"{flag} {directory}: cannot write there: {error.strerror}") from error
 
