@@ -75,7 +75,7 @@ class Answers:
     and every new one goes there too.
 
     `asked` maps each setting that decides the result to its value: a place with others is refused, unless nothing was
-    made there yet. `about` is only noted beside them. If interrupted, it says what is kept.
+    made there yet. `about` is only noted beside them, as the last command has it. If interrupted, it says what is kept.
     """
 
     def __init__(
@@ -104,10 +104,11 @@ class Answers:
         self._file = JsonLines(place.answers, "a")
         try:
             lock(self._file.file, place.flag, place.command)
-            if _is_untouched(place, asked):
+            if not _is_untouched(place, asked):
+                _require_same(place, asked)
+            if checkpoint.read_json(place.settings) != note:
                 with writing(place.settings):
                     checkpoint.write_json(place.settings, note)
-            _require_same(place, asked)
             self._read(place.answers)
         except BaseException:
             self._file.close()

@@ -2,7 +2,7 @@
 
 Three files: `--output` holds the rows; `.json` beside it what decided them; `.replies` every reply as it was
 finished, right or wrong. The rows follow from the replies. So a command that was interrupted goes on with the
-replies that it lacks and ends in the same rows, and no finished reply is lost.
+replies that it lacks and ends in the same rows, no finished reply is lost, and what selects them may change.
 """
 
 from pathlib import Path
@@ -23,7 +23,8 @@ from trm.errors import ConfigError
 from trm.loading import choose_dtype
 
 NUM_SYNTHETIC = 20_000  # problems that are drawn where --limit says nothing
-DECIDING = ("samples", "temperature", "top_p", "keep", "keep_solved", "max_tokens", "seed", "quantize")
+DECIDING = ("samples", "temperature", "top_p", "max_tokens", "seed", "quantize")  # what the replies are
+SELECTING = ("keep", "keep_solved")  # which of them are kept
 
 
 def sample(settings: SampleSettings) -> str:
@@ -45,6 +46,7 @@ def sample(settings: SampleSettings) -> str:
     asked |= {"model": model_id, "dataset": fingerprint_problems(problems), "limit": len(problems)}
     asked |= {"effort": effort, "device": device, "dtype": dtype}
     about = {"version": trm.__version__, "model_name": settings.model or "bundled", "dataset_name": settings.dataset}
+    about |= {name: getattr(settings, name) for name in SELECTING}
 
     progress: tqdm[NoReturn]
     with (

@@ -310,7 +310,7 @@ def test_another_command_is_refused(
     before = [file.read_bytes() for file in sorted(tmp_path.glob("own.jsonl*"))]
 
     for name, value in {
-        "samples": 3, "temperature": 1.0, "top_p": 0.5, "keep": 1, "keep_solved": True, "max_tokens": 9, "seed": 4,
+        "samples": 3, "temperature": 1.0, "top_p": 0.5, "max_tokens": 9, "seed": 4,
         "model": str(plain_dir), "dataset": str(rows), "limit": 3, "effort": 1, "dtype": "bfloat16",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"begun with another .*--{name.replace('_', '-')} ") as refused:
@@ -318,6 +318,23 @@ def test_another_command_is_refused(
         assert "choose another place, or the settings it was begun with" in str(refused.value)
     assert [file.read_bytes() for file in sorted(tmp_path.glob("own.jsonl*"))] == before
     sample(make(**begun, max_rows=3, num_threads=1))  # decides nothing
+
+
+def test_what_selects_replies_may_change(make: Make, decoded: list[Any], tmp_path: Path) -> None:
+    settings = {"limit": 4, "samples": 3}
+    sample(make(**settings, keep_solved=True, output=tmp_path / "all.jsonl"))
+    sample(make(**settings, keep=1))
+    some = (tmp_path / "own.jsonl").read_bytes()
+    decoded.clear()
+
+    sample(make(**settings, keep_solved=True))
+
+    assert decoded == []  # the rows are made anew, the replies are not
+    rows = (tmp_path / "own.jsonl").read_bytes()
+    assert rows == (tmp_path / "all.jsonl").read_bytes() != some
+    noted = [json.loads((tmp_path / f"{name}.jsonl.json").read_text()) for name in ("own", "all")]
+    assert noted[0] == noted[1]
+    assert noted[0]["keep_solved"]
 
 
 def test_a_place_without_one_reply_takes_other_settings(make: Make, tmp_path: Path) -> None:
