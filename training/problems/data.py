@@ -125,8 +125,8 @@ def encode_problems(
         )
     if not encoded:
         raise ConfigError(
-            f"--replies {','.join(replies)}: no {kind} problem has equations (GSM8K's <<48/2=24>>, or synthetic "
-            f"problems); add worked or answer{instead}"
+            f"--replies {','.join(replies)}: no {kind} problem has equations (GSM8K's <<48/2=24>>, a list "
+            f"of them, or synthetic problems); add worked or answer{instead}"
         )
     if step_targets:
         _warn_of_no_steps([p for p, work in asked if work == "none"], kind)
@@ -229,6 +229,11 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
             raise ValueError(rf"{names[1]} gives its result neither as #### 72 nor as \boxed{{72}}")
         equations = gsm8k_equations(solution)
         solution = convert_gsm8k(solution, keep_annotations)
+    if row.get("equations") not in (None, []):
+        equations = _texts(row["equations"], "equations")
+        for equation in equations:
+            if not all(side.strip() for side in equation.partition("=")[::2]):
+                raise ValueError(f"equations holds {equation!r}, which says nothing is equal")
     work = row.get("work")
     if not (work is None or (isinstance(work, str) and work in SYSTEM_PROMPTS)):
         raise ValueError(f"work is {work!r}, not one of {', '.join(SYSTEM_PROMPTS)}")
@@ -236,23 +241,23 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
     if row.get("steps") in (None, []):
         steps = tuple(equation.rpartition("=")[2].strip() for equation in equations)
         return replace(problem, steps=steps) if _lead_to(steps, problem.answer) else problem
-    steps = _steps(row["steps"])
+    steps = _texts(row["steps"], "steps")
     if not _lead_to(steps, problem.answer):
         raise ValueError(f"the last of its steps is {steps[-1]!r}, the answer is {problem.answer!r}")
     return replace(problem, steps=steps)
 
 
-def _steps(value: Any) -> tuple[str, ...]:
-    """The `steps` of a row. Raises ValueError where they are none."""
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    """A column of a row that is a list of texts or whole numbers. Raises ValueError where it is none."""
     if not isinstance(value, list):
-        raise ValueError("steps is no list")
-    for step in value:
-        if not isinstance(step, str | int) or isinstance(step, bool) or not str(step).strip():
-            raise ValueError(f"steps holds {step!r}, which is neither text nor a whole number")
-    steps = tuple(str(step).strip() for step in value)
-    for step in steps:
-        step.encode()  # as above
-    return steps
+        raise ValueError(f"{name} is no list")
+    for entry in value:
+        if not isinstance(entry, str | int) or isinstance(entry, bool) or not str(entry).strip():
+            raise ValueError(f"{name} holds {entry!r}, which is neither text nor a whole number")
+    texts = tuple(str(entry).strip() for entry in value)
+    for text in texts:
+        text.encode()  # as above
+    return texts
 
 
 def _lead_to(steps: Sequence[str], answer: str) -> bool:

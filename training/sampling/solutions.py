@@ -59,11 +59,12 @@ class Solutions:
 
     def _row(self, problem: Problem, answer: Answer) -> dict[str, Any]:
         """A row as `trm-train` reads it, and where it comes from."""
-        steps = results(equations(answer.reply), problem.answer)
+        derivation = equations(answer.reply)
+        steps = results(derivation, problem.answer)
         return {
             "question": problem.question,
             "answer": answer.reply.strip(),
-            **({} if steps is None else {"steps": steps}),
+            **({} if steps is None else {"equations": derivation, "steps": steps}),
             **({} if problem.work is None else {"work": problem.work}),
             "source": problem.source,
             "model": self._model,

@@ -220,8 +220,28 @@ CLIPS = {"question": "Q", "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>7
         ({"problem": "Q", "solution": r"\boxed{\frac{1}{2}}", "steps": ["3", "1/2"]}, (), ("3", "1/2")),
         (CLIPS | {"steps": None}, ("48/2=24", "48+24=72"), ("24", "72")),
         ({"question": "Q", "answer": "#### 72", "steps": []}, (), ()),
+        (CLIPS | {"equations": ["40-4=36", " 2*36=72 "]}, ("40-4=36", "2*36=72"), ("36", "72")),
+        (
+            {"problem": "Q", "solution": r"\boxed{5}", "equations": ["2+3=5"], "steps": ["4", "5"]},
+            ("2+3=5",),
+            ("4", "5"),
+        ),
+        (CLIPS | {"equations": []}, ("48/2=24", "48+24=72"), ("24", "72")),
     ],
-    ids=["gsm8k", "spelt otherwise", "at odds", "bare", "given", "equal number", "math", "null", "none"],
+    ids=[
+        "gsm8k",
+        "spelt otherwise",
+        "at odds",
+        "bare",
+        "given",
+        "equal number",
+        "math",
+        "null",
+        "none",
+        "told",
+        "both told",
+        "none told",
+    ],
 )
 @pytest.mark.parametrize("keep_annotations", [False, True])
 def test_equations_and_steps(
@@ -247,6 +267,21 @@ def test_rows_whose_steps_do_not_fit_are_reported_with_their_line(
     for line, entry in {4: "' '", 5: "None", 6: "True", 7: "24.5"}.items():
         assert f"{path}:{line}: steps holds {entry}, which is neither text nor a whole number" in caplog.text
     assert "7 of 8 rows left out" in caplog.text
+
+
+def test_rows_whose_equations_are_none_are_reported_with_their_line(
+    jsonl: Jsonl, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad: list[Any] = ["48+24=72", ["48+24"], ["48+24="], ["=72"], [None]]
+    path = jsonl(*(CLIPS | {"equations": equations} for equations in bad), CLIPS)
+    with caplog.at_level(logging.WARNING):
+        problems = load(path)
+
+    assert [p.source for p in problems] == [f"{path}:6"]
+    assert f"{path}:1: equations is no list" in caplog.text
+    for line, entry in {2: "48+24", 3: "48+24=", 4: "=72"}.items():
+        assert f"{path}:{line}: equations holds '{entry}', which says nothing is equal" in caplog.text
+    assert f"{path}:5: equations holds None" in caplog.text
 
 
 TWO_STEPS = Problem("Q?", "So it is\n\\boxed{5}", "rows:1", ("12+7=19", "19-14=5"), ("19", "5"))

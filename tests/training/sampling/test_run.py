@@ -153,10 +153,11 @@ def test_the_file_is_a_data_set(make: Make, tmp_path: Path) -> None:
 
     [row] = rows_of(settings.output)
     assert row["answer"] == "5+3=8\n\\boxed{8}"
-    assert row["steps"] == ["8"]
+    assert (row["equations"], row["steps"]) == (["5+3=8"], ["8"])
     assert row["source"] == f"{rows}:1"
     [problem] = load_problems(str(settings.output), split="train", seed=0)
     assert (problem.question, problem.solution, problem.answer) == (row["question"], row["answer"], "8")
+    assert (problem.equations, problem.steps) == (("5+3=8",), ("8",))
     small = {"n_latent": 1, "n_cycles": 1, "n_supervision": 1, "num_threads": 1, "validation_problems": 0}
     assert train(TrainSettings(dataset=str(settings.output), output_dir=tmp_path / "run", **small)).is_dir()
 
