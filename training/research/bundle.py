@@ -1,8 +1,9 @@
-"""Rebuild the bundled model from nothing: tokenizer, backbone, decoder, evaluation, model card. Then its controls.
+"""Rebuild the bundled model: decoder, evaluation and model card, on the backbone that ships or on a new one.
 
-`make model` runs this, and `make controls` what follows it. The recipe is the code below; what it measured stands in
-the card and in `report.json` beside the weights. An interrupted build goes on where its last checkpoint was written.
-The processes that torchrun starts train together; the first one does the rest.
+`make model` runs this, `make model BACKBONE=new` with tokenizer and backbone before it, and `make controls` trains what
+the card compares the model with. The recipe is the code below; what it measured stands in the card and in `report.json`
+beside the weights. An interrupted build goes on where its last checkpoint was written. The processes that torchrun
+starts train together; the first one does the rest.
 """
 
 import argparse
@@ -115,9 +116,9 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 Limits: whole numbers up to about a hundred in the question, one to four operations, wording close to the templates of
 the generator. Unknown names and nouns are fine; unknown verbs are guesses.
 `{command}` repeats the first
-table. `make model` rebuilds everything from nothing, `make model BACKBONE=trm/bundled` the decoder alone. On one
-backbone decoders come out the same within the intervals. On another they need not: of two backbones, equal in worked
-problems, one carries a decoder that is 3 points better at once.
+table. `make model` trains the decoder anew, on the backbone that ships, and writes this card again: the same within the
+intervals. `make controls` adds the controls. `make model BACKBONE=new` grows a backbone first, from nothing, and need
+not give the same: of two backbones, equal in worked problems, one carries a decoder that is 3 points better at once.
 """
 
 ABOUT_CONTROLS = """
@@ -368,7 +369,7 @@ def main() -> None:
     """Entry point of `make model` and `make controls`."""
     parser = argparse.ArgumentParser(
         "python -m training.research.bundle",
-        description="Rebuild the bundled model from nothing, or the controls of its card.",
+        description="Rebuild the bundled model, from nothing or on a backbone, or the controls of its card.",
     )
     parser.add_argument(
         "--work-dir", type=Path, default=Path("runs/bundled"), help="where all steps are kept; a second run goes on"
