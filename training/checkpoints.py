@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from training.directories import lock, require_writable
+from training import directories
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
@@ -204,14 +204,8 @@ def record_progress(run_dir: Path, state: State, line: Mapping[str, Any]) -> Non
 
 @contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Make a run directory, keep other processes out of it, and clear up after a killed one.
-
-    The claim ends with the process, however that ends. Raises ConfigError where the directory is taken, or not ours
-    to write.
-    """
-    require_writable(run_dir)
-    with (run_dir / ".lock").open("w") as file:
-        lock(file, f"--output-dir {run_dir}", "trm-train")
+    """Claim a run directory, and clear up after a killed run. Raises ConfigError as `directories.claim` does."""
+    with directories.claim(run_dir, "trm-train"):
         clear_leftovers(run_dir)
         yield
 

@@ -47,6 +47,18 @@ def lock(file: IO[Any], place: str, command: str) -> None:
 
 
 @contextmanager
+def claim(directory: Path, command: str, flag: str = "--output-dir") -> Iterator[None]:
+    """Make the directory that `flag` names, and keep other processes out of it until the block or the process ends.
+
+    Raises ConfigError where another `command` is there, or nothing can be written.
+    """
+    require_writable(directory, flag)
+    with (directory / ".lock").open("w") as file:
+        lock(file, f"{flag} {directory}", command)
+        yield
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Around writing to a file that the same command goes on with. Raises CheckpointError where that is impossible."""
     try:

@@ -15,6 +15,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from training import ordinary, workers
 from training.checkpoints import STATE_TENSORS
 from training.config import PretrainSettings
-from training.directories import require_writable
+from training.directories import claim
 from training.optim import (
     learning_rate_scale,
     load_optimizer_tensors,
@@ -164,8 +165,11 @@ def pretrain(settings: PretrainSettings) -> None:
     """
     device = use_device(settings.device, settings.num_threads)
     workers.start(device)
-    if workers.rank() == 0:
-        require_writable(settings.output_dir)
+    with claim(settings.output_dir, settings.command) if workers.rank() == 0 else nullcontext():
+        _grow(settings, device)
+
+
+def _grow(settings: PretrainSettings, device: str) -> None:
     text = load_problems(str(settings.text_file), seed=settings.seed, split="train") if settings.text_file else []
     sample = list(problems(parse_families("all"), "train", settings.seed, TOKENIZER_PROBLEMS))
     corpus = [part for p in sample + list(text) for part in (p.question, p.solution)]

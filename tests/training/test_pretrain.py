@@ -10,6 +10,7 @@ import torch
 from training import ordinary, pretrain
 from training.checkpoints import STATE_TENSORS
 from training.config import PretrainSettings
+from training.directories import claim
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
@@ -70,6 +71,12 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, steps: list[int])
     assert curve == points
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name
+
+
+def test_a_second_run_in_one_directory_is_refused(tmp_path: Path, steps: list[int]) -> None:
+    with claim(tmp_path, "trm-pretrain"), pytest.raises(ConfigError, match="another trm-pretrain is at work there"):
+        pretrain.pretrain(settings(tmp_path))
+    assert steps == []
 
 
 def test_another_run_does_not_go_on(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

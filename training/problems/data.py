@@ -149,7 +149,7 @@ def encode_problems(
 
 
 def _warn_of_no_steps(rows: Sequence[Problem], kind: str) -> None:
-    """Say how many of the problems have no intermediate results, and which are at odds with their annotations."""
+    """Say how many of the problems have no intermediate results, and which are at odds with their equations."""
     without = [p for p in rows if not p.steps]
     if not without:
         return
@@ -160,7 +160,7 @@ def _warn_of_no_steps(rows: Sequence[Problem], kind: str) -> None:
         len(without),
         len(rows),
         kind,
-        f"; the annotations of {len(at_odds)} end in another result than the answer: {named}" if at_odds else "",
+        f"; the equations of {len(at_odds)} end in another result than the answer: {named}" if at_odds else "",
     )
 
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ import torch
 
 from training import checkpoints, workers
 from training.config import EvalSettings, PretrainSettings, TrainSettings
+from training.directories import claim
 from training.evaluation.run import evaluate_model
 from training.pretrain import FREE_ON_RESUME, PRETRAIN_JSON, pretrain
 from training.research.controls import CONTROL_JSON, NAMES, Kind, train_control
@@ -390,11 +392,12 @@ def main() -> None:
     def command() -> None:
         configure_logging(workers.log_level())
         workers.start("cpu")
-        if arguments.controls:
-            compare(arguments.work_dir, bundled_model_path())
-        else:
-            gsm8k, target = arguments.gsm8k_validation, bundled_model_path()
-            build(arguments.work_dir, arguments.text_file, gsm8k, target, arguments.backbone)
+        work, target = arguments.work_dir, bundled_model_path()
+        with claim(work, parser.prog, "--work-dir") if workers.rank() == 0 else nullcontext():
+            if arguments.controls:
+                compare(work, target)
+            else:
+                build(work, arguments.text_file, arguments.gsm8k_validation, target, arguments.backbone)
         workers.leave()
 
     run_command(command, parser.prog)

@@ -372,7 +372,7 @@ def test_problems_without_steps_are_counted_and_those_at_odds_named(
         encode_problems(rows, chat, 1024, ("worked",), step_targets=True)
 
     assert [record.getMessage() for record in caplog.records] == [
-        "12 of 13 training problems have no steps and learn the answer at every supervision step; the annotations of "
+        "12 of 13 training problems have no steps and learn the answer at every supervision step; the equations of "
         f"11 end in another result than the answer: {', '.join(f'rows:{n}' for n in range(10))}, …"
     ]
 

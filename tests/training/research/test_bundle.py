@@ -16,6 +16,7 @@ from tests.training.together import in_two_processes
 from training import pretrain
 from training.checkpoints import RUN_JSON, step_of
 from training.config import PretrainSettings, TrainSettings
+from training.directories import claim
 from training.research import bundle
 from training.research.controls import CONTROL_JSON
 from trm import TRMForCausalLM, bundled_model_path, checkpoint
@@ -87,6 +88,19 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     assert (target / "README.md").read_text() == card
     bundle.compare(work, target)
     assert (target / "README.md").read_text() == card_with_controls
+
+
+def test_a_second_build_in_one_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("build", "compare"):
+        monkeypatch.setattr(bundle, stage, None)
+    with claim(tmp_path, "make model"):
+        for what in ([], ["--controls"]):
+            monkeypatch.setattr("sys.argv", ["bundle", "--work-dir", str(tmp_path), *what])
+            with pytest.raises(SystemExit):
+                bundle.main()
+            assert f"--work-dir {tmp_path}: another python -m training.research.bundle is at" in capfd.readouterr().err
 
 
 def test_nothing_is_built_on_a_run_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
