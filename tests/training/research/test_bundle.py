@@ -1,6 +1,7 @@
 """The whole build of the bundled model, in miniature: what it leaves behind, and what it does not do twice."""
 
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,27 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     assert (target / "README.md").read_text() == card
     bundle.compare(work, target)
     assert (target / "README.md").read_text() == card_with_controls
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags"),
+    [
+        ([], "--backbone trm/bundled --gsm8k-validation {0}/validation.jsonl"),
+        (["BACKBONE=runs/other"], "--backbone runs/other --gsm8k-validation {0}/validation.jsonl"),
+        (["BACKBONE=new"], "--text-file {0}/train.jsonl --gsm8k-validation {0}/validation.jsonl"),
+        (["BACKBONE=new", "GSM8K={0}/missing"], ""),
+        (["GSM8K={0}/missing"], "--backbone trm/bundled"),
+    ],
+)
+def test_make_model_stands_on_the_backbone_that_ships_or_on_a_new_one(
+    tmp_path: Path, asked: list[str], flags: str
+) -> None:
+    command = ["make", "--dry-run", f"GSM8K={tmp_path}", "model", *(word.format(tmp_path) for word in asked)]
+
+    done = subprocess.run(command, cwd=bundled_model_path().parents[1], capture_output=True, text=True, check=True)
+
+    [line] = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "training.research.bundle" in line]
+    assert line.partition("training.research.bundle")[2].split() == flags.format(tmp_path).split()
 
 
 def test_a_second_build_in_one_directory_is_refused(
