@@ -75,7 +75,7 @@ model: $(VENV)/installed-train
 		$(if $(wildcard $(GSM8K)),--gsm8k-validation $(GSM8K)/validation.jsonl)
 
 # Trains what the bundled model's card compares it with, and enters what that reaches there. It goes on, too.
-# Four to five hours.
+# By estimate four to five hours on two cores.
 controls: $(VENV)/installed-train
 	$(BUNDLE) --controls
 

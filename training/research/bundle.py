@@ -83,13 +83,13 @@ step. It does **not** solve GSM8K, and it knows nothing but such problems.
 | decoder | {decoder_size:.2f}M trained parameters, n = {n_latent}, T = {n_cycles}, N_sup = {n_supervision}, L = {n_layers}, keys and values from a mix of backbone layers {context_layers}, gradient through the whole recursion, a target for each supervision step |
 | tokenizer | byte-level BPE, {vocab} tokens, digits one by one, ChatML |
 | data | generated word problems (`training/problems/synthetic.py`), new ones in every batch; for the backbone{text} |
-| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes, then {deeper_steps} on {deeper_problems} more, half of them behind 1 to {skipped} steps without gradient, {deeper_minutes:.0f} minutes; on two cores |
+| training | backbone {pretrain_steps} steps, {pretrain_tokens:.0f}M tokens, {pretrain_minutes:.0f} minutes; decoder {train_steps} steps on {problems} problems, nine in ten answered at once, depths from {min_supervision} to {n_supervision}, {train_minutes:.0f} minutes, then {deeper_steps} on {deeper_problems} more, half of them behind 1 to {skipped} steps without gradient, {deeper_minutes:.0f} minutes; by the clock, on two cores |
 | storage | bfloat16, {megabytes:.1f} MB of weights |
 
 Greedy accuracy on held-out problems (number combinations and sentences that no training problem contains),
 with 95 % intervals; effort 0 is the frozen backbone alone, {n_supervision} is the trained effort, more is extrapolation.
-Gained and lost are problems that only the effort, or only the backbone, got right; p is the exact McNemar test, corrected
-for the number of comparisons (Holm).{about_controls}
+Gained and lost are problems that only the effort, or only the backbone, got right; p is the exact McNemar test,
+corrected for the number of comparisons (Holm).{about_controls}
 
 ## Answers at once
 
@@ -118,15 +118,17 @@ The backbone's own curve, on 300 held-out problems of each kind while it was tra
 Limits: whole numbers up to about a hundred in the question, one to four operations, wording close to the templates of
 the generator. Unknown names and nouns are fine; unknown verbs are guesses.
 `{command}` repeats the first
-table. `make model` trains the decoder anew, on the backbone that ships, and writes this card again: the same within the
-intervals. `make controls` adds the controls. `make model BACKBONE=new` grows a backbone first, from nothing, and need
-not give the same: of two backbones, equal in worked problems, one carries a decoder that is 3 points better at once.
+table. `make model` trains the decoder anew, on the backbone that ships, and writes this card again: the same within
+the intervals. `make controls` adds the controls. `make model BACKBONE=new` grows a backbone first, from nothing. The
+card can then come out differently: two backbones solved worked problems equally well, but answering at once the decoder
+on one of them was 3 points better. The table of GSM8K, and a new backbone's text from it, need `GSM8K=DIR`, a directory
+with GSM8K's training rows: `train.jsonl`, and those that nothing is trained on in `validation.jsonl`.
 """
 
 ABOUT_CONTROLS = """
 
-The controls (`make controls`) were trained on the decoder's problems in the decoder's order, with the answers at once
-as their target, for at least its floating-point operations: all weights of the backbone; one ordinary layer more; LoRA
+The controls (`make controls`) were trained on the decoder's examples in the decoder's order, nine in ten of them
+answered at once, for at least its floating-point operations: all weights of the backbone; one ordinary layer more; LoRA
 with as many weights as the decoder; and the same recursion without a target for each step, for the same number of
 steps. There, gained and lost are the problems that only effort {n_supervision}, or only the control, got right."""
 
@@ -276,7 +278,7 @@ def render_card(directory: Path, reports: dict[str, Any]) -> str:
         n_layers=config.n_layers,
         context_layers=", ".join(map(str, config.state_layers)),
         vocab=config.vocab_size,
-        text=", GSM8K's training set as 2 % of the rows in the last two fifths"
+        text=", GSM8K's training rows, but not those of its table, as 2 % of all in the last two fifths"
         if grown["settings"]["text_file"]
         else " too",
         pretrain_steps=grown["curve"][-1]["step"],
