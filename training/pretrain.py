@@ -64,6 +64,7 @@ NUM_TEST_PROBLEMS = 300
 TURNS = ("system", "developer", "user", "assistant")  # whose names the tokenizer must know well
 TOKENIZER_PROBLEMS = 20_000
 PRETRAIN_JSON = "pretrain.json"
+MODEL_FILES = ("config.json", "tokenizer.json", PRETRAIN_JSON)  # what a run writes over
 # What may differ between the parts of one run. The text may have moved: what was read from it may not change.
 FREE_ON_RESUME = {"output_dir", "device", "num_threads", "config", "text_file"}
 
@@ -218,21 +219,31 @@ def _grow(settings: PretrainSettings, device: str) -> None:
             curve.append(point)
             logger.info("%s", json.dumps(point))
             if workers.rank() == 0:
-                save(model, tokenizer, settings, curve)
                 unfinished.save(model, optimizers, curve, running)
+                save(model, tokenizer, settings, curve)
+    if workers.rank() == 0 and done == settings.max_steps:  # it was stopped just before it would have been saved
+        save(model, tokenizer, settings, curve)
     unfinished.remove()
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Any, settings: PretrainSettings, curve: list[dict[str, float]]) -> None:
-    """Write the backbone in bfloat16 with its tokenizer and `pretrain.json`; the live weights stay float32."""
+    """Write the backbone in bfloat16 with its tokenizer and `pretrain.json`; the live weights stay float32.
+
+    Raises CheckpointError where it cannot be written.
+    """
     output_dir = settings.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     stored = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
     stored.load_state_dict(weights)
-    stored.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    checkpoint.write_json(output_dir / PRETRAIN_JSON, {"settings": settings.model_dump(mode="json"), "curve": curve})
+    try:
+        stored.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        record = {"settings": settings.model_dump(mode="json"), "curve": curve}
+        checkpoint.write_json(output_dir / PRETRAIN_JSON, record)
+    except Exception as error:  # each library has its own for a full disk
+        raise CheckpointError(
+            f"{output_dir}: cannot be saved: {error}; make room, then the same command goes on"
+        ) from error
 
 
 class Unfinished:
@@ -262,9 +273,15 @@ class Unfinished:
     ) -> tuple[list[dict[str, float]], float]:
         """Put weights and moments back; returns the curve and the running loss, empty for a new run.
 
-        Raises ConfigError where it is another run, CheckpointError where the file is damaged.
+        Raises ConfigError where it is another run, or no unfinished one but a model, CheckpointError where the file is
+        damaged.
         """
         if not workers.agree(self.file.is_file()):
+            output_dir = self.directory.parent
+            if workers.agree(any((output_dir / name).exists() for name in MODEL_FILES)):
+                raise ConfigError(
+                    f"--output-dir {output_dir}: holds a model already; choose another, or remove that one"
+                )
             return [], 0.0
         tensors = checkpoint.read_tensors(self.file)
         try:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,6 +78,35 @@ def test_a_second_run_in_one_directory_is_refused(tmp_path: Path, steps: list[in
     with claim(tmp_path, "trm-pretrain"), pytest.raises(ConfigError, match="another trm-pretrain is at work there"):
         pretrain.pretrain(settings(tmp_path))
     assert steps == []
+
+
+def test_a_finished_backbone_is_not_written_over(tmp_path: Path, steps: list[int]) -> None:
+    steps.extend(range(INTERRUPTED))  # past the one that is interrupted
+    pretrain.pretrain(settings(tmp_path))
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+    for changes in ({}, {"seed": 1}):
+        with pytest.raises(ConfigError, match=f"--output-dir {tmp_path}: holds a model already; choose another"):
+            pretrain.pretrain(settings(tmp_path, **changes))
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_was_killed_before_its_last_point_was_saved_saves_it(
+    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps.extend(range(INTERRUPTED))
+    with monkeypatch.context() as patched:
+        saving = Mock(side_effect=[*[None] * 4, OSError("disk full")])
+        patched.setattr(pretrain.Qwen2ForCausalLM, "save_pretrained", saving)
+        with pytest.raises(
+            CheckpointError, match="cannot be saved: disk full; make room, then the same command goes on"
+        ):
+            pretrain.pretrain(settings(tmp_path / "killed"))
+
+    pretrain.pretrain(settings(tmp_path / "killed"))
+
+    assert [point["step"] for point in written(tmp_path / "killed")[1]] == [2, 4, 6, 8, 10]
+    assert not (tmp_path / "killed" / "unfinished").exists()
 
 
 def test_another_run_does_not_go_on(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,14 @@ r"""The equations that stand in a text, in one spelling: what tells two derivati
 operators and brackets, at least one of which computes something. Words end it: `48 clips / 2 = 24` is none.
 """
 
+import ast
+import operator
 import re
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from itertools import pairwise
 
-from trm.answers import canonical, normalize
+from trm.answers import canonical, normalize, same
 
 _REWRITES = [  # in this order
     (re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE), ""),  # no minus, but a list
@@ -25,6 +29,14 @@ _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)"
 _TERM = rf"[( ]*(?:-[( ]*)?{_NUMBER}[) ]*"
 _ARITHMETIC = re.compile(rf"(?<!\()(?<!\( ){_TERM}(?:[-+*/^=]{_TERM})*")  # whole, not every part: in linear time
 _COMPUTES = re.compile(r"[\d)][-+*/^]")
+_DECIMAL = re.compile(r"-?\d*\.(\d+)")
+_OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_MAX_EXPONENT = 100
 
 
 def equations(text: str) -> tuple[str, ...]:
@@ -39,11 +51,52 @@ def equations(text: str) -> tuple[str, ...]:
 def results(derivation: tuple[str, ...], answer: str) -> list[str] | None:
     """What the equations of a derivation come to, one after the other: numbers, of which the last is the answer.
 
-    None where that is not so.
+    None where that is not so, or an equation does not hold: what was read is then not what was meant, as `20*50=10` of
+    20 % of 50.
     """
     ends = [canonical(equation.rpartition("=")[2]) for equation in derivation]
     numbers = all(isinstance(normalize(end), Fraction) for end in ends)
-    return ends if ends and numbers and normalize(ends[-1]) == normalize(answer) else None
+    return ends if ends and numbers and same(ends[-1], answer) and all(map(holds, derivation)) else None
+
+
+def holds(equation: str) -> bool:
+    """Whether the sides of an equation come to the same. A decimal fraction may be rounded or cut at its last place."""
+    sides = equation.split("=")
+    try:
+        values = [_value(ast.parse(side.replace("^", "**"), mode="eval").body) for side in sides]
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, ValueError):
+        return False
+    written = list(zip(sides, values, strict=True))
+    return all(
+        one == other or _shortens(side, one, other) or _shortens(next_side, other, one)
+        for (side, one), (next_side, other) in pairwise(written)
+    )
+
+
+def _shortens(side: str, value: Fraction, exact: Fraction) -> bool:
+    """Whether a side, of this value, is a decimal fraction and the exact number rounded or cut at its last place."""
+    decimal = _DECIMAL.fullmatch(side)
+    if decimal is None:
+        return False
+    place, off = Fraction(1, 10 ** len(decimal[1])), abs(value - exact)
+    return off <= place / 2 or (off < place and abs(value) < abs(exact))
+
+
+def _value(node: ast.expr) -> Fraction:
+    """What numbers and operators come to. Raises ValueError for anything else, and for powers out of all measure."""
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return Fraction(str(value))
+        case ast.UnaryOp(op=ast.USub()):
+            return -_value(node.operand)
+        case ast.BinOp(op=ast.Pow()):
+            base, exponent = _value(node.left), _value(node.right)
+            if exponent.denominator != 1 or max(abs(exponent), base.numerator.bit_length()) > _MAX_EXPONENT:
+                raise ValueError(f"{exponent} is no exponent")
+            return base ** int(exponent)
+        case ast.BinOp() if type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError("no arithmetic")
 
 
 def _plain(side: str) -> str:

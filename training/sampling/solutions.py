@@ -11,6 +11,7 @@ from training.evaluation.answers import Answer, Key
 from training.evaluation.decoding import noise_seed
 from training.problems.problem import Problem
 from training.sampling.equations import equations, results
+from trm.answers import extract_boxed, same
 
 
 @dataclass
@@ -59,12 +60,16 @@ class Solutions:
 
     def _row(self, problem: Problem, answer: Answer) -> dict[str, Any]:
         """A row as `trm-train` reads it, and where it comes from."""
-        derivation = equations(answer.reply)
-        steps = results(derivation, problem.answer)
+        derivation, boxed = equations(answer.reply), extract_boxed(answer.reply) or ""
+        steps: dict[str, Sequence[str]] = {}
+        if (own := results(derivation, boxed)) is not None:
+            steps = {"equations": derivation, "steps": own}
+        elif problem.steps and same(problem.steps[-1], boxed):
+            steps = {"steps": problem.steps}
         return {
             "question": problem.question,
             "answer": answer.reply.strip(),
-            **({} if steps is None else {"equations": derivation, "steps": steps}),
+            **steps,
             **({} if problem.work is None else {"work": problem.work}),
             "source": problem.source,
             "model": self._model,

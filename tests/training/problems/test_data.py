@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import shared_path
 from training.batches import IGNORE_INDEX, collate, epoch_order
-from training.problems.data import encode_problem, encode_problems, fingerprint, load_problems
+from training.problems.data import asked_work, encode_problem, encode_problems, fingerprint, load_problems
 from training.problems.problem import Problem
 from trm.answers import extract_boxed
 from trm.chat import SYSTEM_PROMPTS, ChatFormat, Example, solve_messages
@@ -323,6 +323,21 @@ def test_a_problem_with_work_of_its_own_is_asked_so_once(chat: ChatFormat) -> No
     (example,) = encode_problems([mental], chat, 1024, ("worked", "equations"))
 
     assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["none"], f"\\boxed{{{mental.answer}}}")
+
+
+@pytest.mark.parametrize("columns", [{}, {"equations": ["4+1=5"]}])
+def test_a_row_of_equations_is_its_own_reply(
+    columns: dict[str, Any], jsonl: Callable[..., Path], chat: ChatFormat
+) -> None:
+    reply = "2 pens + 3 pens = 5\n\\boxed{5}"
+    [problem] = load_problems(
+        str(jsonl({"question": "2+3?", "answer": reply, "work": "equations"} | columns)), split="train", seed=0
+    )
+
+    (example,) = encode_problems([problem], chat, 1024, ("worked", "answer"))
+
+    assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["equations"], reply)
+    assert asked_work([problem], ("worked",)) == ["equations"]
 
 
 @pytest.mark.parametrize("work", ["some", 3, ["none"], {}, True])

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from training.sampling.equations import equations, results
+from training.sampling.equations import equations, holds, results
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,38 @@ def test_results_end_in_the_answer_or_are_none() -> None:
     assert results(("24=48/2",), "24") == ["24"]
     assert results(("2*7=7+7", "7+7=14"), "14") is None
     assert results((), "24") is None
+
+
+@pytest.mark.parametrize(
+    "equation",
+    ["48/2=24", "3=6/2", "2*(3+4)=2*7=14", "5-8=-3", "0.1+0.2=0.3", "2^3=8", "-(2+3)*2=-10", "10/3=3.33", "2/3=0.67",
+     "2/3=0.66", "-2/3=-0.66", "1.5*2=3=3.0"],
+)  # fmt: skip
+def test_what_holds(equation: str) -> None:
+    assert holds(equation)
+    assert results(("1+1=2", equation, "2*2=4"), "4")
+
+
+@pytest.mark.parametrize(
+    "equation",
+    ["48/2=25", "20*50=10", "-5=10-5=5", "10-5=5=-5", "1/2*2=7", "10/3=3", "7/2=4", "2/3=0.68", "10/3=3.34", "1/0=1",
+     "9^9^9^9=1", "2^101=1", "2^(1/2)=1.41", "((1+2)*3=9", "1=1+1=1.9"],
+)  # fmt: skip
+def test_what_does_not_hold_gives_no_steps(equation: str) -> None:
+    assert not holds(equation)
+    assert results(("1+1=2", equation, "2*2=4"), "4") is None
+
+
+@pytest.mark.parametrize("side", ["1+" * 30_000 + "1", "(" * 30_000 + "1" + ")" * 30_000, "9^9*" * 30_000 + "1"])
+def test_an_endless_side_does_not_hold(side: str) -> None:
+    assert not holds(f"{side}=2")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["20% of 50 is 20% * 50 = 10", "5 boxes * 2 * 3 = 30", "2x + 3 + 1 = 11", "48 clips - 24 + 3 = 27", "3 1/2 * 2 = 7",
+     r"\frac{x}{2} + 3 \times 4 = 20"],
+)  # fmt: skip
+def test_half_an_equation_is_read_as_one_that_does_not_hold(reply: str) -> None:
+    (equation,) = equations(reply)
+    assert results((equation,), equation.rpartition("=")[2]) is None

@@ -15,9 +15,10 @@ from training.directories import JsonLines
 from training.evaluation.answers import Answer, Answers
 from training.evaluation.candidates import load
 from training.problems.data import load_problems
+from training.problems.problem import Problem
 from training.run import train
 from training.sampling.run import sample
-from training.sampling.solutions import select
+from training.sampling.solutions import Solutions, select
 from trm import bundled_model_path, checkpoint
 from trm.chat import solve_messages
 from trm.engine import Engine, EngineConfig, Request, SamplingParams
@@ -172,6 +173,12 @@ def test_rows_say_how_much_work_their_replies_show(make: Make) -> None:
     assert families.get("have") is None
     loaded = load_problems(str(settings.output), split="train", seed=0)
     assert [problem.work for problem in loaded] == [row.get("work") for row in rows]
+    asked = load_problems("synthetic:mental*9,have", split="train", seed=3, num_problems=20)
+    known = {problem.question: problem.steps for problem in asked}
+    assert any(len(problem.steps) > 1 for problem in loaded if problem.work == "none")
+    assert all(
+        problem.steps == known[problem.question] for problem in loaded
+    )  # an answer at once has those that are known
 
 
 def test_precision_is_a_setting(make: Make, plain_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +201,29 @@ def answer(problem: int = 0, sample: int = 0, reply: str = r"1+1=2 \boxed{2}", *
         "finish_reason": "stop", "tokens": 5, "steps": 20, "elapsed_s": 0.5,
     }  # fmt: skip
     return Answer(problem=problem, sample=sample, reply=reply, **(known | changes))
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (r"1+1=2, 2*3=6 \boxed{6}", {"equations": ["1+1=2", "2*3=6"], "steps": ["2", "6"]}),
+        (r"\boxed{6}", {"steps": ["5", "6"]}),  # the problem's own
+        (r"200% * 3 = 6 \boxed{6}", {"steps": ["5", "6"]}),
+        (r"\boxed{6 or 7}", {}),  # another answer, whoever called it right
+        (r"2*3=6 \boxed{6, 0}", {}),
+    ],
+)
+def test_a_row_has_steps_that_lead_to_its_own_answer(make: Make, reply: str, expected: dict[str, Any]) -> None:
+    settings = make(samples=1)
+    problem = Problem("Q?", r"\boxed{6}", "rows:1", steps=("5", "6"))
+    given = answer(reply=reply)
+    with Solutions(settings, "m", [problem], [given.key]) as solutions:
+        assert solutions.write({given.key: given}) == 1
+
+    [row] = rows_of(settings.output)
+    assert {name: row[name] for name in ("equations", "steps") if name in row} == expected
+    [loaded] = load_problems(str(settings.output), split="train", seed=0)
+    assert loaded.steps == tuple(expected.get("steps", ()))
 
 
 def test_one_of_each_derivation_is_kept() -> None:
