@@ -232,10 +232,11 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _same_run(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
-    return one is not None and _identity(one) == _identity(other)
+    return one is not None and identity(one) == identity(other)
 
 
-def _identity(state: Mapping[str, Any]) -> tuple[Any, ...]:
+def identity(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes a run the one that it is: its data, its backbone, and the settings that may not change."""
     settings = {name: value for name, value in state["settings"].items() if name not in FREE_ON_RESUME}
     return state["data_fingerprint"], state["backbone_fingerprint"], settings
 

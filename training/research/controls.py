@@ -6,9 +6,12 @@ and low-rank updates (LoRA) of the backbone's matrices with as many weights as t
 directory of the backbone's family that `trm-eval --control` takes, with `control.json` saying what it cost.
 """
 
+import hashlib
 import itertools
+import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training import ordinary, workers
+from training import checkpoints, ordinary, workers
 from training.batches import epoch_order
 from training.building import backbone_source, build_trainer
 from training.checkpoints import RUN_JSON
@@ -33,14 +36,14 @@ from trm import checkpoint
 from trm.backbone import Backbone
 from trm.chat import Example
 from trm.device import use_device
-from trm.errors import DeviceError
+from trm.errors import ConfigError, DeviceError
 from trm.logs import configure_logging
 from trm.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["continued", "layer", "lora"]
-AVERAGE, STEPS = "average.", "steps"  # names of tensors in what is put down
+AVERAGE, STEPS, IDENTITY = "average.", "steps", "identity"  # names of tensors in what is put down
 SAVE_STEPS = 500  # after so many, what is trained is put down, to go on from
 COUNTED_STEPS = 24  # optimiser steps over which operations are counted, of the decoder and of the control
 CONTROL_JSON = "control.json"
@@ -84,8 +87,11 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
 
     The decoder was trained in `runs`, one after the other. The control's optimiser is that of the first of them, and
     so is its peak rate unless `lr` is given. The same call goes on where one was interrupted.
-    Raises DeviceError where its gradient is not finite.
+    Raises ConfigError where something else is in the way, DeviceError where its gradient is not finite.
     """
+    output_dir = Path(os.path.abspath(output_dir))
+    if output_dir.exists() and not (output_dir.is_dir() and next(output_dir.iterdir(), None) is None):
+        raise ConfigError(f"--output-dir {output_dir}: holds something already; choose another, or remove that")
     run = runs[0]
     device = use_device(run.device, run.num_threads)
     workers.start(device)
@@ -122,7 +128,8 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
 
     weights = Weights(trained, run.model_copy(update={"lr": lr or run.lr}), steps)
     state = output_dir.with_name(f".{output_dir.name}.safetensors")
-    begun = _restore(weights, state) if state.exists() else 0
+    identity = _digest(kind, lr or run.lr, *(checkpoints.identity(each.state()) for each in trainers))
+    begun = _restore(weights, state, identity) if state.exists() else 0
     workers.wait()  # until all have read it
     model.train()
     left = itertools.islice(batches, begun, steps)
@@ -133,7 +140,7 @@ def train_control(kind: Kind, runs: Sequence[TrainSettings], output_dir: Path, l
             raise DeviceError(f"step {step + 1}: the gradient is not finite; try a lower --lr")
         weights.update(step)
         if (step + 1) % SAVE_STEPS == 0 and workers.rank() == 0:
-            _save(weights, step + 1, state)
+            _save(weights, step + 1, state, identity)
     if workers.rank() > 0:
         return output_dir
     with torch.no_grad():
@@ -197,22 +204,24 @@ def _passes(steps: range) -> int:
     return 4 * len(steps) + steps.start  # forward, once more for its gradient, and that takes two
 
 
-def _save(weights: Weights, step: int, path: Path) -> None:
+def _digest(*identity: Any) -> Tensor:
+    return torch.tensor(list(hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()))
+
+
+def _save(weights: Weights, step: int, path: Path, identity: Tensor) -> None:
     """Put down all that moves, so that the same call goes on from here."""
     averages = {f"{AVERAGE}{name}": tensor for name, tensor in weights.ema.average.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    checkpoint.write_tensors(aside, weights.tensors() | averages | {STEPS: torch.tensor([step, weights.total_steps])})
-    aside.replace(path)
+    about = {STEPS: torch.tensor([step, weights.total_steps]), IDENTITY: identity}
+    checkpoint.write_tensors(path, weights.tensors() | averages | about)
 
 
-def _restore(weights: Weights, path: Path) -> int:
-    """Take up what `_save` put down; returns the steps that are done: none where it was on its way to another end."""
+def _restore(weights: Weights, path: Path, identity: Tensor) -> int:
+    """Take up what `_save` put down; returns the steps that are done. Raises ConfigError where that was another run."""
     tensors = checkpoint.read_tensors(path)
     step, total = tensors.pop(STEPS).tolist()
-    if total != weights.total_steps:
-        logger.warning("%s: is of a run of %d steps, this one has %d; begun anew", path, total, weights.total_steps)
-        return 0
+    if total != weights.total_steps or not torch.equal(tensors.pop(IDENTITY), identity):
+        raise ConfigError(f"{path}: is of another run; choose another --output-dir, or remove it to begin anew")
     averages = {n.removeprefix(AVERAGE): tensor for n, tensor in tensors.items() if n.startswith(AVERAGE)}
     weights.restore({n: tensor for n, tensor in tensors.items() if not n.startswith(AVERAGE)}, averages, str(path))
     return int(step)

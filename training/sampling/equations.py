@@ -91,7 +91,8 @@ def _value(node: ast.expr) -> Fraction:
             return -_value(node.operand)
         case ast.BinOp(op=ast.Pow()):
             base, exponent = _value(node.left), _value(node.right)
-            if exponent.denominator != 1 or max(abs(exponent), base.numerator.bit_length()) > _MAX_EXPONENT:
+            whole = exponent.denominator == 1 and abs(exponent) <= _MAX_EXPONENT
+            if not whole or base.numerator.bit_length() > _MAX_EXPONENT:
                 raise ValueError(f"{exponent} is no exponent")
             return base ** int(exponent)
         case ast.BinOp() if type(node.op) in _OPERATORS:

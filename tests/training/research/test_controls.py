@@ -17,6 +17,7 @@ from training.research.controls import CONTROL_JSON, Kind, add_weights, train_co
 from training.run import train
 from training.weights import Weights
 from trm import bundled_model_path, checkpoint
+from trm.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,8 @@ def test_an_interrupted_control_goes_on_to_the_same_bits(
         train_control("lora", [run], tmp_path / "again")
     monkeypatch.setattr(ordinary, "add_gradients", original)
     assert list(tmp_path.glob(".again*"))
+    with pytest.raises(ConfigError, match="is of another run"):
+        train_control("lora", [run], tmp_path / "again", lr=1e-4)
     again = train_control("lora", [run], tmp_path / "again")
 
     weights = [AutoModelForCausalLM.from_pretrained(directory).state_dict() for directory in (straight, again)]
@@ -99,16 +102,32 @@ def test_an_interrupted_control_goes_on_to_the_same_bits(
     assert not list(tmp_path.glob(".again*"))
 
 
-def test_what_was_put_down_on_the_way_to_another_end_is_not_taken_up(run: TrainSettings, tmp_path: Path) -> None:
+def test_what_another_control_put_down_is_not_taken_up(run: TrainSettings, tmp_path: Path) -> None:
     def weights(value: float, steps: int) -> Weights:
         return Weights({"a": torch.nn.Parameter(torch.full((2, 2), value))}, run, steps)
 
-    controls._save(weights(1.0, 10), 3, tmp_path / "state")
-    same, longer = weights(0.0, 10), weights(0.0, 12)
+    here, other = controls._digest("lora", 1e-3), controls._digest("lora", 2e-3)
+    controls._save(weights(1.0, 10), 3, tmp_path / "state", here)
+    same, foreign = weights(0.0, 10), weights(0.0, 10)
 
-    assert controls._restore(same, tmp_path / "state") == 3
-    assert controls._restore(longer, tmp_path / "state") == 0
-    assert (same.parameters["a"].unique().tolist(), longer.parameters["a"].unique().tolist()) == ([1.0], [0.0])
+    assert controls._restore(same, tmp_path / "state", here) == 3
+    for others, identity in ((foreign, other), (weights(0.0, 12), here)):
+        with pytest.raises(ConfigError, match="state: is of another run; choose another --output-dir"):
+            controls._restore(others, tmp_path / "state", identity)
+    assert (same.parameters["a"].unique().tolist(), foreign.parameters["a"].unique().tolist()) == ([1.0], [0.0])
+
+
+def test_a_control_is_put_in_the_place_of_nothing(
+    run: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(controls, "build_trainer", None)  # that is seen before anything is trained
+    monkeypatch.chdir(tmp_path)
+
+    for place in (tmp_path, Path("."), tmp_path / "notes.txt"):
+        with pytest.raises(ConfigError, match=f"--output-dir {tmp_path}.*: holds something already; choose another"):
+            train_control("layer", [run], place)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_the_command_takes_the_settings_of_a_run(
