@@ -31,6 +31,7 @@ from trm import __version__
 from trm.errors import ConfigError, TRMError
 
 ENV_PREFIX = "TRM_"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FLAG = re.compile(r"^--[^=]+")
 
 
@@ -183,7 +184,8 @@ def _describe(cls: type[Settings], problem: Any) -> str:
 def run_command(main: Callable[[], None], command: str) -> None:
     """Run a command's body: a TRMError becomes one line on standard error, and status 1, or 2 for a wrong setting.
 
-    A setting that names a file by a name that no file can have is a wrong one, whoever looks for that file.
+    A setting that names a file by a name that no file can have is a wrong one, whoever looks for that file. A full disk
+    is no bug, either, whoever meets it.
     """
     try:
         main()
@@ -194,6 +196,11 @@ def run_command(main: Callable[[], None], command: str) -> None:
         sys.stderr.write(f"{command}: {error}\n")
         sys.exit(1)
     except OSError as error:
+        if error.errno in DISK_FULL:
+            sys.stderr.write(
+                f"{command}: {error.filename or 'a file'} cannot be written: {error.strerror}; make room\n"
+            )
+            sys.exit(1)
         if error.errno != errno.ENAMETOOLONG:
             raise
         sys.stderr.write(f"{command}: no file can be called {str(error.filename)[:100]}…: the name is too long\n")

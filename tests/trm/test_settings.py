@@ -1,5 +1,6 @@
 """Settings: flag beats environment beats file beats default, and every mistake is one line that names it."""
 
+import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -278,6 +279,21 @@ def test_a_name_that_no_file_can_have_is_one_line_and_status_2(capsys):
 
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"trm-example: no file can be called {'a' * 100}…: the name is too long\n"
+
+
+def test_a_full_disk_is_one_line_and_status_1(capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+
+    def main() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("a line")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, "trm-example")
+
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "trm-example: a file cannot be written: No space left on device; make room\n"
 
 
 def test_bugs_keep_their_traceback():
