@@ -223,28 +223,40 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
             raise ValueError(f"{name} is missing, empty or no text")
         value.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
     question, solution = (row[name] for name in names)
-    equations: tuple[str, ...] = ()
+    annotated: tuple[str, ...] = ()
     if extract_boxed(solution) is None:  # else a #### is a heading
         if "####" not in solution:
             raise ValueError(rf"{names[1]} gives its result neither as #### 72 nor as \boxed{{72}}")
-        equations = gsm8k_equations(solution)
+        annotated = gsm8k_equations(solution)
         solution = convert_gsm8k(solution, keep_annotations)
+    equations = annotated
     if row.get("equations") not in (None, []):
         equations = _texts(row["equations"], "equations")
         for equation in equations:
-            if not all(side.strip() for side in equation.partition("=")[::2]):
+            if not _is_equation(equation):
                 raise ValueError(f"equations holds {equation!r}, which says nothing is equal")
     work = row.get("work")
     if not (work is None or (isinstance(work, str) and work in SYSTEM_PROMPTS)):
         raise ValueError(f"work is {work!r}, not one of {', '.join(SYSTEM_PROMPTS)}")
-    problem = Problem(question, solution, source, equations, work=work)
+    own = _own_equations(solution) if work == "equations" and not annotated else ()
+    problem = Problem(question, solution, source, own or equations, work=work)
     if row.get("steps") in (None, []):
-        steps = tuple(equation.rpartition("=")[2].strip() for equation in equations)
+        steps = tuple(equation.rpartition("=")[2].strip() for equation in equations or own)
         return replace(problem, steps=steps) if _lead_to(steps, problem.answer) else problem
     steps = _texts(row["steps"], "steps")
     if not _lead_to(steps, problem.answer):
         raise ValueError(f"the last of its steps is {steps[-1]!r}, the answer is {problem.answer!r}")
     return replace(problem, steps=steps)
+
+
+def _own_equations(solution: str) -> tuple[str, ...]:
+    """The lines of a reply that are equations, up to its box."""
+    lines = solution.rpartition(r"\boxed")[0].splitlines()
+    return tuple(line.strip() for line in lines if _is_equation(line))
+
+
+def _is_equation(text: str) -> bool:
+    return all(side.strip() for side in text.partition("=")[::2])
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:

@@ -14,8 +14,7 @@ class Problem:
     """`solution` ends in its boxed answer; `source` says where the row came from (file:line or family).
 
     `equations` ("48/2=24") lead to the answer, as far as they are known; `steps` are the intermediate results, of which
-    the last is the answer, or nothing where they are not known. A problem with a `work` of its own is always asked so:
-    its solution shows as much.
+    the last is the answer, or nothing where they are not known. A problem with a `work` of its own is always asked so.
     """
 
     question: str
@@ -32,7 +31,7 @@ class Problem:
 
     def shows(self, work: Work) -> bool:
         """Whether so much work is known."""
-        return work != "equations" or bool(self.equations) or self.work == work
+        return work != "equations" or bool(self.equations)
 
     def reply(self, work: Work) -> str:
         """The right reply that shows so much work.
@@ -40,7 +39,7 @@ class Problem:
         In short ones the answer is written as in equations, 1200 and not 1,200: its digits stand where those of the
         results before it do.
         """
-        if work == "full" or (work == "equations" and self.work == work):
+        if work == "full":
             return self.solution
         answer = self.answer.replace(",", "") if _GROUPED.fullmatch(self.answer) else self.answer
         return "\n".join([*(self.equations if work == "equations" else ()), boxed(answer)])

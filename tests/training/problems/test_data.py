@@ -325,11 +325,11 @@ def test_a_problem_with_work_of_its_own_is_asked_so_once(chat: ChatFormat) -> No
     assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["none"], f"\\boxed{{{mental.answer}}}")
 
 
-@pytest.mark.parametrize("columns", [{}, {"equations": ["4+1=5"]}])
+@pytest.mark.parametrize("columns", [{}, {"equations": ["4+1=5"]}, {"steps": ["5"]}])
 def test_a_row_of_equations_is_its_own_reply(
     columns: dict[str, Any], jsonl: Callable[..., Path], chat: ChatFormat
 ) -> None:
-    reply = "2 pens + 3 pens = 5\n\\boxed{5}"
+    reply = "2 pens + 2 pens = 4\n4 + 1 = 5\n\\boxed{5}"
     [problem] = load_problems(
         str(jsonl({"question": "2+3?", "answer": reply, "work": "equations"} | columns)), split="train", seed=0
     )
@@ -338,6 +338,19 @@ def test_a_row_of_equations_is_its_own_reply(
 
     assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["equations"], reply)
     assert asked_work([problem], ("worked",)) == ["equations"]
+    assert problem.steps == (("4", "5") if not columns else ("5",))
+
+
+def test_a_row_of_equations_without_one_is_counted(
+    jsonl: Callable[..., Path], chat: ChatFormat, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = r"2+3=5 \boxed{5}", r"So $\boxed{5}$", "It = <<2+3=5>>5\n#### 5", "2+3=5\n#### 5"
+    rows = [{"question": "2+3?", "answer": text, "work": "equations"} for text in texts]
+
+    examples = encode_problems(load_problems(str(jsonl(*rows)), split="train", seed=0), chat, 1024)
+
+    assert [asked_and_replied(chat, example)[1] for example in examples] == ["2+3=5\n\\boxed{5}"] * 3
+    assert "1 of 4 training problems have no equations, so no reply of equations alone" in caplog.text
 
 
 @pytest.mark.parametrize("work", ["some", 3, ["none"], {}, True])

@@ -54,7 +54,7 @@ def test_a_build_leaves_a_model_with_reports_and_card_and_then_its_controls(
     card = (target / "README.md").read_text()
     assert "| effort 6 |" in card
     assert "| right, by operations (problems) | 1 (" in card
-    assert "control" not in card
+    assert "(control)" not in card
     for name in ("backbone/model.safetensors", "pretrain.json", "training.json", *bundle.PICTURES):
         assert (target / name).is_file()
 
