@@ -68,7 +68,8 @@ def _begin_with(model: TRMForCausalLM, source: Path) -> None:
     if wanted != found:
         raise ConfigError(
             f"--init-from {source}: its decoder was trained on a backbone with fingerprint {wanted}, "
-            f"and {model.config.backbone_source} has {found} now; get that revision"
+            f"and {model.config.backbone_source} has {found} now; get that revision, and if it was trained in another "
+            f"--backbone-dtype than {str(model.backbone.dtype).removeprefix('torch.')}, give that"
         )
     weights = checkpoint.read_tensors(source / checkpoint.WEIGHTS_FILE)
     model.load_trained({name: tensor.float() for name, tensor in weights.items()}, str(source))

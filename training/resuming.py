@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from training import checkpoints
 from training.checkpoints import FREE_ON_RESUME, STATE_JSON
 from training.config import TrainSettings
+from training.problems.data import is_named
 from trm import checkpoint
 from trm.errors import CheckpointError, ConfigError
 
@@ -18,7 +19,12 @@ MOVABLE = ("dataset", "validation", "backbone")  # settings that may name a file
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Data and backbone named so that a resumed run finds them from any directory."""
     given = {name: getattr(settings, name) for name in MOVABLE}
-    absolute = {name: os.path.realpath(value) for name, value in given.items() if value and os.path.exists(value)}
+    named = {name for name, value in given.items() if name != "backbone" and value and is_named(value)}
+    absolute = {
+        name: os.path.realpath(value)
+        for name, value in given.items()
+        if value and name not in named and os.path.exists(value)
+    }
     return settings.model_copy(update=absolute)
 
 

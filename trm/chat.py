@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -99,6 +100,8 @@ def solve_messages(question: str, solution: str | None = None, work: Work = "ful
     return messages
 
 
+TEMPLATE_DAY = date(2024, 7, 26)  # today, to templates, as in Llama 3's without a clock: no prompt changes overnight
+DATE_CODES = ("%d", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%H", "%I", "%p", "%M", "%S")
 PIECE_CHARS = 2**14  # of a long text that are read at once, to see whether it is too long
 REMEMBERED_TEXTS = 512  # whose ids are kept: the system prompt comes again, a question with its answer too, ...
 REMEMBERED_CHARS = 2048  # ... as far as they are no longer than this
@@ -144,7 +147,7 @@ class ChatFormat:
             raise ConfigError("the tokenizer names no eos_token, so a reply could never end; set eos_token")
         self.tokenizer = tokenizer
         self.normalize = normalize
-        self.template: str = tokenizer.chat_template or CHAT_TEMPLATE
+        self.template = _template(tokenizer.chat_template)
         self.end_id: int = tokenizer.eos_token_id
         specials = {str(t) for t in tokenizer.all_special_tokens}
         specials |= {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
@@ -287,6 +290,24 @@ class ChatFormat:
         used = set().union(*contents)
         free = (char for char in _private_use() if char not in used)
         return {special: next(free) for special in sorted(found)}
+
+
+def _template(own: str | Mapping[str, str] | None) -> str:
+    """A tokenizer's chat template, of several the default one, to which every day is TEMPLATE_DAY.
+
+    Raises ConfigError where none is the default.
+    """
+    if isinstance(own, Mapping):
+        if "default" not in own:
+            raise ConfigError(
+                f"the tokenizer has the chat templates {', '.join(own)}, and none is the default; keep one"
+            )
+        own = own["default"]
+    if not own or "strftime_now" not in own:
+        return own or CHAT_TEMPLATE
+    dated = "".join(f'|replace("{code}", "{TEMPLATE_DAY.strftime(code)}")' for code in DATE_CODES)
+    macro = "{% macro strftime_now(format) %}{{ format" + dated + " }}{% endmacro %}"
+    return f"{macro}{{{{ '' }}}}{own}"  # what is printed saves a line break after it
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -115,6 +115,42 @@ def test_tokenizer_without_a_template_gets_chatml(tokenizer):
     assert ChatFormat(bare).encode(solve_messages("1 + 1?")) == ChatFormat(tokenizer).encode(solve_messages("1 + 1?"))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        # Llama 3.2's
+        """{%- if not date_string is defined %}{%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}
+        {%- endif %}{%- endif %}{{- "Today Date: " + date_string }}""",
+        "{{- 'Today Date: ' + strftime_now('%d %b %Y') }}",
+        "\nToday Date: {{ strftime_now('%d %b %Y') }}",
+    ],
+)
+def test_prompts_do_not_change_overnight(line, tokenizer):
+    """A run resumed on another day would have other data, and a request tomorrow another reply."""
+    dated = AutoTokenizer.from_pretrained(bundled_model_path())
+    dated.chat_template = line + tokenizer.chat_template
+
+    chat = ChatFormat(dated)
+
+    assert "Today Date: 26 Jul 2024<|im_start|>" in chat.decode_with_specials(chat.encode(solve_messages("1 + 1?")))
+
+
+def test_of_several_templates_the_default_is_taken(tokenizer, tmp_path):
+    several = AutoTokenizer.from_pretrained(bundled_model_path())
+    several.chat_template = {"tool_use": "no", "default": CHAT_TEMPLATE}
+    several.save_pretrained(tmp_path)
+    messages = solve_messages("1 + 1?", "2")
+
+    assert ChatFormat(AutoTokenizer.from_pretrained(tmp_path)).encode(messages) == ChatFormat(tokenizer).encode(
+        messages
+    )
+
+    several.chat_template = {"tool_use": "no", "rag": CHAT_TEMPLATE}
+    with pytest.raises(ConfigError, match="the chat templates tool_use, rag, and none is the default; keep one"):
+        ChatFormat(several)
+
+
 def test_system_prompt_holds_exactly_one_backslash():
     r"""`'\boxed'` held a backspace, its "fix" `'\\\\boxed{'` two backslashes."""
     assert SYSTEM_PROMPT.split(chr(92)) == ["Please reason step by step, and put your final answer within ", "boxed{}."]

@@ -121,7 +121,9 @@ class Algebra:
             return None
         seconds, max_bytes = self._limits
         command = [sys.executable, "-m", "training.evaluation.symbolic", str(seconds + 1), str(max_bytes)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(  # Ctrl-C is for us, who then end it
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self.starts = self._answer(self._process, _START_SECONDS) is not None
         if not self.starts:
             logger.warning("no algebra (is sympy installed?): what comparison finds different counts as wrong")

@@ -58,6 +58,15 @@ def load(
     return model, ChatFormat(tokenizer, model.config.normalize_text)
 
 
+def read_chat(directory: Path) -> tuple[ChatFormat, int]:
+    """How `load` would encode for a model, and how many positions that has."""
+    tokenizer = checkpoint.read_tokenizer(directory)
+    if not checkpoint.is_recursive(directory):
+        return ChatFormat(tokenizer), checkpoint.read_backbone_config(directory).max_position_embeddings
+    config = checkpoint.read_config(directory)
+    return ChatFormat(tokenizer, config.normalize_text), config.max_position_embeddings
+
+
 def fingerprint(directory: Path) -> str:
     """First 16 hex digits of a SHA-256 over the files that decide what a model answers."""
     digest = hashlib.sha256()

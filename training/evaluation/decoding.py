@@ -77,13 +77,8 @@ def decoding(
 
     Raises ConfigError for an effort that the model does not take, or a prompt that does not fit.
     """
-    prompts = [tuple(chat.encode(solve_messages(p.question, work=p.work or "full"))) for p in problems]
+    prompts = encode_prompts(candidate.name, chat, model.config.max_position_embeddings, problems, max_tokens)
     longest = max(map(len, prompts)) + max_tokens
-    if longest > model.config.max_position_embeddings:
-        raise ConfigError(
-            f"{candidate.name}: the longest prompt and --max-tokens need {longest} positions; "
-            f"the model has {model.config.max_position_embeddings}; lower --max-tokens"
-        )
     most = max(len(keys(run, len(problems))) for run in candidate.runs)
     engine = Engine(model, chat, EngineConfig(max_rows=max_rows, max_model_len=longest, max_queue=most))
     for run in candidate.runs:
@@ -94,11 +89,10 @@ def decoding(
     def decode(run: Run, wanted: Sequence[Key]) -> Iterator[Answer]:
         requests = [Request(prompts[key.problem], _params(run, key, seed, max_tokens)) for key in wanted]
         last = time.monotonic()
-        for index, text, event in _replies(engine, requests):
+        for index, text, event, now in _replies(engine, requests):
             key = wanted[index]
-            answer = _answer(key, problems[key.problem], text, event, time.monotonic() - last)
-            last = time.monotonic()
-            yield answer
+            yield _answer(key, problems[key.problem], text, event, now - last)
+            last = now
 
     try:
         yield decode
@@ -106,20 +100,37 @@ def decoding(
         engine.close()
 
 
-def _replies(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, str, Event]]:
-    """Index, text and last event of each reply as it is finished. Raises a request's error where it failed."""
-    news: SimpleQueue[tuple[int, Event]] = SimpleQueue()
-    engine.submit(requests, lambda index, event: news.put((index, event)))
+def encode_prompts(
+    name: str, chat: ChatFormat, max_positions: int, problems: Sequence[Problem], max_tokens: int
+) -> list[tuple[int, ...]]:
+    """What a candidate is asked. Raises ConfigError where its positions do not suffice for that and a reply."""
+    prompts = [tuple(chat.encode(solve_messages(p.question, work=p.work or "full"))) for p in problems]
+    longest = max(map(len, prompts)) + max_tokens
+    if longest > max_positions:
+        raise ConfigError(
+            f"{name}: the longest prompt and --max-tokens need {longest} positions; "
+            f"the model has {max_positions}; lower --max-tokens"
+        )
+    return prompts
+
+
+def _replies(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, str, Event, float]]:
+    """Index, text, last event and time of each reply as it is finished, however late that is asked for.
+
+    Raises a request's error where it failed.
+    """
+    news: SimpleQueue[tuple[int, Event, float]] = SimpleQueue()
+    engine.submit(requests, lambda index, event: news.put((index, event, time.monotonic())))
     texts = [""] * len(requests)
     unfinished = len(requests)
     while unfinished:
-        index, event = news.get()
+        index, event, now = news.get()
         texts[index] += event.text
         if event.error is not None:
             raise event.error
         if event.finish_reason is not None:
             unfinished -= 1
-            yield index, texts[index], event
+            yield index, texts[index], event, now
 
 
 def noise_seed(seed: int, problem: int) -> int:

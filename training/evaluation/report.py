@@ -126,7 +126,8 @@ def write_report(directory: Path, report: dict[str, Any]) -> None:
         low, high = rest.pop("interval")
         rows.append({"effort": rest.pop("effort"), "accuracy": rest.pop("accuracy"), "low": low, "high": high} | rest)
     with (directory / CSV_FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        columns = dict.fromkeys(name for row in rows for name in row)  # Math-Verify may have judged some efforts only
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -135,7 +136,7 @@ def as_table(report: dict[str, Any]) -> str:
     """The report for a person."""
     trained, baseline, votes = report["trained_effort"], report["baseline"], report.get("votes")
     header = ["", "accuracy", "95 % interval", "won", "lost", "p", "tokens", "steps", "seconds"]
-    if "math_verify" in report["efforts"][0]:
+    if any("math_verify" in row for row in report["efforts"]):
         header.append("Math-Verify")
     rows = [_cells(f"effort {row['effort']}", row) for row in report["efforts"]]
     if baseline and baseline["name"] == OWN_BACKBONE:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from training.config import EvalSettings
 from training.evaluation.algebra import Judge
 from training.evaluation.answers import Answers, Place
-from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load
-from training.evaluation.decoding import answer_problems, fingerprint_problems, keys
+from training.evaluation.candidates import MODEL_NAME, Candidate, Role, Run, fingerprint, load, read_chat
+from training.evaluation.decoding import answer_problems, encode_prompts, fingerprint_problems, keys
 from training.evaluation.report import REPORT_FILE, build_report, write_report
 from training.evaluation.teacher_forced import measure, summarize
 from training.problems.data import encode_problem, load_problems
@@ -57,6 +57,8 @@ def evaluate_model(settings: EvalSettings) -> dict[str, Any]:
         )
     dtype = choose_dtype(settings.dtype, None, device, lambda: config.backbone_config)
     candidates = choose_candidates(settings, directory, config)
+    for candidate in candidates:  # who has no room for a reply costs nobody the answers before it
+        encode_prompts(candidate.name, *read_chat(candidate.directory), problems, settings.max_tokens)
     wanted = [key for candidate in candidates for run in candidate.runs for key in keys(run, len(problems))]
 
     with Answers(_place(settings), wanted, _asked(settings, candidates, problems, dtype)) as answers:

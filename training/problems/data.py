@@ -39,6 +39,11 @@ WORK: Mapping[Replies, Work] = {"worked": "full", "equations": "equations", "ans
 MAX_REPORTED_ROWS = 10  # bad rows named one by one; the rest are only counted
 
 
+def is_named(dataset: str) -> bool:
+    """Whether it is a data set known by name, even where a file is called so."""
+    return dataset in HUB_DATASETS or dataset.partition(":")[0] == "synthetic"
+
+
 def load_problems(
     dataset: str,
     *,

@@ -1,5 +1,6 @@
 """Verdicts: what is settled without algebra, what algebra settles, and that nothing can hang it."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -211,6 +212,17 @@ def test_too_little_memory_gives_up() -> None:
     try:
         assert algebra.ask(("algebra", "(10^{6})!", "x", "")) is None
         assert time.monotonic() - begin < 50
+    finally:
+        algebra.close()
+
+
+def test_ctrl_c_is_not_for_the_process_that_does_algebra() -> None:
+    """A terminal sends it to the whole group, and the other process would say so with a traceback."""
+    algebra = Algebra()
+    try:
+        assert algebra.ask(("algebra", "x+x", "2x", "")) is True
+        assert algebra._process is not None
+        assert os.getpgid(algebra._process.pid) != os.getpgid(0)
     finally:
         algebra.close()
 

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from matplotlib.image import imread
 
 from tests.conftest import randomize
 from training.config import EvalSettings, PretrainSettings, TrainSettings
-from training.evaluation.answers import Answers
-from training.evaluation.report import as_table
+from training.evaluation.algebra import Judge
+from training.evaluation.answers import Answer, Answers
+from training.evaluation.report import as_table, write_report
 from training.evaluation.run import evaluate_model
 from training.evaluation.statistics import Paired
 from training.pretrain import pretrain
@@ -215,6 +217,56 @@ def test_settings_that_do_not_fit(settings: Callable[..., EvalSettings], backbon
         evaluate_model(settings(max_tokens=1024))
     with pytest.raises(ConfigError, match=f"--control {twin}: is given twice"):
         evaluate_model(settings(control=[str(twin), f"{twin}/"]))
+
+
+def test_a_control_without_room_costs_nobody_the_answers_before_it(
+    settings: Callable[..., EvalSettings], backbone_dir: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(backbone_dir, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+
+    with pytest.raises(ConfigError, match=r"short: the longest prompt and --max-tokens need \d+ positions; .* has 16"):
+        evaluate_model(settings(control=[str(short)], report=tmp_path / "out"))
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_seconds_are_those_of_decoding(settings: Callable[..., EvalSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(judge: Judge, answer: Answer) -> Answer:
+        time.sleep(0.5)
+        return answer
+
+    monkeypatch.setattr(Judge, "judged", slowly)
+
+    [row] = evaluate_model(settings(effort=[0], limit=3))["efforts"]
+
+    assert row["seconds_per_answer"] < 0.3
+
+
+def test_math_verify_may_have_judged_some_efforts_only(tmp_path: Path) -> None:
+    """Its extra was installed between the parts of an evaluation."""
+    known: dict[str, Any] = {
+        "accuracy": 0.5, "interval": [0.1, 0.9], "correct": 1, "tokens_per_answer": 1.0, "mean_steps": 1.0,
+        "seconds_per_answer": 0.1, "wins": None, "losses": None, "mcnemar_p": None,
+    }  # fmt: skip
+    efforts = [{"effort": 0} | known, {"effort": 1, "math_verify": 0.25} | known]
+    report = {
+        "efforts": efforts,
+        "trained_effort": 1,
+        "baseline": None,
+        "dataset": "d",
+        "seed": 0,
+        "n": 2,
+        "verdicts": {},
+    }
+
+    write_report(tmp_path, report)
+
+    with (tmp_path / "report.csv").open() as file:
+        assert [row["math_verify"] for row in csv.DictReader(file)] == ["", "0.25"]
+    table = as_table(report).splitlines()
+    assert [line.split()[-1] for line in table if line.startswith("effort")] == ["0.1000", "25.0%"]
 
 
 @pytest.mark.parametrize(
