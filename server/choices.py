@@ -3,12 +3,13 @@
 How its choices look each route says in a `Wording`.
 """
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel
 
 from server.decoding import usage_body
@@ -78,9 +79,7 @@ class Wording(ABC):
         return told
 
 
-async def respond(
-    wording: Wording, submission: Submission, n: int, body: Generation, call: Call
-) -> BaseModel | StreamingResponse:
+async def respond(wording: Wording, submission: Submission, n: int, body: Generation, call: Call) -> Response:
     """Tell the replies to the requests submitted, n for each prompt, as the body wants them."""
     serving = wording.serving
     id_ = f"{wording.id_prefix}-{call.id}"
@@ -90,16 +89,22 @@ async def respond(
         events = _chunks(wording, submission, head, nothing_yet, n, body.stream_options or StreamOptions())
         return EventStream(events, id_, serving.settings.keep_alive_seconds)
     replies = await submission.replies()
-    choices = [
-        {
-            "index": index,
-            **wording.whole(reply),
-            **wording.about(index, reply),
-            "boxed_answer": extract_boxed(wording.said(reply.text)),
-        }
-        for index, reply in enumerate(replies)
-    ]
-    return wording.completion(**head, choices=choices, usage=usage_body([reply.usage for reply in replies], n))
+
+    def written() -> str:
+        choices = [
+            {
+                "index": index,
+                **wording.whole(reply),
+                **wording.about(index, reply),
+                "boxed_answer": extract_boxed(wording.said(reply.text)),
+            }
+            for index, reply in enumerate(replies)
+        ]
+        usage = usage_body([reply.usage for reply in replies], n)
+        return wording.completion(**head, choices=choices, usage=usage).model_dump_json()
+
+    said = await asyncio.to_thread(written)  # a long trace takes seconds, and nobody waits for it but its client
+    return Response(said, media_type="application/json")
 
 
 async def _chunks(

@@ -35,6 +35,8 @@ from trm.engine.request import Request as EngineRequest
 from trm.errors import BadRequest
 from trm.tools import OPENING, Tools
 
+MAX_LIKELIEST = 1_000_000  # tokens that traces and logprobs of one body name
+
 
 def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> SamplingParams:
     """The parameters of sample 0: the body's shared fields, overridden by `given`; None means the default.
@@ -43,7 +45,12 @@ def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> Samplin
     """
     steps = fields.supervision_steps
     if fields.effort is not None:
-        steps = serving.decoder.model.config.effort_steps(fields.effort)
+        steps, most = serving.decoder.model.config.effort_steps(fields.effort), serving.decoder.max_supervision
+        if steps > most:
+            raise BadRequest(
+                f"reasoning_effort {fields.effort} is {steps} supervision steps; this model takes at most {most}",
+                param="reasoning_effort",
+            )
     values = {
         "max_tokens": fields.max_tokens,
         "temperature": fields.temperature,
@@ -66,7 +73,7 @@ def generation_params(fields: Generation, serving: Serving, **given: Any) -> Sam
     for string in stop:
         said = f"a stop string has {len(string)} characters"
         at_most(settings.max_stop_chars, "--max-stop-chars", len(string), said, "stop")
-    return sampling_params(
+    params = sampling_params(
         fields,
         serving,
         top_p=fields.top_p,
@@ -80,6 +87,24 @@ def generation_params(fields: Generation, serving: Serving, **given: Any) -> Sam
         ignore_eos=fields.ignore_eos,
         **given,
     )
+    if not fields.stream:
+        _check_size(params, 1 if fields.n is None else fields.n, serving)
+    return params
+
+
+def _check_size(params: SamplingParams, n: int, serving: Serving) -> None:
+    """Raise BadRequest where one body may have to hold more of the likeliest tokens than MAX_LIKELIEST."""
+    config = serving.decoder.model.config
+    steps = config.n_supervision if params.n_supervision is None else params.n_supervision
+    traced, scored = (params.trace or 0) * (steps + 1), params.logprobs or 0
+    tokens = n * min(params.max_tokens, serving.engine.max_model_len)
+    if tokens * (traced + scored) > MAX_LIKELIEST:
+        param = "trace" if traced > scored else "logprobs"
+        raise BadRequest(
+            f"{param}: {tokens} tokens with {traced + scored} of the likeliest each are {tokens * (traced + scored)}; "
+            f"one body holds at most {MAX_LIKELIEST}; lower n or max_tokens, or stream",
+            param=param,
+        )
 
 
 def at_most(limit: int, flag: str, found: int, said: str, param: str) -> None:

@@ -118,7 +118,7 @@ async function ask(signal) {
     }
   } finally {
     thinking.end();
-    showSteps(thinking.tokens, equations);
+    showSteps(end?.boxed_answer ? thinking.tokens : [], equations); // of half an answer there is nothing to tell
     find("reply").hidden = !end && !thinking.tokens.length;
     if (end?.boxed_answer) showAnswer(end.boxed_answer);
     else showAnswer(end ? "none" : "?", "missing");

@@ -3,7 +3,7 @@
 import { find, make, plural } from "./dom.js";
 
 const OPENING = "\\boxed{";
-const END = /\}|<\|/; // of the box, or of the reply, whose end token is spelt <|…|>
+const MARKS = /\\.|[{}]|<\|/gs; // braces, but no escaped ones, and where a reply ends, whose end token is spelt <|…|>
 
 /**
  * Show it of a reply that is nothing but its box: any other writes its steps down, and one place of it is no answer.
@@ -21,7 +21,7 @@ export function showSteps(tokens, equations) {
   const cards = said.slice(0, told + 1).map((one, step) => card(one, step, step, equations, step === settled));
   if (told < last) cards.push(card(said[last], told + 1, last, equations));
   find("says-steps").replaceChildren(...cards);
-  find("says-story").textContent = story(settled, last, equations.length);
+  find("says-story").textContent = story(said, settled, equations.length);
   find("says-right").hidden = !equations.length;
   find("says-cut").hidden = !said.some(({ cut }) => cut);
 }
@@ -36,11 +36,15 @@ function joined(tokens) {
   });
 }
 
-/** The inside of a step's box. It is cut where the answer has no more places. */
+/** The inside of a step's box, up to the brace that closes it. It is cut where the answer has no more places. */
 function answer(said) {
   const inside = said.startsWith(OPENING) ? said.slice(OPENING.length) : said;
-  const end = inside.search(END);
-  return { text: end < 0 ? inside : inside.slice(0, end), cut: end < 0 };
+  let open = 1;
+  for (const { 0: mark, index } of inside.matchAll(MARKS)) {
+    open += { "{": 1, "}": -1 }[mark] ?? 0;
+    if (!open || mark === "<|") return { text: inside.slice(0, index), cut: false };
+  }
+  return { text: inside, cut: true };
 }
 
 /** What the steps from `first` to `last` say, and where that is known, whether it is right, and what would be. */
@@ -67,8 +71,11 @@ function card({ text, cut }, first, last, equations, isAnswer) {
   return item;
 }
 
-function story(settled, steps, needed) {
-  const first = settled ? `Step ${settled} is the first to say the answer` : "The backbone alone says the answer";
+function story(said, settled, needed) {
+  const steps = said.length - 1;
+  const before = said.slice(0, settled).some(({ text }) => text === said[settled].text);
+  const how = before ? "is back at the answer" : "is the first to say the answer";
+  const first = settled ? `Step ${settled} ${how}` : "The backbone alone says the answer";
   const later = settled < steps ? ", and it stays." : ".";
   const missing = steps < needed ? ` The problem takes ${plural(needed, "step")}; it got ${steps}.` : "";
   return first + later + missing;

@@ -6,7 +6,7 @@ import { find, make, plural } from "./dom.js";
 export function showVotes({ answer, votes, samples }, total) {
   const boxed = Object.values(votes).reduce((sum, count) => sum + count, 0);
   const bars = Object.entries(votes)
-    .sort(([, one], [, other]) => other - one)
+    .sort(([one, ones], [other, others]) => others - ones || (other === answer) - (one === answer))
     .map(([text, count]) => bar(text, count, total, text === answer ? "winner" : ""));
   if (boxed < samples) bars.push(bar("no answer", samples - boxed, total, "silent"));
   find("bars").replaceChildren(...bars);

@@ -29,7 +29,11 @@ from trm.tools import Arguments, Call, Called, CallReader, read_reply
 
 router = APIRouter(prefix="/v1/messages", route_class=StrictRoute)
 
-NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
+NAMES = {
+    "response_format": "output_config.format",
+    "stop": "stop_sequences",
+    "reasoning_effort": "output_config.effort",
+}
 """Chat's fields that have other names here."""
 
 

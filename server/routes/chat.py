@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import Response
 
 from server.choices import Wording, respond
 from server.decoding import submit_chat
@@ -23,7 +22,7 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses=STREAMED)
-async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
+async def chat_completions(body: ChatRequest, serving: ServingDep, call: CallDep) -> Response:
     """Decode n replies to a conversation."""
     serving = serving.choose(body.model)
     submission, params, n, tools = await submit_chat(body, serving, call)

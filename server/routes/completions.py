@@ -3,8 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import Response
 
 from server.choices import Wording, respond
 from server.decoding import generation_params, num_samples, submit
@@ -19,7 +18,7 @@ router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
 
 @router.post("/completions", response_model=Completion, responses=STREAMED)
-async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> BaseModel | StreamingResponse:
+async def completions(body: CompletionRequest, serving: ServingDep, call: CallDep) -> Response:
     """Continue one prompt, or a list of them, all or none. The choices of one prompt stand side by side."""
     serving = serving.choose(body.model)
     prompts, chat = body.prompts, serving.decoder.chat

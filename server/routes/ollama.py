@@ -30,7 +30,12 @@ from trm.tools import Call as CallBegun
 
 router = APIRouter(prefix="/api", route_class=StrictRoute)
 
-NAMES = {"response_format": "format", "stop": "options.stop", "max_tokens": "options.num_predict"}
+NAMES = {
+    "response_format": "format",
+    "stop": "options.stop",
+    "max_tokens": "options.num_predict",
+    "reasoning_effort": "think",
+}
 """Chat's fields that have other names here."""
 
 LINE = {"type": "object", "properties": {"done": {"type": "boolean"}}, "required": ["done"]}

@@ -37,7 +37,12 @@ from trm.tools import Arguments, Call, CallReader
 
 router = APIRouter(prefix="/v1", route_class=StrictRoute)
 
-NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
 """Chat's fields that have other names here."""
 Told = dict[str, Any]
 

@@ -44,7 +44,7 @@ class SolveRequest(Decoding):
 
     work: what each solution shows before its answer; "full" by default.
     early_stop: cancel the samples of a question that can no longer change its answer. Which ones those are
-    depends on what else the server is doing; the answer does not, but votes and solution may.
+    depends on what else the server is doing; the answer does not, but its spelling, votes and solution may.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (*Decoding.rules, _VARIED)

@@ -540,6 +540,7 @@ def test_of_a_question_of_ones_own_only_what_each_step_says_is_known(page: Page)
         page.open_ready(server, work="none")
         page.ask(f"{TOM} And?")
         assert page.says() == ["backbone: 14", "step 1: 19", "step 2, the answer: 14", "steps 3 to 4: 14"]
+        assert page["says-story"].text == "Step 2 is back at the answer, and it stays."
         assert not page["says-right"].is_displayed()
 
         engine.script = stepping("7", "19")
@@ -553,6 +554,41 @@ def test_of_a_question_of_ones_own_only_what_each_step_says_is_known(page: Page)
         engine.script = saying(b"7 and ", rb"\boxed{7}")
         page.ask("?")
         assert not page["says"].is_displayed(), "of a reply with its work one place is no answer"
+
+
+def test_a_box_ends_at_the_brace_that_closes_it(page: Page) -> None:
+    engine = FakeEngine(stepping(r"\frac{1}{3}", r"\frac{1}{2}", r"\frac{1}{2}"), max_model_len=1000)
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server, work="none")
+        page.ask("?")
+        assert page.says() == [r"backbone: \frac{1}{3}", r"step 1, the answer: \frac{1}{2}", r"step 2: \frac{1}{2}"]
+        engine.script = stepping(r"\{1}\}", r"\{2\}")
+        page.ask("?")
+        assert page.says() == [r"backbone: \{1", r"step 1, the answer: \{2\}"]
+
+
+def test_of_half_an_answer_no_step_is_judged(page: Page) -> None:
+    """It would call the 1 of 14 right, and a step behind it, too."""
+    engine = FakeEngine(max_model_len=1000)
+    whole = stepping("7", "19", "14")
+
+    def script(request: Any) -> Iterator[Event]:
+        for place, event in enumerate(whole(request)):
+            if place == len(r"\boxed{"):
+                engine.hold()  # behind this one
+            yield event
+
+    engine.script = script
+    with serving(create_app(engine, ServeSettings())) as server:
+        page.open_ready(server, work="none")
+        page.write(TOM, Keys.ENTER)
+        page.wait(lambda: len(page.tokens()) == len(r"\boxed{1"))
+        page["stop"].click()
+        page.wait(lambda: not page["stop"].is_displayed())
+        engine.release()
+
+        assert page["answer"].text == "?"
+        assert not page["says"].is_displayed()
 
 
 def test_it_says_what_a_model_has_not_learned(page: Page) -> None:
@@ -643,6 +679,14 @@ def test_a_vote_is_counted_while_it_goes_on(page: Page) -> None:
 
         assert page["verdict"].text == "7 has 5 of 8 votes."
         assert len(page.all("#bars li")) == 3
+
+        def tied(request: Any) -> Iterator[Event]:
+            yield Event((5,), rf"\boxed{{{14 if request.params.sample_index % 2 else 19}}}", "stop", Usage(3, 1, 4))
+
+        engine.script = tied
+        page["vote"].click()
+        page.wait(lambda: page["verdict"].text == "19 has 4 of 8 votes.")
+        assert [said.text for said in page.all("#bars .said")] == ["19", "14"]
 
 
 def test_a_reply_that_breaks_off_says_so(page: Page) -> None:

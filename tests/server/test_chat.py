@@ -1,6 +1,10 @@
 """POST /v1/chat/completions, plain and streamed."""
 
+import asyncio
+import dataclasses
 import json
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -112,6 +116,66 @@ async def test_efforts_have_names(client, engine, chat_body, effort, steps):
     await client.post(URL, json=chat_body(reasoning_effort=effort))
 
     assert engine.requests[0].params.n_supervision == steps
+
+
+@pytest.mark.parametrize(
+    ("url", "fields", "name"),
+    [
+        (URL, {"reasoning_effort": "max"}, "reasoning_effort"),
+        ("/v1/completions", {"prompt": "1", "reasoning_effort": "max"}, "reasoning_effort"),
+        ("/solve", {"question": "1", "reasoning_effort": "max"}, "reasoning_effort"),
+        ("/v1/responses", {"input": "1", "reasoning": {"effort": "max"}}, "reasoning.effort"),
+        ("/v1/messages", {"max_tokens": 9, "output_config": {"effort": "max"}}, "output_config.effort"),
+        ("/api/chat", {"think": "max"}, "think"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_an_effort_that_a_model_has_not_got_is_named_as_it_was_asked_for(client, engine, url, fields, name):
+    engine.decoders[None] = dataclasses.replace(engine.decoders[None], max_supervision=6)
+    asked = (
+        {}
+        if "prompt" in fields or "question" in fields or "input" in fields
+        else {"messages": [{"role": "user", "content": "1"}]}
+    )
+
+    refused = await client.post(url, json={"model": "test/model", **asked, **fields})
+
+    assert refused.status_code == 400
+    assert f"{name} max is 8 supervision steps; this model takes at most 6" in refused.text
+    assert not engine.requests
+
+
+async def test_a_body_that_could_grow_out_of_all_measure_is_refused_and_a_stream_is_not(client, engine, chat_body):
+    engine.max_model_len = 2000
+    fields = {"trace": 10, "supervision_steps": 16, "n": 4, "max_tokens": 1500}
+
+    refused = await client.post(URL, json=chat_body(**fields))
+
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "trace")
+    said = "trace: 6000 tokens with 170 of the likeliest each are 1020000; one body holds at most 1000000; lower n or"
+    assert refused.json()["error"]["message"].startswith(said)
+    assert not engine.requests
+    assert (await client.post(URL, json=chat_body(**fields | {"n": 3}))).status_code == 200
+    assert (await client.post(URL, json=chat_body(**fields, stream=True))).status_code == 200
+    engine.max_model_len = 100_000
+    fields = {"logprobs": True, "top_logprobs": 20, "max_tokens": 100_000}
+    assert (await client.post(URL, json=chat_body(**fields))).json()["error"]["param"] == "logprobs"
+
+
+async def test_a_long_trace_keeps_nobody_else_waiting(client, chat_body, monkeypatch):
+    beats = []
+
+    async def beat():
+        while True:
+            beats.append(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("server.routes.chat.choice_trace", lambda *_: time.sleep(0.5))
+    heart = asyncio.create_task(beat())
+    assert (await client.post(URL, json=chat_body(trace=1))).status_code == 200
+    heart.cancel()
+
+    assert max(later - one for one, later in pairwise(beats)) < 0.4
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a"], ("a",)), ([], ()), (None, ())], ids=str)
