@@ -176,6 +176,11 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]) for cells in aligned]
 
 
+def show_p(p: float) -> str:
+    """Two digits; what is too small for a double is not nothing."""
+    return f"{p:.2g}" if p else "< 1e-300"
+
+
 def _cells(label: str, row: dict[str, Any]) -> list[str]:
     low, high = row["interval"]
     tested = row.get("mcnemar_p") is not None
@@ -185,7 +190,7 @@ def _cells(label: str, row: dict[str, Any]) -> list[str]:
         f"{low:.1%} - {high:.1%}",
         str(row["wins"]) if tested else "",
         str(row["losses"]) if tested else "",
-        f"{row['mcnemar_p']:.2g}" if tested else "",
+        show_p(row["mcnemar_p"]) if tested else "",
         f"{row['tokens_per_answer']:.1f}",
         f"{row['mean_steps']:.2f}",
         f"{row['seconds_per_answer']:.4f}",

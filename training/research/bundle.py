@@ -21,6 +21,7 @@ import torch
 from training import checkpoints, workers
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.directories import claim
+from training.evaluation.report import show_p
 from training.evaluation.run import evaluate_model
 from training.pretrain import FREE_ON_RESUME, PRETRAIN_JSON, pretrain
 from training.research.controls import CONTROL_JSON, NAMES, Kind, train_control
@@ -312,7 +313,7 @@ def _table(report: dict[str, Any]) -> str:
     for label, row in rows:
         low, high = row["interval"]
         compared = "" if label == "effort 0" else f"+{row['wins']}, -{row['losses']}"
-        p = "" if label == "effort 0" else f"{row['mcnemar_p']:.2g}" if row["mcnemar_p"] else "< 1e-300"
+        p = "" if label == "effort 0" else show_p(row["mcnemar_p"])
         lines.append(f"| {label} | {row['accuracy']:.1%} | {low:.1%} – {high:.1%} | {compared} | {p} |")
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from tests.conftest import randomize
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.evaluation.algebra import Judge
 from training.evaluation.answers import Answer, Answers
-from training.evaluation.report import as_table, write_report
+from training.evaluation.report import as_table, show_p, write_report
 from training.evaluation.run import evaluate_model
 from training.evaluation.statistics import Paired
 from training.pretrain import pretrain
@@ -267,6 +267,10 @@ def test_math_verify_may_have_judged_some_efforts_only(tmp_path: Path) -> None:
         assert [row["math_verify"] for row in csv.DictReader(file)] == ["", "0.25"]
     table = as_table(report).splitlines()
     assert [line.split()[-1] for line in table if line.startswith("effort")] == ["0.1000", "25.0%"]
+
+
+def test_a_p_that_is_too_small_for_a_double_is_not_nothing() -> None:
+    assert [show_p(p) for p in (0.0, 1e-300, 0.0016, 1.0)] == ["< 1e-300", "1e-300", "0.0016", "1"]
 
 
 @pytest.mark.parametrize(
