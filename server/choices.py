@@ -103,7 +103,7 @@ async def respond(wording: Wording, submission: Submission, n: int, body: Genera
         usage = usage_body([reply.usage for reply in replies], n)
         return wording.completion(**head, choices=choices, usage=usage).model_dump_json()
 
-    said = await asyncio.to_thread(written)  # a long trace takes seconds, and nobody waits for it but its client
+    said = await asyncio.to_thread(written)  # a long trace takes a second, in which others are answered
     return Response(said, media_type="application/json")
 
 

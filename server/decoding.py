@@ -35,7 +35,7 @@ from trm.engine.request import Request as EngineRequest
 from trm.errors import BadRequest
 from trm.tools import OPENING, Tools
 
-MAX_LIKELIEST = 1_000_000  # tokens that traces and logprobs of one body name
+MAX_LIKELIEST = 250_000  # tokens that traces and logprobs of one body name: a fifth of a second to write
 
 
 def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> SamplingParams:
@@ -48,8 +48,8 @@ def sampling_params(fields: Decoding, serving: Serving, **given: Any) -> Samplin
         steps, most = serving.decoder.model.config.effort_steps(fields.effort), serving.decoder.max_supervision
         if steps > most:
             raise BadRequest(
-                f"reasoning_effort {fields.effort} is {steps} supervision steps; this model takes at most {most}",
-                param="reasoning_effort",
+                f"{fields.effort_field} {fields.effort} is {steps} supervision steps; this model takes at most {most}",
+                param=fields.effort_field,
             )
     values = {
         "max_tokens": fields.max_tokens,
@@ -73,7 +73,7 @@ def generation_params(fields: Generation, serving: Serving, **given: Any) -> Sam
     for string in stop:
         said = f"a stop string has {len(string)} characters"
         at_most(settings.max_stop_chars, "--max-stop-chars", len(string), said, "stop")
-    params = sampling_params(
+    return sampling_params(
         fields,
         serving,
         top_p=fields.top_p,
@@ -87,17 +87,17 @@ def generation_params(fields: Generation, serving: Serving, **given: Any) -> Sam
         ignore_eos=fields.ignore_eos,
         **given,
     )
-    if not fields.stream:
-        _check_size(params, 1 if fields.n is None else fields.n, serving)
-    return params
 
 
-def _check_size(params: SamplingParams, n: int, serving: Serving) -> None:
-    """Raise BadRequest where one body may have to hold more of the likeliest tokens than MAX_LIKELIEST."""
+def bound_body(params: SamplingParams, num_replies: int, trace: int, serving: Serving) -> None:
+    """Raise BadRequest where one body may have to hold more of the likeliest tokens than MAX_LIKELIEST.
+
+    `trace` is how many of them it tells of each step.
+    """
     config = serving.decoder.model.config
     steps = config.n_supervision if params.n_supervision is None else params.n_supervision
-    traced, scored = (params.trace or 0) * (steps + 1), params.logprobs or 0
-    tokens = n * min(params.max_tokens, serving.engine.max_model_len)
+    traced, scored = trace * (steps + 1), params.logprobs or 0
+    tokens = num_replies * min(params.max_tokens, serving.engine.max_model_len)
     if tokens * (traced + scored) > MAX_LIKELIEST:
         param = "trace" if traced > scored else "logprobs"
         raise BadRequest(
@@ -176,6 +176,8 @@ async def _submit_chat(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         trace=body.trace or (1 if body.include_reasoning else None),
     )
+    if not body.stream:
+        bound_body(params, n, body.trace or 0, serving)
     messages = conversation(body.messages, serving, body.work)
     tools = chosen_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     if tools and body.response_format and body.response_format.type != "text":

@@ -290,14 +290,16 @@ class Unfinished:
             if others:
                 raise ConfigError(
                     f"{self.directory}: that run has another {', '.join(others)}; give what it was begun with, "
-                    "or another --output-dir, or remove it to begin anew"
+                    f"or another --output-dir, or remove {self.directory.parent} to begin anew"
                 )
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(tensors[f"{MASTER}{name}"])
             load_optimizer_tensors(optimizers, tensors)
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{self.file}: does not fit: {error}; remove it to begin anew") from error
+            raise CheckpointError(
+                f"{self.file}: does not fit: {error}; remove {self.directory.parent} to begin anew"
+            ) from error
         curve: list[dict[str, float]] = record["curve"]
         logger.info("%s: goes on after step %d", self.directory, curve[-1]["step"])
         return curve, record["running"]

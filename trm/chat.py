@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -100,8 +99,11 @@ def solve_messages(question: str, solution: str | None = None, work: Work = "ful
     return messages
 
 
-TEMPLATE_DAY = date(2024, 7, 26)  # today, to templates, as in Llama 3's without a clock: no prompt changes overnight
-DATE_CODES = ("%d", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%H", "%I", "%p", "%M", "%S")
+ONE_DAY = {  # as Llama 3's template has it where there is no clock: no prompt changes overnight
+    "%d": "26", "%-d": "26", "%e": "26", "%j": "208", "%a": "Fri", "%A": "Friday",
+    "%m": "07", "%-m": "7", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024", "%F": "2024-07-26",
+    "%H": "00", "%-H": "0", "%I": "12", "%-I": "12", "%p": "AM", "%M": "00", "%S": "00",
+}  # fmt: skip
 PIECE_CHARS = 2**14  # of a long text that are read at once, to see whether it is too long
 REMEMBERED_TEXTS = 512  # whose ids are kept: the system prompt comes again, a question with its answer too, ...
 REMEMBERED_CHARS = 2048  # ... as far as they are no longer than this
@@ -147,7 +149,8 @@ class ChatFormat:
             raise ConfigError("the tokenizer names no eos_token, so a reply could never end; set eos_token")
         self.tokenizer = tokenizer
         self.normalize = normalize
-        self.template = _template(tokenizer.chat_template)
+        self.template = _default(tokenizer.chat_template)
+        self._timeless = _without_clock(self.template)
         self.end_id: int = tokenizer.eos_token_id
         specials = {str(t) for t in tokenizer.all_special_tokens}
         specials |= {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
@@ -242,7 +245,7 @@ class ChatFormat:
             text: str = self.tokenizer.apply_chat_template(
                 list(turns),
                 tools=list(tools) or None,
-                chat_template=self.template,
+                chat_template=self._timeless,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -292,22 +295,21 @@ class ChatFormat:
         return {special: next(free) for special in sorted(found)}
 
 
-def _template(own: str | Mapping[str, str] | None) -> str:
-    """A tokenizer's chat template, of several the default one, to which every day is TEMPLATE_DAY.
-
-    Raises ConfigError where none is the default.
-    """
-    if isinstance(own, Mapping):
-        if "default" not in own:
-            raise ConfigError(
-                f"the tokenizer has the chat templates {', '.join(own)}, and none is the default; keep one"
-            )
-        own = own["default"]
-    if not own or "strftime_now" not in own:
+def _default(own: str | Mapping[str, str] | None) -> str:
+    """A tokenizer's chat template, of several the default one. Raises ConfigError where none is the default."""
+    if not isinstance(own, Mapping):
         return own or CHAT_TEMPLATE
-    dated = "".join(f'|replace("{code}", "{TEMPLATE_DAY.strftime(code)}")' for code in DATE_CODES)
-    macro = "{% macro strftime_now(format) %}{{ format" + dated + " }}{% endmacro %}"
-    return f"{macro}{{{{ '' }}}}{own}"  # what is printed saves a line break after it
+    if "default" not in own:
+        raise ConfigError(f"the tokenizer has the chat templates {', '.join(own)}, and none is the default; keep one")
+    return own["default"]
+
+
+def _without_clock(template: str) -> str:
+    """The same template, to which every day is that of ONE_DAY."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f'|replace("{code}", "{text}")' for code, text in ONE_DAY.items())
+    return "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}\n" + template
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

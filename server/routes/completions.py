@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from server.choices import Wording, respond
-from server.decoding import generation_params, num_samples, submit
+from server.decoding import bound_body, generation_params, num_samples, submit
 from server.logprobs import Offsets, completion_logprobs
 from server.schemas.completions import Completion, CompletionRequest
 from server.serving import CallDep, Serving, ServingDep
@@ -24,6 +24,8 @@ async def completions(body: CompletionRequest, serving: ServingDep, call: CallDe
     prompts, chat = body.prompts, serving.decoder.chat
     n = num_samples(body, serving, len(prompts), param="prompt")
     params = generation_params(body, serving, logprobs=body.logprobs)
+    if not body.stream:
+        bound_body(params, n * len(prompts), 0, serving)
     submission = await submit(
         serving,
         call,

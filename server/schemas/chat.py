@@ -71,6 +71,10 @@ class ChatRequest(Generation, Account):
     def effort(self) -> Effort | None:
         return (self.reasoning and self.reasoning.effort) or self.reasoning_effort
 
+    @property
+    def effort_field(self) -> str:
+        return "reasoning.effort" if self.reasoning and self.reasoning.effort else "reasoning_effort"
+
 
 class SaidFunction(BaseModel):
     """arguments: JSON that fits the function's schema."""

@@ -135,6 +135,11 @@ class Decoding(Sampling):
         """The effort's name, in whatever dialect it was given."""
         return self.reasoning_effort
 
+    @property
+    def effort_field(self) -> str:
+        """The field that it was given in."""
+        return "reasoning_effort"
+
 
 def _strings(stop: Any) -> Any:
     if isinstance(stop, str):

@@ -122,6 +122,7 @@ async def test_efforts_have_names(client, engine, chat_body, effort, steps):
     ("url", "fields", "name"),
     [
         (URL, {"reasoning_effort": "max"}, "reasoning_effort"),
+        (URL, {"reasoning": {"effort": "max"}}, "reasoning.effort"),
         ("/v1/completions", {"prompt": "1", "reasoning_effort": "max"}, "reasoning_effort"),
         ("/solve", {"question": "1", "reasoning_effort": "max"}, "reasoning_effort"),
         ("/v1/responses", {"input": "1", "reasoning": {"effort": "max"}}, "reasoning.effort"),
@@ -146,36 +147,49 @@ async def test_an_effort_that_a_model_has_not_got_is_named_as_it_was_asked_for(c
 
 
 async def test_a_body_that_could_grow_out_of_all_measure_is_refused_and_a_stream_is_not(client, engine, chat_body):
-    engine.max_model_len = 2000
+    engine.max_model_len = 400
     fields = {"trace": 10, "supervision_steps": 16, "n": 4, "max_tokens": 1500}
 
     refused = await client.post(URL, json=chat_body(**fields))
 
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "trace")
-    said = "trace: 6000 tokens with 170 of the likeliest each are 1020000; one body holds at most 1000000; lower n or"
+    said = "trace: 1600 tokens with 170 of the likeliest each are 272000; one body holds at most 250000; lower n or"
     assert refused.json()["error"]["message"].startswith(said)
     assert not engine.requests
-    assert (await client.post(URL, json=chat_body(**fields | {"n": 3}))).status_code == 200
-    assert (await client.post(URL, json=chat_body(**fields, stream=True))).status_code == 200
-    engine.max_model_len = 100_000
-    fields = {"logprobs": True, "top_logprobs": 20, "max_tokens": 100_000}
-    assert (await client.post(URL, json=chat_body(**fields))).json()["error"]["param"] == "logprobs"
+    reasoned = fields | {"trace": None, "include_reasoning": True}
+    for taken in (fields | {"n": 3}, fields | {"stream": True}, reasoned):
+        assert (await client.post(URL, json=chat_body(**taken))).status_code == 200, taken
+    engine.max_model_len = 20_000
+    scored = {"logprobs": True, "top_logprobs": 20, "max_tokens": 20_000}
+    assert (await client.post(URL, json=chat_body(**scored))).json()["error"]["param"] == "logprobs"
+    several = {"prompt": ["1", "2", "3"], "max_tokens": 20_000, "logprobs": 5}
+    assert (await client.post("/v1/completions", json=several)).json()["error"]["param"] == "logprobs"
+    assert (await client.post("/v1/completions", json=several | {"prompt": "1"})).status_code == 200
 
 
-async def test_a_long_trace_keeps_nobody_else_waiting(client, chat_body, monkeypatch):
+async def test_a_long_trace_hardly_keeps_others_waiting(client, engine, chat_body):
+    """While its body is written others are answered."""
+    tokens, likeliest = 1000, tuple((id_, -1.0) for id_ in range(10))
+
+    def script(request):
+        usage = Usage(len(request.prompt_ids), tokens, tokens)
+        yield Event((5,) * tokens, "a" * tokens, "stop", usage, traces=((likeliest,) * 17,) * tokens)
+
+    engine.script = script
+    engine.max_model_len = 2000
     beats = []
 
     async def beat():
         while True:
             beats.append(time.monotonic())
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
 
-    monkeypatch.setattr("server.routes.chat.choice_trace", lambda *_: time.sleep(0.5))
     heart = asyncio.create_task(beat())
-    assert (await client.post(URL, json=chat_body(trace=1))).status_code == 200
+    response = await client.post(URL, json=chat_body(trace=10, supervision_steps=16, max_tokens=tokens))
     heart.cancel()
 
-    assert max(later - one for one, later in pairwise(beats)) < 0.4
+    assert len(response.json()["choices"][0]["trace"]) == tokens
+    assert max(later - one for one, later in pairwise(beats)) < (beats[-1] - beats[0]) / 2
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a"], ("a",)), ([], ()), (None, ())], ids=str)

@@ -125,7 +125,7 @@ def test_another_run_does_not_go_on(tmp_path: Path, steps: list[int], monkeypatc
             pretrain.pretrain(settings(tmp_path))
     assert file.read_bytes() == kept
     file.write_bytes(kept.replace(b"master.model.norm", b"master.model.corm"))
-    with pytest.raises(CheckpointError, match=r"does not fit: 'master.model.norm.weight'; remove it to begin anew"):
+    with pytest.raises(CheckpointError, match=f"does not fit: 'master.model.norm.weight'; remove {tmp_path} to begin"):
         pretrain.pretrain(settings(tmp_path))
 
     assert len(steps) == INTERRUPTED

@@ -228,13 +228,12 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
             raise ValueError(f"{name} is missing, empty or no text")
         value.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
     question, solution = (row[name] for name in names)
-    annotated: tuple[str, ...] = ()
+    equations: tuple[str, ...] = ()
     if extract_boxed(solution) is None:  # else a #### is a heading
         if "####" not in solution:
             raise ValueError(rf"{names[1]} gives its result neither as #### 72 nor as \boxed{{72}}")
-        annotated = gsm8k_equations(solution)
+        equations = gsm8k_equations(solution)
         solution = convert_gsm8k(solution, keep_annotations)
-    equations = annotated
     if row.get("equations") not in (None, []):
         equations = _texts(row["equations"], "equations")
         for equation in equations:
@@ -243,10 +242,11 @@ def _problem(row: Any, source: str, keep_annotations: bool) -> Problem:
     work = row.get("work")
     if not (work is None or (isinstance(work, str) and work in SYSTEM_PROMPTS)):
         raise ValueError(f"work is {work!r}, not one of {', '.join(SYSTEM_PROMPTS)}")
-    own = _own_equations(solution) if work == "equations" and not annotated else ()
-    problem = Problem(question, solution, source, own or equations, work=work)
+    if work == "equations" and not equations:
+        equations = _own_equations(solution)
+    problem = Problem(question, solution, source, equations, work=work)
     if row.get("steps") in (None, []):
-        steps = tuple(equation.rpartition("=")[2].strip() for equation in equations or own)
+        steps = tuple(equation.rpartition("=")[2].strip() for equation in equations)
         return replace(problem, steps=steps) if _lead_to(steps, problem.answer) else problem
     steps = _texts(row["steps"], "steps")
     if not _lead_to(steps, problem.answer):

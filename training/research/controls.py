@@ -220,7 +220,7 @@ def _restore(weights: Weights, path: Path, identity: Tensor) -> int:
     """Take up what `_save` put down; returns the steps that are done. Raises ConfigError where that was another run."""
     tensors = checkpoint.read_tensors(path)
     step, total = tensors.pop(STEPS).tolist()
-    if total != weights.total_steps or not torch.equal(tensors.pop(IDENTITY), identity):
+    if total != weights.total_steps or not torch.equal(tensors.pop(IDENTITY, torch.empty(0)), identity):
         raise ConfigError(f"{path}: is of another run; choose another --output-dir, or remove it to begin anew")
     averages = {n.removeprefix(AVERAGE): tensor for n, tensor in tensors.items() if n.startswith(AVERAGE)}
     weights.restore({n: tensor for n, tensor in tensors.items() if not n.startswith(AVERAGE)}, averages, str(path))

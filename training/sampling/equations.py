@@ -36,7 +36,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_MAX_EXPONENT = 100
+_MAX_EXPONENT, _MAX_BITS = 100, 100  # of a power: far beyond what anybody writes down
 
 
 def equations(text: str) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def _value(node: ast.expr) -> Fraction:
         case ast.BinOp(op=ast.Pow()):
             base, exponent = _value(node.left), _value(node.right)
             whole = exponent.denominator == 1 and abs(exponent) <= _MAX_EXPONENT
-            if not whole or base.numerator.bit_length() > _MAX_EXPONENT:
+            if not whole or max(base.numerator.bit_length(), base.denominator.bit_length()) > _MAX_BITS:
                 raise ValueError(f"{exponent} is no exponent")
             return base ** int(exponent)
         case ast.BinOp() if type(node.op) in _OPERATORS:

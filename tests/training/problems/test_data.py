@@ -325,20 +325,19 @@ def test_a_problem_with_work_of_its_own_is_asked_so_once(chat: ChatFormat) -> No
     assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["none"], f"\\boxed{{{mental.answer}}}")
 
 
-@pytest.mark.parametrize("columns", [{}, {"equations": ["4+1=5"]}, {"steps": ["5"]}])
+@pytest.mark.parametrize("columns", [{}, {"equations": ["2+2=4", "4+1=5"]}, {"steps": ["5"]}])
 def test_a_row_of_equations_is_its_own_reply(
     columns: dict[str, Any], jsonl: Callable[..., Path], chat: ChatFormat
 ) -> None:
-    reply = "2 pens + 2 pens = 4\n4 + 1 = 5\n\\boxed{5}"
-    [problem] = load_problems(
-        str(jsonl({"question": "2+3?", "answer": reply, "work": "equations"} | columns)), split="train", seed=0
-    )
+    row = {"question": "2+3?", "answer": "2 pens + 2 pens = 4\n4 + 1 = 5\n\\boxed{5}", "work": "equations"}
+    [problem] = load_problems(str(jsonl(row | columns)), split="train", seed=0)
 
     (example,) = encode_problems([problem], chat, 1024, ("worked", "answer"))
 
+    reply = "2+2=4\n4+1=5\n\\boxed{5}" if "equations" in columns else row["answer"]
     assert asked_and_replied(chat, example) == (SYSTEM_PROMPTS["equations"], reply)
     assert asked_work([problem], ("worked",)) == ["equations"]
-    assert problem.steps == (("4", "5") if not columns else ("5",))
+    assert problem.steps == (("5",) if "steps" in columns else ("4", "5"))
 
 
 def test_a_row_of_equations_without_one_is_counted(
