@@ -4,14 +4,12 @@ r"""The equations that stand in a text, in one spelling: what tells two derivati
 operators and brackets, at least one of which computes something. Words end it: `48 clips / 2 = 24` is none.
 """
 
-import ast
-import operator
 import re
-from collections.abc import Callable, Mapping
 from fractions import Fraction
 from itertools import pairwise
 
 from trm.answers import canonical, normalize, same
+from trm.answers.comparison import trees, value
 
 _REWRITES = [  # in this order
     (re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE), ""),  # no minus, but a list
@@ -30,13 +28,6 @@ _TERM = rf"[( ]*(?:-[( ]*)?{_NUMBER}[) ]*"
 _ARITHMETIC = re.compile(rf"(?<!\()(?<!\( ){_TERM}(?:[-+*/^=]{_TERM})*")  # whole, not every part: in linear time
 _COMPUTES = re.compile(r"[\d)][-+*/^]")
 _DECIMAL = re.compile(r"-?\d*\.(\d+)")
-_OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-_MAX_EXPONENT, _MAX_BITS = 100, 100  # of a power: far beyond what anybody writes down
 
 
 def equations(text: str) -> tuple[str, ...]:
@@ -61,15 +52,12 @@ def results(derivation: tuple[str, ...], answer: str) -> list[str] | None:
 
 def holds(equation: str) -> bool:
     """Whether the sides of an equation come to the same. A decimal fraction may be rounded or cut at its last place."""
-    sides = equation.split("=")
-    try:
-        values = [_value(ast.parse(side.replace("^", "**"), mode="eval").body) for side in sides]
-    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, ValueError):
-        return False
-    written = list(zip(sides, values, strict=True))
+    sides = [(side, _value(side)) for side in equation.split("=")]
     return all(
-        one == other or _shortens(side, one, other) or _shortens(next_side, other, one)
-        for (side, one), (next_side, other) in pairwise(written)
+        one is not None
+        and other is not None
+        and (one == other or _shortens(side, one, other) or _shortens(next_side, other, one))
+        for (side, one), (next_side, other) in pairwise(sides)
     )
 
 
@@ -82,22 +70,11 @@ def _shortens(side: str, value: Fraction, exact: Fraction) -> bool:
     return off <= place / 2 or (off < place and abs(value) < abs(exact))
 
 
-def _value(node: ast.expr) -> Fraction:
-    """What numbers and operators come to. Raises ValueError for anything else, and for powers out of all measure."""
-    match node:
-        case ast.Constant(value=int() | float() as value):
-            return Fraction(str(value))
-        case ast.UnaryOp(op=ast.USub()):
-            return -_value(node.operand)
-        case ast.BinOp(op=ast.Pow()):
-            base, exponent = _value(node.left), _value(node.right)
-            whole = exponent.denominator == 1 and abs(exponent) <= _MAX_EXPONENT
-            if not whole or max(base.numerator.bit_length(), base.denominator.bit_length()) > _MAX_BITS:
-                raise ValueError(f"{exponent} is no exponent")
-            return base ** int(exponent)
-        case ast.BinOp() if type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-    raise ValueError("no arithmetic")
+def _value(side: str) -> Fraction | None:
+    """The number that a side comes to, read as an answer is; None where it comes to none, or to one out of measure."""
+    readings = trees(side)
+    found = value(readings[0]) if readings else None
+    return found if isinstance(found, Fraction) else None
 
 
 def _plain(side: str) -> str:
