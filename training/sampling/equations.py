@@ -72,7 +72,7 @@ def _shortens(side: str, value: Fraction, exact: Fraction) -> bool:
 
 def _value(side: str) -> Fraction | None:
     """The number that a side comes to, read as an answer is; None where it comes to none, or to one out of measure."""
-    readings = trees(side)
+    readings = trees(side.replace("+-", "-"))  # which answers never have
     found = value(readings[0]) if readings else None
     return found if isinstance(found, Fraction) else None
 

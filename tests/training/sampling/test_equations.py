@@ -77,7 +77,7 @@ def test_results_end_in_the_answer_or_are_none() -> None:
 @pytest.mark.parametrize(
     "equation",
     ["48/2=24", "3=6/2", "2*(3+4)=2*7=14", "5-8=-3", "0.1+0.2=0.3", "2^3=8", "-(2+3)*2=-10", "10/3=3.33", "2/3=0.67",
-     "2/3=0.66", "-2/3=-0.66", "1.5*2=3=3.0"],
+     "2/3=0.66", "-2/3=-0.66", "1.5*2=3=3.0", "-14+-8+1=-21", "2*-3=-6", "5-(-3)=8"],
 )  # fmt: skip
 def test_what_holds(equation: str) -> None:
     assert holds(equation)
