@@ -28,6 +28,7 @@ from server.bench.settings import ServeBenchSettings
 from trm.bench.workload import decode_with_engine, load, make_questions, make_requests
 from trm.engine import Engine, EngineConfig
 from trm.errors import ConfigError
+from trm.processes import child_process
 from trm.settings import ENV_PREFIX
 
 START_TIMEOUT_S = 300
@@ -62,12 +63,12 @@ def trm_serve(model: str | None, arguments: Mapping[str, Any]) -> Iterator[Serve
     """
     command = [str(Path(sys.executable).with_name("trm-serve")), "--port=0", *as_flags(model, arguments)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    with tempfile.NamedTemporaryFile("r") as log, open(log.name, "w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-        try:
-            yield Server(_url(process, Path(log.name)), process, psutil.Process(process.pid), Path(log.name))
-        finally:
-            _stop(process)
+    with (
+        tempfile.NamedTemporaryFile("r") as log,
+        open(log.name, "w") as out,
+        child_process(command, _stop, stdout=out, stderr=out, env=environment) as process,
+    ):
+        yield Server(_url(process, Path(log.name)), process, psutil.Process(process.pid), Path(log.name))
 
 
 def as_flags(model: str | None, arguments: Mapping[str, Any]) -> list[str]:

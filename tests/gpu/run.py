@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.report import Report
+from trm.processes import child_process
 
 SECTIONS: dict[str, float] = {
     "tests": 120,
@@ -70,15 +71,12 @@ def run_one(name: str, report: Report, command: Command, seconds: float) -> None
     log = report.path.with_suffix(".log")
     with log.open("ab") as output:
         start = output.tell()
-        process = subprocess.Popen(
-            command(name, seconds), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status: int | None = process.wait(seconds + DYING_S)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            end_group(process)
+        pipes = {"stdout": output, "stderr": subprocess.STDOUT}
+        with child_process(command(name, seconds), end_group, start_new_session=True, **pipes) as process:
+            try:
+                status: int | None = process.wait(seconds + DYING_S)
+            except subprocess.TimeoutExpired:
+                status = None
     took = time.monotonic() - began
     report.put(name, "seconds", round(took, 1))
     state = "done" if status == 0 else "stopped" if took >= seconds else "failed"
