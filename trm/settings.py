@@ -93,11 +93,13 @@ class Settings(BaseSettings):
 
         Raises ConfigError in one line; `--help` exits.
         """
+        words = command_line(argv)
+        _require_values(words)
         try:
             flags: CliSettingsSource[Any] = CliSettingsSource(
                 cls,
                 cli_prog_name=cls.command,
-                cli_parse_args=command_line(argv),
+                cli_parse_args=words,
                 cli_kebab_case=True,
                 cli_implicit_flags=True,
                 cli_hide_none_type=True,
@@ -152,6 +154,16 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             raise argparse.ArgumentError(self, "is given twice; give it once, followed by all its values")
         setattr(namespace, self.dest, values)
+
+
+def _require_values(words: Sequence[str]) -> None:
+    """Raises ConfigError where a value is empty, as that of a shell variable is that was never set."""
+    flag = ""
+    for word in words:
+        if found := _FLAG.match(word):
+            flag = found[0]
+        if word in ("", f"{flag}="):
+            raise ConfigError(f"{flag} '': is empty; leave it out for the default".lstrip())
 
 
 def _misread(cls: type[Settings], problem: str) -> str:

@@ -17,6 +17,8 @@ import httpx
 import openai
 import pytest
 
+from tests.waiting import wait_for
+
 COMMANDS = Path(sys.executable).parent
 START_TIMEOUT_S = 120
 MARK = "/mark"  # no route: its line in the log comes after those of all requests before it
@@ -77,14 +79,6 @@ class ServerProcess:
             return self.process.wait(timeout=60)
         finally:
             self.process.kill()
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Until something that must come about has."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.02)
 
 
 def clean_environment() -> dict[str, str]:

@@ -18,7 +18,7 @@ def trm_bench(*arguments: str) -> list[str]:
     """The lines that it prints."""
     command = [str(Path(sys.executable).parent / "trm-bench"), *arguments]
     sizes = ["--num-requests", str(REQUESTS), "--max-rows", "2", "--num-threads", "1"]
-    done = subprocess.run(command + sizes, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command + sizes, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -15,14 +15,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import ServerProcess, wait_for
+from tests.e2e.conftest import ServerProcess
+from tests.waiting import ask_and_leave, wait_for
 
 pytestmark = pytest.mark.slow
 
 Start = Callable[..., ServerProcess]
 PROBE_S, REFUSAL_S = 0.05, 0.02  # as promised
-PATIENCE = 5  # how many times as long the median may be where crowd, server and other tests share two cores
-TAIL = 20  # and the 95th percentile
+PATIENCE = 10  # how many times as long the median may be where crowd, server and other tests share two cores
+TAIL = 40  # and the slowest
 LONG = {
     "messages": [{"role": "user", "content": "How many?"}],
     "max_tokens": 3500,
@@ -135,7 +136,7 @@ def test_a_full_server_refuses_and_answers_probes_at_once(start_server: Start) -
         await asyncio.wait(others)
 
     in_turn(server.url, crowd)
-    wait_for(lambda: server.metric("trm_num_requests_running") == 0, timeout_s=30)
+    wait_for(lambda: server.metric("trm_num_requests_running") == 0)
     assert server.metric("trm_num_requests_waiting") == 0
     assert server.metric("trm_client_disconnects_total") >= 36
     assert server.metric("trm_request_rejected_total") == 101
@@ -168,7 +169,8 @@ def test_a_body_that_is_a_megabyte_of_trouble_holds_nobody_up(server: ServerProc
         while not other.done():
             seconds += await timed(lambda: client.get("/health"), 1, 200)
         await other
-        assert max(seconds) < PATIENCE * PROBE_S
+        assert statistics.median(seconds) < PATIENCE * PROBE_S
+        assert max(seconds) < TAIL * PROBE_S
 
     in_turn(server.url, crowd)
 
@@ -187,13 +189,11 @@ def test_clients_that_leave_free_their_rows_and_their_places(start_server: Start
         for stream in streams:
             next(stream)
         for streamed in (True, False):  # they wait in the queue, and leave it
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(url, json={**body, "stream": streamed}, timeout=0.4)
-    with pytest.raises(httpx.ReadTimeout):  # it runs, and its client waits for the whole reply
-        httpx.post(url, json=body, timeout=0.4)
-    wait_for(
-        lambda: server.metric("trm_num_requests_running") + server.metric("trm_num_requests_waiting") == 0, timeout_s=30
-    )
+            ask_and_leave(url, {**body, "stream": streamed}, lambda: server.metric("trm_num_requests_waiting") == 1)
+            wait_for(lambda: server.metric("trm_num_requests_waiting") == 0)
+    wait_for(lambda: server.metric("trm_num_requests_running") == 0)
+    ask_and_leave(url, body, lambda: server.metric("trm_num_requests_running") == 1)  # who waits for the whole reply
+    wait_for(lambda: server.metric("trm_num_requests_running") == 0)
     row_steps = server.metric("trm_row_steps_total")
 
     assert httpx.post(f"{server.url}/solve", json={"question": "1+1?", "max_tokens": 1}, timeout=60).status_code == 200
@@ -246,7 +246,7 @@ def test_a_second_signal_exits_at_once(start_server: Start) -> None:
 
         server.process.terminate()
 
-        assert server.process.wait(timeout=5) == 128 + signal.SIGTERM
+        assert server.process.wait(timeout=30) == 128 + signal.SIGTERM
 
 
 def test_a_drain_that_takes_too_long_ends_what_is_left_with_an_error(start_server: Start) -> None:

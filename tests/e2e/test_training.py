@@ -124,11 +124,14 @@ def test_a_run_is_stopped_killed_and_resumed_by_its_directory(tmp_path: Path) ->
     _, said = first.communicate(timeout=60)
     assert first.returncode == 0, said
     assert f"go on with: trm-train --resume {run}" in said
-    second = start_command("trm-train", "--resume", str(run))
-    assert wait_until(lambda: list(run.glob(".checkpoint-*.partial")), second)
-    second.kill()
-    second.communicate(timeout=60)
-    assert list(run.glob(".checkpoint-*.partial"))
+    for _ in range(5):  # a kill may come just after what it should have torn
+        second = start_command("trm-train", "--resume", str(run))
+        assert wait_until(lambda: list(run.glob(".checkpoint-*.partial")), second)
+        second.kill()
+        second.communicate(timeout=60)
+        if list(run.glob(".checkpoint-*.partial")):
+            break
+    assert list(run.glob(".checkpoint-*.partial")), "no kill fell into a save"
     third = run_command("trm-train", "--resume", str(run))
 
     assert third.returncode == 0, third.stderr

@@ -19,6 +19,7 @@ from server.app import create_app
 from server.cli import load_engine
 from server.settings import ServeSettings
 from tests.conftest import make_backbone, make_model, randomize
+from tests.waiting import LIMIT_S, until
 from trm import TRMForCausalLM
 from trm.checkpoint import fingerprint, read_backbone
 from trm.engine import Engine
@@ -281,15 +282,17 @@ async def test_unloading_waits_for_what_was_accepted_and_takes_nothing_more(serv
     engine = make_engine(decoder=[f"one={files}/more/one"])
     client, going = serve(engine), threading.Event()
     tick, decoder = engine.loop.runner.tick, engine.decoder("one")
-    monkeypatch.setattr(engine.loop.runner, "tick", lambda *args: going.wait(10) and tick(*args))
+    monkeypatch.setattr(engine.loop.runner, "tick", lambda *args: going.wait(LIMIT_S) and tick(*args))
     left = weakref.ref(decoder.model.decoder)
     running = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT | {"model": "one"}))
-    while not engine.rows_of(decoder):
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(LIMIT_S):
+        while not engine.rows_of(decoder):
+            await asyncio.sleep(0.01)
 
     ending = asyncio.create_task(unload(client, "one"))
-    while "one" in await listed(client):
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(LIMIT_S):
+        while "one" in await listed(client):
+            await asyncio.sleep(0.01)
     refused = await client.post("/v1/chat/completions", json=CHAT | {"model": "one"})
     assert refusal(refused)[:3] == (404, "model", "model_not_found")
     again = refusal(await load(client, "one"))
@@ -356,10 +359,9 @@ async def test_decoders_are_loaded_one_at_a_time(serve, make_engine, files, monk
     engine = make_engine(decoder_dir=files / "later/runs")
     client, going = serve(engine, decoder=[]), threading.Event()
     take = engine.load
-    monkeypatch.setattr(engine, "load", lambda *args: going.wait(10) and take(*args))
+    monkeypatch.setattr(engine, "load", lambda *args: going.wait(LIMIT_S) and take(*args))
     first = asyncio.create_task(load(client, "a/checkpoint-5"))
-    while not client._transport.app.state.serving.loading.locked():  # type: ignore[attr-defined]
-        await asyncio.sleep(0.01)
+    await until(client._transport.app.state.serving.loading.locked)  # type: ignore[attr-defined]
 
     second = refusal(await load(client, "a/checkpoint-5"))
     going.set()

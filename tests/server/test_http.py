@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 
 from server.metrics import REJECTIONS
+from tests.waiting import until
 from trm.logs import JsonFormatter, TextFormatter
 
 pytestmark = pytest.mark.anyio
@@ -337,8 +338,7 @@ async def after_a_wait(client, engine, body):
     """The response to a chat that gets its first token 50 ms after the engine got it."""
     engine.hold()
     waiting = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
-    while not engine.requests:
-        await asyncio.sleep(0.001)
+    await until(lambda: engine.requests)
     await asyncio.sleep(0.05)
     engine.release()
     return await waiting

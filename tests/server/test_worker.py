@@ -10,6 +10,7 @@ import pytest
 from server.errors import TimedOut, Unavailable
 from server.metrics import Metrics
 from server.worker import Worker
+from tests.waiting import until
 from trm.engine.engine import Engine
 from trm.engine.request import Event, Request, SamplingParams
 from trm.errors import BadRequest, DeviceError, Overloaded
@@ -30,13 +31,6 @@ def submit(worker, requests):
 @pytest.fixture
 def worker(engine):
     return Worker(engine, Metrics())
-
-
-async def until(condition):
-    """Wait for something that another thread brings about."""
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def test_the_fake_has_the_engines_interface(engine):

@@ -296,7 +296,7 @@ def test_listener_that_raises_leaves_nobody_waiting(started, monkeypatch):
     gate.wait()
     gate.opened.set()
 
-    finals = [good.get(timeout=5) for _ in range(2)]
+    finals = [good.get(timeout=60) for _ in range(2)]
 
     assert all(event.finish_reason for event in finals)
 

@@ -206,6 +206,10 @@ def test_a_flag_may_be_written_with_underscores(argv):
         (["--nonsense=secret"], "--nonsense: no such flag"),
         (["--name", "a", "word"], "word: belongs to no flag"),
         (["--max-rows"], "argument --max-rows: expected one argument"),
+        (["--max-rows", ""], "--max-rows '': is empty; leave it out for the default"),
+        (["--name="], "--name '': is empty; leave it out for the default"),
+        (["--quiet", "--paths", "a", ""], "--paths '': is empty; leave it out for the default"),
+        ([""], "'': is empty; leave it out for the default"),
         (["--paths", "a", "--paths=b"], "argument --paths: is given twice; give it once, followed by all its values"),
     ],
     ids=str,
@@ -214,6 +218,10 @@ def test_what_cannot_be_read_is_one_line_that_names_it(argv, message):
     """A prefix of a flag is unknown too: it would change its meaning when a new flag is added."""
     with pytest.raises(ConfigError, match=f"^{message}$"):
         read(*argv)
+
+
+def test_a_value_may_end_like_a_flag():
+    assert read("--name=--max-rows=").name == "--max-rows="
 
 
 def test_a_model_without_its_flag_is_told_of_it():

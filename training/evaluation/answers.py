@@ -129,10 +129,11 @@ class Answers:
         if self._file is not None:
             self._file.close()
         if kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)):
-            kept = "none is kept without --report"
-            if self._place is not None:
+            count, kept = len(self.by_key), "none is kept without --report"
+            if self._place is not None:  # a signal may have come between the two halves of `add`
+                count = self._place.answers.read_bytes().count(b"\n")
                 kept = f"they are kept in {self._place.answers}, and the same command goes on from there"
-            logger.warning("interrupted after %d of %d answers; %s", len(self.by_key), self._num_wanted, kept)
+            logger.warning("interrupted after %d of %d answers; %s", count, self._num_wanted, kept)
 
     def _read(self, path: Path) -> None:
         """Take in what is there; a last line that was cut off is removed."""

@@ -7,7 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from tests.e2e.conftest import wait_for
+from tests.waiting import wait_for
 
 CONF = Path(__file__).parents[3] / "deploy" / "nginx" / "trm.conf"
 MAIN = """

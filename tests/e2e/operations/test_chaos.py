@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment, wait_for
+from tests.e2e.conftest import COMMANDS, ServerProcess, clean_environment
 from tests.e2e.operations.proxy import free_port
 from tests.e2e.operations.traffic import Traffic
+from tests.waiting import wait_for
 from trm import bundled_model_path
 
 Start = Callable[..., ServerProcess]
@@ -200,7 +201,7 @@ def test_a_server_that_can_log_nothing_serves_and_ends_as_usual() -> None:
             except httpx.ConnectError:
                 return False
 
-        wait_for(ready, timeout_s=120)
+        wait_for(ready)
         with Traffic(url) as traffic:
             traffic.until_answered(20)
         assert set(traffic.account()) == ANSWERED

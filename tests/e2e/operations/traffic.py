@@ -17,8 +17,8 @@ from typing import Any, Literal, Self
 import httpx
 
 from server.bench.soak.canaries import NEAR_TIE
-from tests.e2e.conftest import wait_for
 from tests.e2e.near_tie import bundled
+from tests.waiting import wait_for
 from trm import reference
 from trm.chat import solve_messages
 from trm.engine import SamplingParams

@@ -1,11 +1,13 @@
 """Evaluation: exact limits, paired tests against baseline and control, and reports that go on where they stopped."""
 
 import csv
+import itertools
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from matplotlib.image import imread
 from tests.conftest import randomize
 from training.config import EvalSettings, PretrainSettings, TrainSettings
 from training.evaluation.algebra import Judge
-from training.evaluation.answers import Answer, Answers
+from training.evaluation.answers import Answer
 from training.evaluation.report import as_table, show_p, write_report
 from training.evaluation.run import evaluate_model
 from training.evaluation.statistics import Paired
@@ -234,14 +236,14 @@ def test_a_control_without_room_costs_nobody_the_answers_before_it(
 
 def test_seconds_are_those_of_decoding(settings: Callable[..., EvalSettings], monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly(judge: Judge, answer: Answer) -> Answer:
-        time.sleep(0.5)
+        time.sleep(2)
         return answer
 
     monkeypatch.setattr(Judge, "judged", slowly)
 
     [row] = evaluate_model(settings(effort=[0], limit=3))["efforts"]
 
-    assert row["seconds_per_answer"] < 0.3
+    assert row["seconds_per_answer"] < 1.5
 
 
 def test_math_verify_may_have_judged_some_efforts_only(tmp_path: Path) -> None:
@@ -336,20 +338,20 @@ def test_an_interrupted_evaluation_goes_on(
 ) -> None:
     monkeypatch.setattr("training.evaluation.pictures.draw", lambda directory, report: [])  # takes seconds
     whole = evaluate_model(settings(report=tmp_path / "whole"))
-    add = Answers.add
+    written = itertools.count()
 
-    def add_ten(self: Answers, answer: Any) -> None:
-        if len(self.by_key) == 10:
+    def ten(answer: Any) -> dict[str, Any]:
+        if next(written) == 10:  # between taking the answer in and writing it
             raise KeyboardInterrupt
-        add(self, answer)
+        return asdict(answer)
 
-    monkeypatch.setattr(Answers, "add", add_ten)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_model(settings(report=tmp_path / "cut"))
+    with monkeypatch.context() as patched:
+        patched.setattr("training.evaluation.answers.asdict", ten)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_model(settings(report=tmp_path / "cut"))
     assert "interrupted after 10 of 21 answers; they are kept in" in caplog.text
     with (tmp_path / "cut" / "answers.jsonl").open("a") as file:
         file.write('{"candidate": "mod')  # as a power cut leaves it
-    monkeypatch.setattr(Answers, "add", add)
     resumed = evaluate_model(settings(report=tmp_path / "cut"))
 
     assert without_timings(resumed) == without_timings(whole)
