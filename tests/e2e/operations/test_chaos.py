@@ -198,7 +198,7 @@ def test_a_server_that_can_log_nothing_serves_and_ends_as_usual() -> None:
             assert process.poll() is None
             try:
                 return httpx.get(f"{url}/ready").is_success
-            except httpx.ConnectError:
+            except httpx.TransportError:  # it listens before it has loaded what answers
                 return False
 
         wait_for(ready)
