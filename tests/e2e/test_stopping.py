@@ -17,7 +17,7 @@ from tests.waiting import wait_for
 
 Start = Callable[..., ServerProcess]
 DRAIN_S = 2
-SLACK_S = 15  # other tests share the cores
+SLACK_S = 3  # other tests share the cores
 CHAT = {"messages": [{"role": "user", "content": "How many?"}]}
 
 HANG = """
@@ -65,7 +65,7 @@ def test_an_idle_server_stops_at_once(start_server: Start) -> None:
     status, took_s = terminate(server, 10)
 
     assert status == 0
-    assert took_s < LAST_WORDS_S
+    assert took_s < 2
     assert "stopped" in server.log.read_text().splitlines()[-1]
 
 

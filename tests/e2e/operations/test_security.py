@@ -190,7 +190,7 @@ def test_heads_and_bodies_that_trickle_in_end_with_their_time(server: ServerProc
 def test_connections_that_say_nothing_hold_nobody_up_and_are_closed(server: ServerProcess) -> None:
     with ExitStack() as stack:
         silent = [stack.enter_context(connect(server)) for _ in range(300)]
-        assert httpx.get(f"{server.url}/health", timeout=5 * LIMIT_S).status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=1).status_code == 200
         assert all(connection.recv(1) == b"" for connection in silent)
 
 
